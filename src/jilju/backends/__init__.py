@@ -1,0 +1,1 @@
+"""Backends: the executors that run a plan."""

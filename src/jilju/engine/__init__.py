@@ -1,0 +1,1 @@
+"""The engine: requests, sequences, blocks, steps, and the log of what happened. Knows nothing of text, HTTP or kernels."""

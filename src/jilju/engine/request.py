@@ -1,0 +1,112 @@
+"""Requests and what comes of them: the plain data that crosses between server and engine.
+
+Owns the types of the link's two directions. A request is what the server accepted; every accepted request gets exactly one
+terminal event. Knows nothing of text, HTTP, blocks or kernels. One request is one sequence here; the server makes several
+requests of a call with several prompts.
+"""
+
+from typing import Literal
+
+import msgspec
+
+FinishReason = Literal["stop", "length"]
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose tokens and when to end. The order of the filters is that of plan.ops.Sample."""
+
+    temperature: float = 1.0  # 0..2; below 1e-4 greedy
+    top_k: int = 0  # 0 off
+    top_p: float = 1.0  # (0, 1]; 1 off
+    min_p: float = 0.0  # 0..1; 0 off
+    repetition_penalty: float = 1.0  # (0, 2]; 1 off; over prompt and output
+    seed: int | None = None  # int64; None: drawn when the request is accepted
+    max_tokens: int = 16  # >= 0; 0: no token, finish "length"
+    min_tokens: int = 0  # until then end ids are banned and stop strings not matched
+    stop: tuple[str, ...] = ()  # matched on the text, outside the engine
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # None: none; k: of the chosen token and of the k most probable, 0..20
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate. Everything that decides its tokens is in here, fixed before the engine sees it."""
+
+    id: str
+    prompt_ids: list[int]  # >= 1
+    params: SamplingParams  # seed is set
+    end_ids: tuple[int, ...] = ()  # ids that end it: EOS (unless ignore_eos) and stop_token_ids
+    output_ids: list[int] = []  # tokens that an earlier engine made and the server has; the next is index len(output_ids)
+    salt: bytes = b""  # prefix-cache hits only among equal salts
+    score_prompt: bool = False  # also report the logprob of each prompt token given those before it
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_ids)
+
+
+class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a request's time in the engine went; ns of the monotonic clock, sent with its terminal event.
+
+    queued <= scheduled <= first_token <= last_token; 0 where it did not get that far. queue = scheduled - queued, and so on.
+    """
+
+    queued_ns: int  # in the engine's inbox
+    scheduled_ns: int = 0  # begin of the first step with a row of it
+    first_token_ns: int = 0  # commit of its first token (of this engine)
+    last_token_ns: int = 0
+    stalled_ns: int = 0  # within decode: share of steps spent on others' prefill tokens, by token count
+    num_steps: int = 0
+    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
+    num_preemptions: int = 0
+
+
+class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="token"):
+    """One token of a request. `index` counts from 0 over the whole answer, resumes included."""
+
+    request_id: str
+    index: int
+    token_id: int
+    logprob: float | None = None
+    top: list[tuple[int, float]] | None = None  # most probable first
+    finish_reason: FinishReason | None = None  # set on the last token
+    times: RequestTimes | None = None  # set with finish_reason
+
+
+class PromptScored(msgspec.Struct, frozen=True, kw_only=True, tag="scored"):
+    """Logprobs of prompt_ids[1:], in order; sent once, before the first token."""
+
+    request_id: str
+    logprobs: list[float]
+
+
+class RequestFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
+    """The other terminal event: `code` is that of an error class (nan_logits, internal, kv_capacity_exceeded, ...)."""
+
+    request_id: str
+    code: str
+    message: str
+
+
+class RequestAborted(msgspec.Struct, frozen=True, kw_only=True, tag="aborted"):
+    """Terminal event of a request that was aborted: its blocks are free, num_tokens were made and not all delivered."""
+
+    request_id: str
+    num_tokens: int
+    times: RequestTimes
+
+
+class RequestEnded(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
+    """Terminal event of a request that ends without a token: max_tokens 0, after its prompt was scored if it asked."""
+
+    request_id: str
+    finish_reason: FinishReason
+    times: RequestTimes
+
+
+EngineEvent = TokenEvent | PromptScored | RequestFailed | RequestAborted | RequestEnded
+TERMINAL_TYPES = (RequestFailed, RequestAborted, RequestEnded)
+
+
+def is_terminal(event: EngineEvent) -> bool:
+    return isinstance(event, TERMINAL_TYPES) or (isinstance(event, TokenEvent) and event.finish_reason is not None)

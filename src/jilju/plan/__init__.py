@@ -1,0 +1,14 @@
+"""The waist: a model as a flat list of ops, the batch that goes down, the result that comes up, and who runs it.
+
+`model`, `engine` and `backends` meet here and nowhere else. Numpy arrays and plain types only.
+"""
+
+from jilju.plan.batch import Batch, StepResult, StepShape
+from jilju.plan.executor import Executor, Limits, WeightTensor
+from jilju.plan.ops import Attention, Embed, Glu, Linear, Op, RmsNorm, Rope, Sample, TakeRows, Value, WeightSpec
+from jilju.plan.plan import Buffer, KvSpec, Plan, PlanBuilder
+
+__all__ = [
+    "Attention", "Batch", "Buffer", "Embed", "Executor", "Glu", "KvSpec", "Limits", "Linear", "Op", "Plan", "PlanBuilder",
+    "RmsNorm", "Rope", "Sample", "StepResult", "StepShape", "TakeRows", "Value", "WeightSpec", "WeightTensor",
+]  # fmt: skip

@@ -1,0 +1,89 @@
+"""Batch and StepResult: what goes down to a backend for one step, and what comes up.
+
+Owns the flat arrays and their shapes. Knows nothing of sequences, requests or kernels. A batch holds `num_rows` rows;
+row r is one sequence's part of the step: its tokens at positions [starts[r], starts[r] + counts[r]). The tokens of all
+rows lie one after another in `token_ids`. A logit row is a token of the batch whose next-token logits are wanted, either
+to sample from (targets < 0) or to score a given id (targets >= 0).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class StepShape:
+    """The size of a step, as the cost formulas take it: per row the tokens before it and in it, and the logit rows."""
+
+    starts: tuple[int, ...]
+    counts: tuple[int, ...]
+    num_logits: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def num_attended(self) -> int:
+        """Query-key pairs of exact causal attention, one head: sum over rows of q*c + q*(q+1)/2."""
+        return sum(q * c + q * (q + 1) // 2 for c, q in zip(self.starts, self.counts, strict=True))
+
+    @property
+    def num_keys_read(self) -> int:
+        return sum(c + q for c, q in zip(self.starts, self.counts, strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The flat arrays of a step. All int arrays are C-contiguous."""
+
+    token_ids: np.ndarray  # int32 [num_tokens]
+    starts: np.ndarray  # int32 [num_rows]       tokens of the sequence that are in its blocks already
+    counts: np.ndarray  # int32 [num_rows]       tokens of the row, >= 1
+    block_tables: np.ndarray  # int32 [num_rows, max_blocks]  covers [0, start + count); unused entries are -1
+
+    logit_tokens: np.ndarray  # int32 [num_logits]   index into token_ids, ascending
+    targets: np.ndarray  # int32 [num_logits]   -1: sample; otherwise the id whose logprob is wanted
+    positions: np.ndarray  # int64 [num_logits]   position of the token to be sampled, keys the noise
+    seeds: np.ndarray  # uint64 [num_logits]
+    temperatures: np.ndarray  # float32 [num_logits]   below 1e-4: greedy
+    top_ks: np.ndarray  # int32 [num_logits]   0: off
+    top_ps: np.ndarray  # float32 [num_logits]   1: off
+    min_ps: np.ndarray  # float32 [num_logits]   0: off
+    repetition_penalties: np.ndarray  # float32 [num_logits]   1: off
+    penalty_starts: np.ndarray  # int32 [num_logits + 1]   ids seen so far of logit row i: penalty_ids[starts[i]:starts[i+1]]
+    penalty_ids: np.ndarray  # int32 [...]   duplicates allowed: an id is penalised once
+    banned_starts: np.ndarray  # int32 [num_logits + 1]   ids that must not be sampled, same layout
+    banned_ids: np.ndarray  # int32 [...]
+    num_top: np.ndarray  # int32 [num_logits]   how many alternatives to report, 0..MAX_TOP
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.starts)
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_logits(self) -> int:
+        return len(self.logit_tokens)
+
+    @property
+    def shape(self) -> StepShape:
+        return StepShape(tuple(self.starts.tolist()), tuple(self.counts.tolist()), self.num_logits)
+
+
+MAX_TOP = 20  # alternatives a logit row may report; the contract's cap on top_logprobs
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """One entry per logit row. Logprobs are of the model's own distribution: log softmax of the raw float32 logits,
+    before temperature, penalties, bans and filters."""
+
+    token_ids: np.ndarray  # int32 [num_logits]   sampled id, or the target
+    logprobs: np.ndarray  # float32 [num_logits]   of token_ids
+    top_ids: np.ndarray  # int32 [num_logits, MAX_TOP]   most probable first, ties to the lowest id; -1 beyond num_top
+    top_logprobs: np.ndarray  # float32 [num_logits, MAX_TOP]
+    finite: np.ndarray  # bool [num_logits]   False: a logit was NaN or infinite; the other fields of the row mean nothing

@@ -1,0 +1,284 @@
+"""The ops: eight operations with their shapes, formula, flops() and bytes().
+
+This is the vocabulary in which every model is written. An op here says what it computes and counts; the numpy reference
+backend defines it. Values are float32 [rows, width]; rows is the step's tokens ("tokens") or its logit rows ("logits").
+FLOPs count 2 per multiply-add. Knows nothing of backends.
+"""
+
+from typing import ClassVar, Literal
+
+import msgspec
+
+from jilju.formats.ggml import GgmlType, row_bytes
+from jilju.plan.batch import StepShape
+
+Rows = Literal["tokens", "logits"]
+ACTIVATION_BYTES = 4  # float32 activations; what a fused op really moves is the backend's to say
+
+
+class Value(msgspec.Struct, frozen=True):
+    """Columns [offset, offset + width) of a buffer: what ops read and write."""
+
+    buffer: int
+    offset: int
+    width: int
+    rows: Rows
+
+
+class WeightSpec(msgspec.Struct, frozen=True):
+    """A weight that the plan needs. A matrix is [num_outputs, num_inputs]; a vector has num_outputs == 1."""
+
+    name: str
+    type: GgmlType
+    num_outputs: int
+    num_inputs: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_outputs * row_bytes(self.type, self.num_inputs)
+
+
+class Op(msgspec.Struct, frozen=True, tag_field="op"):
+    """Base of the ops. `reads` and `writes` list the values an op touches; an in-place op lists one value in both."""
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        raise NotImplementedError
+
+    @property
+    def writes(self) -> tuple[Value, ...]:
+        raise NotImplementedError
+
+    @property
+    def weights(self) -> tuple[WeightSpec, ...]:
+        return ()
+
+    def flops(self, step: StepShape) -> int:
+        raise NotImplementedError
+
+    def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
+        raise NotImplementedError
+
+
+def _rows(value: Value, step: StepShape) -> int:
+    return step.num_tokens if value.rows == "tokens" else step.num_logits
+
+
+class Embed(Op, frozen=True, tag="embed"):
+    """out[t] = table[token_ids[t]] * scale        out [tokens, D]"""
+
+    table: WeightSpec
+    out: Value
+    scale: float = 1.0
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return ()
+
+    @property
+    def writes(self) -> tuple[Value, ...]:
+        return (self.out,)
+
+    @property
+    def weights(self) -> tuple[WeightSpec, ...]:
+        return (self.table,)
+
+    def flops(self, step: StepShape) -> int:
+        return 0
+
+    def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
+        return step.num_tokens * (row_bytes(self.table.type, self.table.num_inputs) + self.out.width * ACTIVATION_BYTES)
+
+
+class RmsNorm(Op, frozen=True, tag="rms_norm"):
+    """out = x / sqrt(mean(x^2) + eps) * weight, over each row's last `weight.num_inputs` columns (a head, if narrower)"""
+
+    x: Value
+    weight: WeightSpec
+    eps: float
+    out: Value
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+    @property
+    def writes(self) -> tuple[Value, ...]:
+        return (self.out,)
+
+    @property
+    def weights(self) -> tuple[WeightSpec, ...]:
+        return (self.weight,)
+
+    def flops(self, step: StepShape) -> int:
+        return 4 * _rows(self.x, step) * self.x.width
+
+    def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
+        return 2 * _rows(self.x, step) * self.x.width * ACTIVATION_BYTES + self.weight.num_bytes
+
+
+class Linear(Op, frozen=True, tag="linear"):
+    """out = x @ concat(parts).T (+ concat(biases)) (+ add_to)        x [rows, K], parts [N_i, K], out [rows, sum N_i]
+
+    The parts are matrices of one input, each in its own number format (Q, K, V; gate, up). With add_to, out is add_to.
+    """
+
+    x: Value
+    parts: tuple[WeightSpec, ...]
+    out: Value
+    biases: tuple[WeightSpec, ...] = ()  # none, or one vector a part
+    add_to: Value | None = None
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x,) if self.add_to is None else (self.x, self.add_to)
+
+    @property
+    def writes(self) -> tuple[Value, ...]:
+        return (self.out,)
+
+    @property
+    def weights(self) -> tuple[WeightSpec, ...]:
+        return self.parts + self.biases
+
+    def flops(self, step: StepShape) -> int:
+        return 2 * _rows(self.x, step) * self.x.width * self.out.width
+
+    def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
+        moved = self.x.width + self.out.width * (1 if self.add_to is None else 2)
+        return sum(w.num_bytes for w in self.weights) + _rows(self.x, step) * moved * ACTIVATION_BYTES
+
+
+class Rope(Op, frozen=True, tag="rope"):
+    """Rotate pairs of each head by position / theta^(2i/head_dim), in place on x [tokens, heads * head_dim].
+
+    style "halves" pairs (i, i + head_dim/2) (NeoX, Hugging Face); "interleaved" pairs (2i, 2i + 1) (GGUF's llama).
+    """
+
+    x: Value
+    head_dim: int
+    theta: float
+    style: Literal["halves", "interleaved"]
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+    @property
+    def writes(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+    def flops(self, step: StepShape) -> int:
+        return 3 * step.num_tokens * self.x.width
+
+    def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
+        return 2 * step.num_tokens * self.x.width * ACTIVATION_BYTES
+
+
+class Attention(Op, frozen=True, tag="attention"):
+    """Write k, v to the row's slots, then out = softmax(scale * q K^T) V over positions [0, own position], causal.
+
+    q, out [tokens, num_heads * head_dim]; k, v [tokens, num_kv_heads * head_dim]; query head h uses KV head
+    h // (num_heads / num_kv_heads). K and V of the step are read back from the cache, in its number format.
+    """
+
+    q: Value
+    k: Value
+    v: Value
+    out: Value
+    layer: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.q, self.k, self.v)
+
+    @property
+    def writes(self) -> tuple[Value, ...]:
+        return (self.out,)
+
+    def flops(self, step: StepShape) -> int:
+        return 4 * self.num_heads * self.head_dim * step.num_attended
+
+    def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
+        kv_width = 2 * self.num_kv_heads * self.head_dim * kv_element_bytes
+        return kv_width * (step.num_keys_read + step.num_tokens) + 2 * step.num_tokens * self.q.width * ACTIVATION_BYTES
+
+
+class Glu(Op, frozen=True, tag="glu"):
+    """out = silu(gate) * up        x = [gate | up] [tokens, 2F], out [tokens, F]"""
+
+    x: Value
+    out: Value
+    activation: Literal["silu"] = "silu"
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+    @property
+    def writes(self) -> tuple[Value, ...]:
+        return (self.out,)
+
+    def flops(self, step: StepShape) -> int:
+        return 5 * _rows(self.x, step) * self.out.width
+
+    def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
+        return 3 * _rows(self.x, step) * self.out.width * ACTIVATION_BYTES
+
+
+class TakeRows(Op, frozen=True, tag="take_rows"):
+    """out[i] = x[logit_tokens[i]]        x [tokens, D], out [logits, D]"""
+
+    x: Value
+    out: Value
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+    @property
+    def writes(self) -> tuple[Value, ...]:
+        return (self.out,)
+
+    def flops(self, step: StepShape) -> int:
+        return 0
+
+    def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
+        return 2 * step.num_logits * self.x.width * ACTIVATION_BYTES
+
+
+class Sample(Op, frozen=True, tag="sample"):
+    """One id a logit row, by these steps in this order, all in the backend:
+
+    1. logprobs: log softmax of the raw logits; finite: no logit is NaN or infinite.
+    2. repetition penalty p on each id of penalty_ids once: l > 0 ? l / p : l * p.   3. banned ids become -inf.
+    4. temperature < 1e-4: the largest logit, ties to the lowest id. Otherwise l / temperature, then
+    5. top-k: the k largest (ties to lower ids); top-p: of those, renormalised, the shortest prefix in descending order
+       (ties to lower ids) whose mass is >= p; min-p: of those, probability >= min_p * the largest.
+    6. u in [0, 1) from Philox4x32-10, key = seed, counter = position (low word, high word, 0, 0), first two output words:
+       u = ((w0 << 21 | w1 >> 11) & (2^53 - 1)) * 2^-53. The id is the first survivor in ascending id order whose
+       cumulative probability mass exceeds u * total.
+    A row with target >= 0 takes the target and skips 2-6.
+    """
+
+    logits: Value
+
+    MAX_GREEDY_TEMPERATURE: ClassVar[float] = 1e-4
+
+    @property
+    def reads(self) -> tuple[Value, ...]:
+        return (self.logits,)
+
+    @property
+    def writes(self) -> tuple[Value, ...]:
+        return ()
+
+    def flops(self, step: StepShape) -> int:
+        return 5 * step.num_logits * self.logits.width
+
+    def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
+        return step.num_logits * self.logits.width * ACTIVATION_BYTES

@@ -1,0 +1,1 @@
+"""Text to tokens and back: tokenizers, chat templates, detokenizer, stop strings. Knows nothing of engines or HTTP."""
