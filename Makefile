@@ -1,0 +1,84 @@
+# One command a job. Each does all its own set-up; every virtual environment is a folder here and can be deleted.
+#
+#   make serve    from a fresh clone to a chat in the browser       make check    format, lint, types, tidy
+#   make test     from a fresh clone to a passed suite              make oracle   compare with transformers on CPU torch
+#   make bench    speed beside llama.cpp, and quality               make peers    install the engines to compare with
+#   make dev      the environment for work on jilju                 make clean    remove environments and builds
+
+SHELL := /bin/bash
+MODEL ?=
+ARGS ?=
+TEXT ?= benchmarks/quality.txt
+PIP = -m pip --disable-pip-version-check -q
+SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
+NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
+
+.PHONY: serve test check bench bench-speed bench-quality peers oracle oracle-write dev clean install-check
+.DELETE_ON_ERROR:
+
+serve: .venv/installed
+	@exec .venv/bin/jilju serve $(MODEL) $(ARGS)
+
+# $(call environment,FOLDER,STAMP,TEXT,PIP ARGUMENTS)
+define environment
+	@python=$$(scripts/preflight) && echo "$(3) ($(1); about a minute)" \
+	  && { [ -x $(1)/bin/python ] || "$$python" -m venv $(1); } \
+	  && $(1)/bin/python $(PIP) install --upgrade pip \
+	  && $(1)/bin/python $(PIP) install $(4) \
+	  && touch $(1)/$(2)
+endef
+
+.venv/installed: $(SOURCES)
+	$(call environment,.venv,installed,building jilju,.)
+
+.venv-dev/installed: $(NATIVE)
+	$(call environment,.venv-dev,installed,building jilju for development,-e '.[dev]')
+
+.venv-oracle/installed: $(NATIVE)
+	$(call environment,.venv-oracle,torch,installing CPU torch,torch==2.13.0)
+	$(call environment,.venv-oracle,installed,building jilju for the oracle,-e '.[oracle]')
+
+.venv-llama-cpp/installed:
+	$(call environment,.venv-llama-cpp,installed,building llama-cpp-python: 5 to 15 minutes,llama-cpp-python==0.3.36)
+
+.venv-openvino/installed:
+	$(call environment,.venv-openvino,installed,installing openvino-genai,openvino-genai==2026.4.0.0 huggingface_hub)
+
+dev: .venv-dev/installed
+	@echo "ready: .venv-dev/bin/jilju, .venv-dev/bin/pytest"
+
+test: .venv-dev/installed
+	@.venv-dev/bin/jilju pull smollm2-135m
+	@.venv-dev/bin/python -m pytest $(ARGS)
+
+check: .venv-dev/installed
+	.venv-dev/bin/ruff format --check src tests benchmarks
+	.venv-dev/bin/ruff check src tests benchmarks
+	.venv-dev/bin/mypy
+	.venv-dev/bin/python -m pytest tests/test_tidy.py
+
+oracle: .venv-oracle/installed
+	@.venv-oracle/bin/python -m pytest --override-ini addopts= -q tests/oracle $(ARGS)
+
+oracle-write: .venv-oracle/installed
+	@.venv-oracle/bin/python tests/oracle/write_golden.py
+
+peers: .venv-llama-cpp/installed .venv-openvino/installed .venv-dev/installed
+	@.venv-dev/bin/jilju pull smollm2-135m
+	@.venv-dev/bin/jilju pull qwen2.5-coder-0.5b
+	@.venv-llama-cpp/bin/python benchmarks/peers/write_tokenizer_golden.py
+
+bench: bench-speed bench-quality
+
+bench-speed: .venv-dev/installed .venv-llama-cpp/installed
+	@.venv-dev/bin/jilju bench speed smollm2-135m --peer .venv-llama-cpp/bin/python $(ARGS)
+
+bench-quality: .venv-dev/installed
+	@.venv-dev/bin/jilju bench quality smollm2-135m --text $(TEXT)
+	@.venv-dev/bin/jilju bench quality qwen2.5-coder-0.5b --text $(TEXT)
+
+install-check: .venv/installed
+	@.venv/bin/python scripts/check_install.py
+
+clean:
+	rm -rf .venv .venv-dev .venv-oracle .venv-llama-cpp .venv-openvino build src/jilju/backends/native/*.so

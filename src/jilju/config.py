@@ -1,0 +1,197 @@
+"""Configuration: what a user may set, resolved once into a frozen object that remembers where each value came from.
+
+Order: a flag beats an environment variable (JILJU_<NAME>), which beats the default. "auto" values that need the model or
+the machine are resolved by who knows them and put into a new object. Knows nothing of models, engines or HTTP.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from jilju.errors import ConfigError
+
+DEFAULT_MODEL = "qwen2.5-coder-0.5b"
+FALLBACK_MODEL = "smollm2-135m"
+AUTO = "auto"
+
+
+class ApiKey(msgspec.Struct, frozen=True):
+    name: str  # what logs call it
+    secret: str
+
+
+class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of `jilju serve`. None stands for "auto" until it is resolved."""
+
+    model: str = DEFAULT_MODEL
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: tuple[ApiKey, ...] = ()
+    allow_host: tuple[str, ...] = ()
+    context: int | None = None  # tokens of one sequence; auto: the model's own maximum, or what the KV memory holds
+    kv_memory: int | None = None  # bytes; auto: a quarter of the available memory, at most 64 contexts
+    max_rows: int = 32  # sequences computed in one step
+    step_tokens: int = 256  # tokens computed in one step: bounds how long a stream waits for others' prompts
+    threads: int | None = None  # auto: the cores this process may use
+    served_model_name: str | None = None  # auto: the model's name
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    insecure: bool = False  # allow a bind beyond loopback without a key
+
+    origins: dict[str, str] = {}  # setting -> "default", "--flag", "JILJU_NAME", "auto: how it was found"
+
+    def with_auto(self, name: str, value: Any, reason: str) -> "ServeConfig":
+        """A new config in which an open value is filled in, its origin saying how."""
+        return msgspec.structs.replace(self, **{name: value}, origins={**self.origins, name: f"auto: {reason}"})
+
+
+class Option(msgspec.Struct, frozen=True):
+    """One setting as users meet it: a flag, an environment variable, a help text."""
+
+    name: str
+    kind: Literal["text", "list", "int", "tokens", "bytes", "choice", "bool", "keys"]
+    help: str
+    low: int = 0
+    high: int = 0
+    choices: tuple[str, ...] = ()
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return "JILJU_" + self.name.upper()
+
+
+SERVE_OPTIONS: tuple[Option, ...] = (
+    Option("host", "text", "Address to bind. Beyond loopback an --api-key is needed, or --insecure."),
+    Option("port", "int", "Port to bind; 0 takes a free one.", low=0, high=65535),
+    Option("api_key", "keys", "Key that clients must send, SECRET or NAME=SECRET; may be given several times."),
+    Option("allow_host", "list", "Host header to accept besides loopback names and the bind address; may be repeated."),
+    Option("context", "tokens", "Longest sequence in tokens, or auto.", low=16, high=1 << 20),
+    Option("kv_memory", "bytes", "Memory of the KV cache, such as 2GiB, or auto: a quarter of what is available, at most 64 contexts."),
+    Option("max_rows", "int", "Sequences computed in one step.", low=1, high=256),
+    Option("step_tokens", "int", "Tokens computed in one step; bounds how long a stream waits for others' prompts.", low=16, high=8192),
+    Option("threads", "tokens", "Threads that compute, or auto: the cores this process may use.", low=1, high=256),
+    Option("served_model_name", "text", "Name of the model in the API; default: its own."),
+    Option("log_level", "choice", "How much to log.", choices=("debug", "info", "warning", "error")),
+    Option("log_format", "choice", "How to log.", choices=("text", "json")),
+    Option("insecure", "bool", "Allow a bind beyond loopback without a key."),
+)  # fmt: skip
+
+_UNITS = {"": 1, "B": 1, "K": 1000, "KB": 1000, "KIB": 1 << 10, "M": 10**6, "MB": 10**6, "MIB": 1 << 20, "G": 10**9, "GB": 10**9, "GIB": 1 << 30}  # fmt: skip
+
+
+def parse_bytes(text: str, where: str) -> int:
+    """Bytes from "2GiB", "512 MB", "1073741824". Raises ConfigError naming `where`."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ConfigError(f"{where} is {text!r}; allowed: auto, or a size such as 512MiB, 2GiB or 1500000000")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _parse(option: Option, given: Any, where: str) -> Any:
+    """The typed value of one setting as a flag (already a tuple where it repeats) or an environment variable gives it."""
+    if option.kind in ("list", "keys"):
+        items = tuple(i for i in (given if isinstance(given, tuple) else str(given).split(",")) if i != "")
+        return items if option.kind == "list" else tuple(_parse_key(item, index, where) for index, item in enumerate(items))
+    text = str(given)
+    if option.kind == "bool":
+        if text.lower() not in ("1", "true", "yes", "0", "false", "no"):
+            raise ConfigError(f"{where} is {text!r}; allowed: true or false")
+        return text.lower() in ("1", "true", "yes")
+    if option.kind == "choice":
+        if text not in option.choices:
+            raise ConfigError(f"{where} is {text!r}; allowed: {', '.join(option.choices)}")
+        return text
+    if option.kind == "text":
+        if not text:
+            raise ConfigError(f"{where} is empty; give a value or leave it out")
+        return text
+    if text == AUTO and option.kind in ("tokens", "bytes"):
+        return None
+    if option.kind == "bytes":
+        return parse_bytes(text, where)
+    if not re.fullmatch(r"-?\d{1,18}", text) or not option.low <= int(text) <= option.high:
+        auto = "auto or " if option.kind == "tokens" else ""
+        raise ConfigError(f"{where} is {text!r}; allowed: {auto}a whole number from {option.low} to {option.high}")
+    return int(text)
+
+
+def _parse_key(item: str, index: int, where: str) -> ApiKey:
+    name, separator, secret = item.partition("=")
+    key = ApiKey(name, secret) if separator and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) and secret else ApiKey(f"key{index + 1}", item)
+    if len(key.secret) < 8 or not key.secret.isascii() or not key.secret.isprintable() or " " in key.secret:
+        raise ConfigError(f"{where}: key {key.name} is not usable; a secret has at least 8 printable ASCII characters and no space")
+    return key
+
+
+def resolve_serve_config(model: str | None, flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> ServeConfig:
+    """The config of flags (None or () where not given), environment and defaults. Raises ConfigError."""
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if model is not None:
+        values["model"], origins["model"] = model, "argument"
+    elif environ.get("JILJU_MODEL"):
+        values["model"], origins["model"] = environ["JILJU_MODEL"], "JILJU_MODEL"
+    else:
+        origins["model"] = "default"
+    for option in SERVE_OPTIONS:
+        given = flags.get(option.name)
+        if given is not None and given != () and given is not False:
+            values[option.name], origins[option.name] = _parse(option, given, option.flag), option.flag
+        elif option.variable in environ:
+            values[option.name], origins[option.name] = _parse(option, environ[option.variable], option.variable), option.variable
+        else:
+            origins[option.name] = "default"
+    names = [key.name for key in values.get("api_key", ())]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"--api-key: the names {names} are not distinct; give each key its own NAME=SECRET")
+    return ServeConfig(**values, origins=origins)
+
+
+def available_memory_bytes() -> int:
+    """Memory this process may still take: MemAvailable, or what the cgroup leaves if that is less."""
+    available = 0
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    limit, used = _cgroup_int("memory.max"), _cgroup_int("memory.current")
+    return min(available, limit - used) if limit is not None and used is not None else available
+
+
+def usable_cores() -> tuple[int, str]:
+    """Cores this process may use and how that was found: CPU affinity, then the cgroup's CPU quota, rounded up."""
+    cores = len(os.sched_getaffinity(0))
+    quota = _cgroup_text("cpu.max")
+    if quota is not None:
+        limit, _, period = quota.partition(" ")
+        if limit.isdigit() and period.strip().isdigit():
+            allowed = max(1, -(-int(limit) // int(period)))
+            if allowed < cores:
+                return allowed, f"cgroup quota of {int(limit) / int(period):g} cores"
+    return cores, "cores of the CPU affinity"
+
+
+def _cgroup_text(name: str) -> str | None:
+    """A control file of this process's cgroup (v2), from its own group or the mount's root; None where there is none."""
+    try:
+        group = next(line[3:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return None
+    for folder in (Path("/sys/fs/cgroup") / group.lstrip("/"), Path("/sys/fs/cgroup")):
+        try:
+            return (folder / name).read_text().strip()
+        except OSError:
+            continue
+    return None
+
+
+def _cgroup_int(name: str) -> int | None:
+    text = _cgroup_text(name)
+    return int(text) if text is not None and text.isdigit() else None
