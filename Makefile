@@ -8,7 +8,7 @@
 SHELL := /bin/bash
 MODEL ?=
 ARGS ?=
-TEXT ?= benchmarks/quality.txt
+TEXT ?= LICENSE
 PIP = -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)

@@ -1,0 +1,170 @@
+"""What computes, put together: model file -> plan -> memory plan -> executor -> Engine.
+
+Owns the choice of backend and the arithmetic of what fits into memory. The engine's process, the class LLM and the
+benchmarks all come through here. Knows nothing of text or HTTP.
+"""
+
+import time
+from typing import Literal
+
+import msgspec
+
+from jilju.backends.native import NativeExecutor
+from jilju.backends.reference import ReferenceExecutor
+from jilju.clock import Clock, WallClock
+from jilju.config import ServeConfig, available_memory_bytes, usable_cores
+from jilju.engine.client import EngineInfo
+from jilju.engine.loop import Engine
+from jilju.errors import ConfigError, StartupError
+from jilju.formats.gguf import GgufFile
+from jilju.model.decoder import build_plan
+from jilju.model.sources import ModelEntry, Progress, no_progress, resolve
+from jilju.model.spec import ModelSpec, spec_from_gguf
+from jilju.model.weights import load_weights
+from jilju.plan import Executor, Limits, Plan
+
+BLOCK_SIZE = 16  # slots of a KV block: small, so that a shared prefix is found to within 15 tokens
+AUTO_KV_SHARE = 4  # --kv-memory auto takes a quarter of the available memory ...
+AUTO_KV_CONTEXTS = 64  # ... but not more than this many full contexts
+
+Backend = Literal["native", "reference"]
+
+
+class ModelFile(msgspec.Struct, frozen=True):
+    """A model on this machine, read as far as needed to plan with it; the weights are not touched yet."""
+
+    name: str
+    path: str
+    entry: ModelEntry | None  # of the model table, for a named model
+    gguf: GgufFile
+    spec: ModelSpec
+    plan: Plan
+
+
+class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that an engine needs to start, as plain data: it crosses to the engine's process as JSON."""
+
+    path: str
+    num_blocks: int
+    max_context: int
+    max_rows: int
+    step_tokens: int
+    num_threads: int
+    block_size: int = BLOCK_SIZE
+    backend: Backend = "native"
+
+
+class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine will hold, in bytes, told before it loads."""
+
+    available_bytes: int
+    weight_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    kv_bytes_per_token: int
+    num_blocks: int
+    context: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
+
+    @property
+    def pool_tokens(self) -> int:
+        return self.num_blocks * BLOCK_SIZE
+
+
+def open_model(model: str, progress: Progress = no_progress) -> ModelFile:
+    """Find (and if needed fetch) a model by name or path, and read its head. Raises StartupError."""
+    resolved = resolve(model, progress)
+    gguf = GgufFile.open(resolved.path)
+    spec = spec_from_gguf(gguf)
+    plan = build_plan(spec, {tensor.name: tensor.type for tensor in gguf.tensors.values()})
+    return ModelFile(resolved.name, str(resolved.path), resolved.entry, gguf, spec, plan)
+
+
+def make_executor(backend: Backend) -> Executor:
+    return NativeExecutor() if backend == "native" else ReferenceExecutor()
+
+
+def resolve_engine(model: ModelFile, config: ServeConfig, backend: Backend = "native") -> tuple[ServeConfig, EngineOptions, MemoryPlan]:
+    """Fill in the open settings (threads, context, KV memory) and say what the engine will hold.
+
+    Raises ConfigError for settings that contradict each other or the model, StartupError if memory does not suffice.
+    """
+    executor, available, longest = make_executor(backend), available_memory_bytes(), model.spec.max_context
+    if config.threads is None:
+        cores, reason = usable_cores()
+        config = config.with_auto("threads", cores, reason)
+    if config.context is not None and config.context > longest:
+        raise ConfigError(f"--context is {config.context}; {model.name} was made for at most {longest} tokens")
+
+    kv_token = executor.kv_bytes_per_token(model.plan)
+    if config.kv_memory is None:
+        most = AUTO_KV_CONTEXTS * (config.context or longest) * kv_token
+        share = available // AUTO_KV_SHARE
+        reason = f"a quarter of {show_bytes(available)} available" if share < most else f"{AUTO_KV_CONTEXTS} contexts"
+        config = config.with_auto("kv_memory", min(share, most), reason)
+    assert config.kv_memory is not None and config.threads is not None
+    num_blocks = config.kv_memory // (kv_token * BLOCK_SIZE)
+    pool_tokens = num_blocks * BLOCK_SIZE
+    if config.context is None:
+        context = min(longest, pool_tokens)
+        config = config.with_auto("context", context, "the model's own maximum" if context == longest else "what the KV memory holds")
+    assert config.context is not None
+    if config.context > pool_tokens or pool_tokens < BLOCK_SIZE:
+        need = -(-max(config.context, BLOCK_SIZE) // BLOCK_SIZE) * BLOCK_SIZE * kv_token
+        raise ConfigError(
+            f"--kv-memory of {show_bytes(config.kv_memory)} holds {pool_tokens} tokens, one context of {config.context} needs {show_bytes(need)}; "
+            f"give at least --kv-memory {need} or a smaller --context"
+        )
+
+    options = EngineOptions(
+        path=model.path, num_blocks=num_blocks, max_context=config.context, max_rows=config.max_rows, step_tokens=config.step_tokens,
+        num_threads=config.threads, backend=backend,
+    )  # fmt: skip
+    memory = MemoryPlan(
+        available_bytes=available, weight_bytes=model.plan.weight_bytes, kv_bytes=num_blocks * BLOCK_SIZE * kv_token,
+        workspace_bytes=executor.workspace_bytes(model.plan, limits_of(options)), kv_bytes_per_token=kv_token, num_blocks=num_blocks,
+        context=config.context,
+    )  # fmt: skip
+    if memory.total_bytes > available:
+        raise StartupError(
+            f"{model.name} needs {show_bytes(memory.total_bytes)} (weights {show_bytes(memory.weight_bytes)}, KV {show_bytes(memory.kv_bytes)}, "
+            f"workspace {show_bytes(memory.workspace_bytes)}), {show_bytes(available)} are available; give a smaller --kv-memory or model"
+        )
+    return config, options, memory
+
+
+def limits_of(options: EngineOptions) -> Limits:
+    return Limits(
+        num_blocks=options.num_blocks, block_size=options.block_size, max_rows=options.max_rows, max_tokens=options.step_tokens,
+        max_context=options.max_context, num_threads=options.num_threads,
+    )  # fmt: skip
+
+
+def build_engine(options: EngineOptions, clock: Clock | None = None) -> tuple[Engine, EngineInfo]:
+    """Load the weights and make the engine. Raises StartupError."""
+    begin = time.perf_counter()
+    gguf = GgufFile.open(options.path)
+    plan = build_plan(spec_from_gguf(gguf), {tensor.name: tensor.type for tensor in gguf.tensors.values()})
+    executor, limits = make_executor(options.backend), limits_of(options)
+    executor.load(plan, load_weights(gguf, plan), limits)
+    engine = Engine(plan, executor, limits, clock or WallClock())
+    info = EngineInfo(
+        kernel_set=executor.kernel_set, invariant=executor.invariant, num_threads=options.num_threads, max_context=options.max_context,
+        block_size=options.block_size, num_blocks=options.num_blocks, max_rows=options.max_rows, step_tokens=options.step_tokens,
+        weight_bytes=plan.weight_bytes, kv_bytes=options.num_blocks * options.block_size * executor.kv_bytes_per_token(plan),
+        workspace_bytes=executor.workspace_bytes(plan, limits), load_ms=(time.perf_counter() - begin) * 1e3,
+    )  # fmt: skip
+    return engine, info
+
+
+def show_bytes(count: int) -> str:
+    """ "1.3 GiB", "96.6 MB" style figures, in the binary unit that keeps one to four digits."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
