@@ -9,7 +9,15 @@ from typing import Literal
 
 import msgspec
 
+from jilju.errors import InvalidValue
+
 FinishReason = Literal["stop", "length"]
+
+# field, lowest, highest; max_tokens -1 is the Python API's "to the end of the context"
+PARAM_RANGES: tuple[tuple[str, float, float], ...] = (
+    ("temperature", 0, 2), ("top_k", 0, 1 << 31), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0, 2),
+    ("seed", -(1 << 63), (1 << 63) - 1), ("max_tokens", -1, 1 << 31), ("min_tokens", 0, 1 << 31), ("logprobs", 0, 20),
+)  # fmt: skip
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,6 +35,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: of the chosen token and of the k most probable, 0..20
+
+    def check(self) -> None:
+        """Raise InvalidValue naming the first field out of its range. NaN is out of every range."""
+        for name, low, high in PARAM_RANGES:
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+                raise InvalidValue(f"{name} is {value!r}; allowed: {low} to {high}", param=name)
+        for name in ("top_p", "repetition_penalty"):
+            if not getattr(self, name) > 0:
+                raise InvalidValue(f"{name} is {getattr(self, name)!r}; allowed: above 0", param=name)
+        if 0 <= self.max_tokens < self.min_tokens:
+            raise InvalidValue(f"min_tokens is {self.min_tokens}, max_tokens {self.max_tokens}; allowed: min_tokens up to max_tokens", param="min_tokens")
+        if len(self.stop) > 16 or any(not 1 <= len(s) <= 256 for s in self.stop):
+            raise InvalidValue("stop: allowed are up to 16 strings of 1 to 256 characters", param="stop")
+        if len(self.stop_token_ids) > 64:
+            raise InvalidValue(f"stop_token_ids has {len(self.stop_token_ids)} ids; allowed: 64", param="stop_token_ids")
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
