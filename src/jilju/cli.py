@@ -1,0 +1,461 @@
+"""The command line: serve, chat, generate, tokenize, pull, models, bench.
+
+Owns flags, help texts and what is printed; every command hands its work to a part made by `assemble`. Errors that stop a
+command print one line and exit with 1. Heavy parts are imported by the command that needs them, so that help is instant.
+"""
+
+import contextlib
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from jilju import __version__
+from jilju.config import DEFAULT_MODEL, FALLBACK_MODEL, SERVE_OPTIONS, Option, ServeConfig, resolve_serve_config
+from jilju.errors import JiljuError, ModelSourceError, PlatformError
+
+if TYPE_CHECKING:
+    from jilju.assemble.engine import MemoryPlan, ModelFile
+    from jilju.engine.request import SamplingParams
+    from jilju.llm import Completion, Piece
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+def main() -> None:
+    """Run the command line; an error of ours is one line, not a traceback."""
+    try:
+        check_platform()
+        commands(standalone_mode=False)
+    except click.exceptions.Abort:
+        sys.exit(130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except JiljuError as error:
+        click.echo(f"jilju: {error.message}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def check_platform() -> None:
+    if sys.platform != "linux":
+        raise PlatformError(f"jilju runs on Linux; this is {platform.system()}. On Windows use WSL 2, on a Mac a Linux container.")
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="jilju")
+def commands() -> None:
+    """Serve large language models and account for every token.
+
+    \b
+    Examples:
+      jilju serve                                     the default model, with a chat at http://127.0.0.1:8000
+      jilju chat                                      a chat in the terminal
+      jilju generate "The sky is" --max-tokens 20
+      jilju tokenize "나는 오늘 학교에 간다"
+    """
+
+
+def _option(option: Option) -> Callable[[Any], Any]:
+    default = next(f.default for f in _fields() if f.name == option.name)
+    shown = "auto" if default is None and option.kind in ("tokens", "bytes") else default
+    text = f"{option.help}  [{option.variable}]" + (f"  Default: {shown}." if shown not in (None, (), False) else "")
+    if option.kind == "bool":
+        return click.option(option.flag, option.name, is_flag=True, default=None, help=text)
+    metavar = {"int": "N", "tokens": "N|auto", "bytes": "SIZE|auto", "list": "NAME", "keys": "KEY"}.get(option.kind)
+    metavar = "|".join(option.choices) if option.choices else metavar
+    return click.option(option.flag, option.name, default=None, multiple=option.kind in ("list", "keys"), metavar=metavar or "TEXT", help=text)
+
+
+def _fields() -> Any:
+    import msgspec
+
+    return msgspec.structs.fields(ServeConfig)
+
+
+def _options(function: Callable[..., Any]) -> Callable[..., Any]:
+    for option in reversed(SERVE_OPTIONS):
+        function = _option(option)(function)
+    return function
+
+
+@commands.command()
+@click.argument("model", required=False)
+@_options
+def serve(model: str | None, **flags: Any) -> None:
+    """Serve MODEL over an OpenAI-compatible API, with a chat page at the address that is printed.
+
+    MODEL is a name of `jilju models` or the path of a GGUF file.
+
+    \b
+    Examples:
+      jilju serve
+      jilju serve smollm2-135m --port 9000
+      jilju serve ./model.gguf --host 0.0.0.0 --api-key team=some-long-secret
+    """
+    config = resolve_serve_config(model, flags)
+    with _fetching() as progress:
+        model_file = _open_or_fall_back(config, progress)
+    from jilju.assemble.server import serve_model
+
+    console = Console(stderr=True, highlight=False)
+    serve_model(model_file, config, announce=lambda resolved, memory: _announce(console, model_file, resolved, memory))
+
+
+def _open_or_fall_back(config: ServeConfig, progress: Callable[[int, int, str], None]) -> "ModelFile":
+    """The default model falls back to the small one when it cannot be had, and says so; a model that was asked for does not."""
+    from jilju.assemble.engine import open_model
+
+    try:
+        return open_model(config.model, progress)
+    except ModelSourceError as error:
+        if config.origins["model"] != "default":
+            raise
+        click.echo(f"jilju: {error.message}", err=True)
+        click.echo(f"jilju: {config.model} cannot be had; serving {FALLBACK_MODEL} instead, a smaller model that knows English only", err=True)
+        return open_model(FALLBACK_MODEL, progress)
+
+
+def _announce(console: Console, model: "ModelFile", config: ServeConfig, memory: "MemoryPlan") -> None:
+    """What will be held in memory and which settings are in force, before anything is loaded."""
+    from jilju.assemble.engine import show_bytes
+
+    settings = Table(title=f"jilju {__version__} · settings", title_justify="left", box=None, pad_edge=False)
+    for heading in ("setting", "value", "origin"):
+        settings.add_column(heading)
+    settings.add_row("model", model.name, config.origins["model"])
+    for option in SERVE_OPTIONS:
+        value = getattr(config, option.name)
+        if option.kind == "keys":
+            value = ", ".join(key.name for key in value)
+        elif option.kind == "bytes" and value is not None:
+            value = show_bytes(value)
+        elif isinstance(value, tuple):
+            value = ", ".join(value)
+        settings.add_row(option.name, "-" if value in (None, "") else str(value), config.origins[option.name])
+    console.print(settings)
+
+    plan = Table(title="memory plan", title_justify="left", box=None, pad_edge=False)
+    plan.add_column("part")
+    plan.add_column("bytes", justify="right")
+    plan.add_column("what it is")
+    plan.add_row("weights", show_bytes(memory.weight_bytes), f"{len(model.plan.weights)} tensors, mapped from {model.path}")
+    kv = f"{memory.pool_tokens:,} tokens of {show_bytes(memory.kv_bytes_per_token)}, in {memory.num_blocks:,} blocks"
+    plan.add_row("KV cache", show_bytes(memory.kv_bytes), kv)
+    plan.add_row("workspace", show_bytes(memory.workspace_bytes), f"activations of a step of {config.step_tokens} tokens, logits")
+    plan.add_row("in all", show_bytes(memory.total_bytes), f"of {show_bytes(memory.available_bytes)} available")
+    fits = f"{memory.pool_tokens / memory.context:.1f} sequences of {memory.context:,} tokens at once, or {config.max_rows} of {memory.pool_tokens // config.max_rows:,}"
+    plan.add_row("fits", "", fits)
+    console.print(plan)
+
+
+@commands.command()
+@click.argument("model", required=False)
+@click.option("--system", default=None, metavar="TEXT", help="System prompt.")
+@click.option("--temperature", type=click.FloatRange(0, 2), default=None, help="0 is greedy. Default: the model's own.")
+@click.option("--max-tokens", type=click.IntRange(1), default=None, help="Longest answer in tokens. Default: the rest of the context.")
+@click.option("--seed", type=int, default=None, help="Same seed, same answer.")
+@click.option("--context", type=click.IntRange(16), default=None, help="Longest conversation in tokens. Default: the model's own maximum.")
+@click.option("--threads", type=click.IntRange(1, 256), default=None, help="Threads that compute. Default: the cores this process may use.")
+def chat(model: str | None, system: str | None, context: int | None, threads: int | None, **sampling: Any) -> None:
+    """Chat with MODEL in the terminal. An empty line or Ctrl-D ends it; Ctrl-C stops an answer; /new starts over.
+
+    \b
+    Examples:
+      jilju chat
+      jilju chat smollm2-135m --system "Answer in one sentence." --temperature 0
+    """
+    from jilju.llm import LLM
+
+    with _fetching() as progress:
+        llm = LLM(model or DEFAULT_MODEL, context=context, threads=threads, progress=progress)
+    with llm:
+        params = _params(llm.defaults, sampling)
+        start = [{"role": "system", "content": system}] if system else []
+        messages: list[dict[str, str]] = list(start)
+        click.echo(f"{llm.name} · /new starts over · Ctrl-D ends", err=True)
+        while True:
+            try:
+                text = input("> " if sys.stdin.isatty() else "")
+            except EOFError:
+                return
+            if not text.strip():
+                return
+            if text.strip() == "/new":
+                messages = list(start)
+                continue
+            messages.append({"role": "user", "content": text})
+            done = _print_pieces(llm.chat_stream(messages, params))
+            if done is None:
+                messages.pop()
+            else:
+                messages.append({"role": "assistant", "content": done.text})
+
+
+def _print_pieces(pieces: "Iterator[Piece]") -> "Completion | None":
+    """Print an answer as it comes; Ctrl-C stops it. None if it was stopped."""
+    done = None
+    try:
+        for piece in pieces:
+            click.echo(piece.text, nl=False)
+            sys.stdout.flush()
+            done = piece.completion or done
+    except KeyboardInterrupt:
+        pieces.close()  # type: ignore[attr-defined]
+        click.echo(" [stopped]", nl=False)
+    click.echo()
+    return done
+
+
+def _params(defaults: "SamplingParams", given: dict[str, Any]) -> "SamplingParams":
+    import msgspec
+
+    return msgspec.structs.replace(defaults, **{name: value for name, value in given.items() if value is not None})
+
+
+@commands.command()
+@click.argument("prompt")
+@click.option("--model", "-m", default=DEFAULT_MODEL, show_default=True, help="A name of `jilju models`, or the path of a GGUF file.")
+@click.option("--chat", "as_chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template.")
+@click.option("--max-tokens", type=click.IntRange(0), default=128, show_default=True)
+@click.option("--temperature", type=click.FloatRange(0, 2), default=None, help="0 is greedy. Default: the model's own.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=None)
+@click.option("--top-k", type=click.IntRange(0), default=None)
+@click.option("--min-p", type=click.FloatRange(0, 1), default=None)
+@click.option("--seed", type=int, default=None, help="Same seed, same text.")
+@click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
+@click.option("--ignore-eos", is_flag=True, default=None, help="Go on past the model's end of text.")
+@click.option("--threads", type=click.IntRange(1, 256), default=None, help="Threads that compute. Default: the cores this process may use.")
+def generate(prompt: str, model: str, as_chat: bool, threads: int | None, stop: tuple[str, ...], **sampling: Any) -> None:
+    """Complete PROMPT and print the text as it comes. `-` reads the prompt from standard input.
+
+    \b
+    Examples:
+      jilju generate "The capital of France is" --max-tokens 8 --temperature 0
+      jilju generate --chat "대한민국의 수도는 어디인가요?"
+      cat question.txt | jilju generate -m smollm2-135m -
+    """
+    from jilju.llm import LLM
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with _fetching() as progress:
+        llm = LLM(model, threads=threads, progress=progress)
+    with llm:
+        params = _params(llm.defaults, {**sampling, "stop": stop or None})
+        messages = [{"role": "user", "content": text}]
+        done = _print_pieces(llm.chat_stream(messages, params) if as_chat else llm.stream(text, params))
+        if done is None:
+            sys.exit(130)
+        click.echo(f"[{len(done.prompt_ids)} tokens in, {len(done.token_ids)} out, ended by {done.finish_reason}, seed {done.seed}]", err=True)
+
+
+@commands.command()
+@click.argument("text")
+@click.option("--model", "-m", default=DEFAULT_MODEL, show_default=True, help="A name of `jilju models`, or the path of a GGUF file.")
+@click.option("--special", is_flag=True, help="Read the text of special tokens, such as <|im_end|>, as these tokens.")
+def tokenize(text: str, model: str, special: bool) -> None:
+    """Print the tokens of TEXT: piece, id and bytes. `-` reads the text from standard input.
+
+    \b
+    Examples:
+      jilju tokenize "나는 오늘 학교에 간다"
+      jilju tokenize -m smollm2-135m "def f(x): return x"
+    """
+    from jilju.assemble.engine import open_model
+    from jilju.assemble.text import load_text
+
+    given = sys.stdin.read() if text == "-" else text
+    with _fetching() as progress:
+        model_file = open_model(model, progress)
+    tokenizer = load_text(model_file).tokenizer
+    table = Table(box=None, pad_edge=False)
+    table.add_column("#", justify="right")
+    table.add_column("piece")
+    table.add_column("id", justify="right")
+    table.add_column("bytes")
+    ids = tokenizer.encode(given, parse_special=special)
+    for index, token_id in enumerate(ids):
+        raw = tokenizer.token_bytes(token_id)
+        table.add_row(str(index), _piece(raw), str(token_id), raw.hex(" "))
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    console.print(f"{len(ids)} tokens, {len(given)} characters, {len(given.encode())} bytes")
+
+
+def _piece(raw: bytes) -> str:
+    """A token's bytes as text; bytes that are no whole character are shown as such (‹eb 82›)."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return "‹" + raw.hex(" ") + "›"
+    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") if text.isprintable() or text.isspace() else repr(text)[1:-1]
+
+
+@commands.command()
+@click.argument("name")
+@click.option("--verify", is_flag=True, help="Check the SHA-256 of a model that is in the cache already.")
+def pull(name: str, verify: bool) -> None:
+    """Fetch the model NAME into the cache, with progress, and check its SHA-256.
+
+    \b
+    Examples:
+      jilju pull qwen2.5-coder-0.5b
+      jilju pull smollm2-135m --verify
+    """
+    from jilju.model import sources
+
+    with _fetching() as progress:
+        path = sources.pull(name, progress)
+        if verify:
+            sources.verify(name, progress)
+    click.echo(str(path))
+
+
+@commands.command()
+def models() -> None:
+    """List the models that have a name: size, licence, whether they are in the cache, and where that is."""
+    from jilju.assemble.engine import show_bytes
+    from jilju.model import sources
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("name", "size", "licence", "cached", "sampling defaults", "their source"):
+        table.add_column(heading)
+    for listed in sources.list_models():
+        entry, d = listed.entry, listed.entry.defaults
+        settings = f"temperature {d.temperature:g}, top_p {d.top_p:g}, top_k {d.top_k}, repetition_penalty {d.repetition_penalty:g}"
+        name = entry.name + (" (default)" if entry.name == DEFAULT_MODEL else "")
+        table.add_row(name, show_bytes(entry.num_bytes), entry.licence, "yes" if listed.cached else "no", settings, d.source)
+    Console(highlight=False).print(table)
+    click.echo(f"cache: {sources.cache_dir()}  (JILJU_CACHE names another)\nAny other GGUF file is given by its path.")
+
+
+@commands.group()
+def bench() -> None:
+    """Measure: `quality` gives perplexity, `speed` prefill and decode beside a peer engine."""
+
+
+@bench.command("quality")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--text", "text_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="UTF-8 text to score.")
+@click.option("--window", type=click.IntRange(4), default=512, show_default=True, help="Tokens of a window; the second half of each is scored.")
+@click.option("--threads", type=click.IntRange(1, 256), default=None)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench_quality(model: str, text_file: Path, window: int, threads: int | None, as_json: bool) -> None:
+    """Perplexity of MODEL over a text: windows of 512 tokens, the second half of each scored.
+
+    \b
+    Example:
+      jilju bench quality smollm2-135m --text LICENSE
+    """
+    import msgspec
+
+    from jilju.bench.quality import measure_quality
+    from jilju.llm import LLM
+
+    with _fetching() as progress:
+        llm = LLM(model, context=window, kv_memory="256MiB", threads=threads, progress=progress)
+    with llm, _counting("windows", quiet=as_json) as count:
+        tokenizer = llm.text.tokenizer
+        ids = tokenizer.encode(text_file.read_text(encoding="utf-8"))
+        bos = tokenizer.bos_id if tokenizer.add_bos else None
+        quality = measure_quality(llm.engine, ids, window=window, bos_id=bos, progress=count)
+    if as_json:
+        click.echo(msgspec.json.encode({"model": llm.name, "text": text_file.name, **msgspec.to_builtins(quality)}))
+    else:
+        click.echo(f"{llm.name}: perplexity {quality.perplexity:.3f} over {quality.num_scored} tokens in {quality.num_windows} windows of {window}")
+
+
+@bench.command("speed")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--peer", type=click.Path(exists=True, path_type=Path), required=True, help="Python of an environment with llama-cpp-python.")
+@click.option("--prompt-tokens", type=click.IntRange(2, 2000), default=512, show_default=True)
+@click.option("--output-tokens", type=click.IntRange(1, 1000), default=128, show_default=True)
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Counted pairs of runs, after one warm-up pair.")
+@click.option("--threads", type=click.IntRange(1, 256), default=None)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def bench_speed(model: str, peer: Path, prompt_tokens: int, output_tokens: int, repeats: int, threads: int | None, as_json: bool) -> None:
+    """Prefill and one-stream decode of MODEL beside llama.cpp: same file, same threads, runs in turn.
+
+    \b
+    Example (`make bench` sets it up):
+      jilju bench speed smollm2-135m --peer .venv-llama-cpp/bin/python
+    """
+    import random
+
+    import msgspec
+
+    from jilju.bench.speed import BUSY_SHARE, Peer, compare
+    from jilju.llm import LLM
+
+    script = Path("benchmarks/peers/peer_llama_cpp.py")
+    if not script.exists():
+        raise JiljuError(f"{script} is not here; run this in the project's folder")
+    with _fetching() as progress:
+        llm = LLM(model, context=prompt_tokens + output_tokens + 1, kv_memory="512MiB", step_tokens=512, threads=threads, progress=progress)
+    with llm, _counting("pairs", quiet=as_json) as count:
+        assert llm.config.threads is not None
+        other = Peer(peer, script, Path(llm.path), llm.config.threads)
+        prompt = random.Random(1).choices(range(1000, 40000), k=prompt_tokens)
+        try:
+            result = compare(llm.engine, other, prompt, output_tokens, repeats, count)
+        finally:
+            other.close()
+    if as_json:
+        click.echo(msgspec.json.encode(result))
+        return
+    import statistics
+
+    table = Table(box=None, pad_edge=False, title=f"{llm.name}, {llm.config.threads} threads, medians of {repeats} pairs", title_justify="left")
+    for heading in ("tokens/s", "jilju", result.peer_name, "ratio"):
+        table.add_column(heading, justify="left" if heading == "tokens/s" else "right")
+    for label, field in ((f"prefill {prompt_tokens}", "prefill_tok_s"), (f"decode {output_tokens}, one stream", "decode_tok_s")):
+        ours, theirs = (statistics.median(getattr(run, field) for run in runs) for runs in (result.ours, result.peer))
+        table.add_row(label, f"{ours:.1f}", f"{theirs:.1f}", f"{result.ratio(field):.2f}x")
+    Console(highlight=False).print(table)
+    busiest = max(run.others_share for run in result.ours + result.peer)
+    click.echo(f"other processes took up to {busiest:.1%} of the cores in a run" + ("; above 3 %: measure again on a quiet machine" if busiest > BUSY_SHARE else ""))
+
+
+@contextlib.contextmanager
+def _fetching() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar that appears only if something is fetched; plain lines where standard error is no terminal."""
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = None
+        tenth = -1
+
+        def show(done_bytes: int, total_bytes: int, text: str) -> None:
+            nonlocal task, tenth
+            if console.is_terminal:
+                task = bar.add_task(text, total=total_bytes) if task is None else task
+                bar.update(task, completed=done_bytes, total=total_bytes, description=text)
+            elif total_bytes and done_bytes * 10 // total_bytes != tenth:
+                tenth = done_bytes * 10 // total_bytes
+                click.echo(f"{text}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB", err=True)
+
+        yield show
+
+
+@contextlib.contextmanager
+def _counting(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    console = Console(stderr=True, highlight=False)
+    with Progress(console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(what)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+if __name__ == "__main__":
+    main()

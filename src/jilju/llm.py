@@ -1,0 +1,232 @@
+"""LLM: a model in this process, for scripts and notebooks.
+
+    from jilju import LLM, SamplingParams
+
+    with LLM("smollm2-135m") as llm:
+        for done in llm.generate(["The sky is", "Two plus two is"], SamplingParams(temperature=0, max_tokens=16)):
+            print(done.prompt, "->", done.text)
+        for piece in llm.stream("Once upon a time"):
+            print(piece.text, end="", flush=True)
+        print(llm.chat([{"role": "user", "content": "Who are you?"}]).text)
+
+Owns the step loop of an in-process engine and the text pipeline of its requests. All prompts of a call share the engine's
+batch; a completion has the same tokens alone, in a batch and from the server. One thread at a time may use an LLM.
+"""
+
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from jilju.assemble.engine import build_engine, open_model, resolve_engine
+from jilju.assemble.text import load_text
+from jilju.config import DEFAULT_MODEL, ServeConfig, parse_bytes
+from jilju.engine.request import EngineEvent, FinishReason, Request, RequestAborted, RequestEnded, RequestFailed, SamplingParams, TokenEvent
+from jilju.errors import ContextLengthExceeded, EmptyPrompt, InternalError, InvalidValue, TemplateFailed
+from jilju.text.stream import TextStream
+from jilju.text.template import encode_chat
+
+Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
+REST_OF_CONTEXT = -1
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    token_id: int
+    logprob: float
+    top: list[tuple[int, float]]  # (id, logprob), most probable first
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """A finished answer. `token_ids` counts every token that was made, the one that ended it included."""
+
+    prompt: Prompt
+    prompt_ids: list[int]
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason
+    stop_reason: str | int | None  # the stop string or stop id that ended it
+    seed: int  # the one given, or the one drawn: with it the completion can be had again
+    logprobs: list[TokenLogprob] | None
+    num_cached_tokens: int
+
+
+class Piece(msgspec.Struct, frozen=True):
+    """What one token adds to the text of prompt `index`; `text` may be empty. The last piece carries the completion."""
+
+    index: int
+    text: str
+    token_id: int | None
+    completion: Completion | None = None
+
+
+class _Run:
+    """One prompt of a call, on its way."""
+
+    def __init__(self, index: int, prompt: Prompt, request: Request, text: TextStream):
+        self.index, self.prompt, self.request, self.stream = index, prompt, request, text
+        self.text = ""
+        self.token_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.stop: str | None = None  # the stop string that was found; the completion waits for the engine's last word
+
+    def completion(self, reason: FinishReason, stop: str | int | None, num_cached: int) -> Completion:
+        params = self.request.params
+        assert params.seed is not None
+        return Completion(
+            prompt=self.prompt, prompt_ids=self.request.prompt_ids, text=self.text, token_ids=self.token_ids, finish_reason=reason,
+            stop_reason=stop, seed=params.seed, logprobs=self.logprobs if params.logprobs is not None else None, num_cached_tokens=num_cached,
+        )  # fmt: skip
+
+
+class LLM:
+    """A model with an engine of its own. `model` is a name of `jilju models` or the path of a GGUF file.
+
+    `context` is the longest sequence in tokens and `kv_memory` the memory of the KV cache ("1GiB" or bytes); by default both
+    are chosen as `jilju serve` does. Raises StartupError if the model cannot be had, read or held.
+    """
+
+    def __init__(
+        self, model: str = DEFAULT_MODEL, *, context: int | None = None, kv_memory: int | str | None = None, max_rows: int = 32,
+        step_tokens: int = 256, threads: int | None = None, progress: Callable[[int, int, str], None] | None = None,
+    ):  # fmt: skip
+        kv_bytes = parse_bytes(kv_memory, "kv_memory") if isinstance(kv_memory, str) else kv_memory
+        config = ServeConfig(model=model, context=context, kv_memory=kv_bytes, max_rows=max_rows, step_tokens=step_tokens, threads=threads)
+        model_file = open_model(model, progress or _silent)
+        self.config, options, self.memory = resolve_engine(model_file, config)
+        self.name, self.path = model_file.name, model_file.path
+        self.text = load_text(model_file)
+        self.engine, self.info = build_engine(options)
+        self._num_calls = 0
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the weights and the KV cache; the LLM is not used after that."""
+        self.engine.close()
+
+    @property
+    def defaults(self) -> SamplingParams:
+        """What a call without params uses: the model's own sampling defaults, up to the end of the context."""
+        return self.text.default_params(max_tokens=REST_OF_CONTEXT)
+
+    def generate(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> list[Completion]:
+        """Complete one prompt or several (texts, or lists of token ids); the completions stand in the prompts' order."""
+        return self._collect(self.stream(prompts, params))
+
+    def stream(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None) -> Iterator[Piece]:
+        """The same, token by token as they come. Leaving the loop early aborts what is left."""
+        listed = _listed(prompts)
+        return self._run([(p, self._encode(p)) for p in listed], params or self.defaults)
+
+    def chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Completion:
+        """Answer a conversation: [{"role": "user", "content": "..."}, ...] through the model's own chat template."""
+        return self._collect(self.chat_stream(messages, params))[0]
+
+    def chat_stream(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
+        if self.text.template is None:
+            raise TemplateFailed(f"{self.name} has no chat template; use generate()")
+        ids = encode_chat(self.text.template, self.text.tokenizer, [dict(m) for m in messages])
+        return self._run([(ids, ids)], params or self.defaults)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        tokenizer = self.text.tokenizer
+        if isinstance(prompt, str):
+            ids = tokenizer.encode(prompt, add_special_tokens=True)
+        else:
+            ids = list(prompt)
+            wrong = next((i for i in ids if not (isinstance(i, int) and 0 <= i < tokenizer.vocab_size)), None)
+            if wrong is not None:
+                raise InvalidValue(f"token id {wrong!r} is not in the vocabulary; allowed: 0 to {tokenizer.vocab_size - 1}", param="prompt")
+        if not ids:
+            raise EmptyPrompt("the prompt has no token; give at least one character", param="prompt")
+        return ids
+
+    def _run(self, prompts: list[tuple[Prompt, list[int]]], params: SamplingParams) -> Iterator[Piece]:
+        """Requests are checked and submitted on the call, not on the first `next`, so that errors come where the call stands."""
+        params.check()
+        for _, ids in prompts:
+            if len(ids) + max(params.max_tokens, 0) > self.info.max_context:
+                raise ContextLengthExceeded(
+                    f"{len(ids)} prompt tokens and max_tokens {params.max_tokens} exceed the context of {self.info.max_context}; shorten one of them"
+                )
+        self._num_calls += 1
+        runs: dict[str, _Run] = {}
+        for index, (prompt, ids) in enumerate(prompts):
+            wanted = params.max_tokens if params.max_tokens != REST_OF_CONTEXT else self.info.max_context - len(ids)
+            seed = params.seed if params.seed is not None else secrets.randbits(63)
+            own = msgspec.structs.replace(params, max_tokens=wanted, seed=seed)
+            request = Request(id=f"call-{self._num_calls}-{index}", prompt_ids=ids, params=own, end_ids=self.text.end_ids(own))
+            runs[request.id] = _Run(index, prompt, request, TextStream(self.text.tokenizer, stop=own.stop, min_tokens=own.min_tokens))
+        for run in runs.values():
+            self.engine.submit(run.request)
+        return self._pieces(runs)
+
+    def _pieces(self, runs: dict[str, _Run]) -> Iterator[Piece]:
+        try:
+            while runs:
+                for event in self.engine.step():
+                    run = runs.get(event.request_id)
+                    piece = None if run is None else self._advance(run, event)
+                    if piece is not None:
+                        if piece.completion is not None:
+                            del runs[event.request_id]
+                        yield piece
+        finally:
+            for request_id in runs:
+                self.engine.abort(request_id)
+            while self.engine.has_work():
+                self.engine.step()
+
+    def _advance(self, run: _Run, event: EngineEvent) -> Piece | None:
+        """What an event of a request shows of its answer; None for one that shows nothing."""
+        if isinstance(event, RequestFailed):
+            raise InternalError(f"prompt {run.index} failed: {event.code}: {event.message}")
+        if isinstance(event, RequestEnded):
+            return Piece(run.index, "", None, run.completion(event.finish_reason, None, event.times.num_cached_tokens))
+        if isinstance(event, RequestAborted):
+            return Piece(run.index, "", None, run.completion("stop", run.stop, event.times.num_cached_tokens))
+        if not isinstance(event, TokenEvent) or run.stop is not None:
+            return None
+        run.token_ids.append(event.token_id)
+        if event.logprob is not None:
+            run.logprobs.append(TokenLogprob(event.token_id, event.logprob, event.top or []))
+        found = run.stream.push(event.token_id)
+        text, stop = found.text, found.stop
+        if stop is None and event.finish_reason is not None:
+            rest = run.stream.finish()
+            text, stop = text + rest.text, rest.stop
+        run.text += text
+        run.stop = stop
+        if event.finish_reason is None:
+            if stop is not None:
+                self.engine.abort(run.request.id)
+            return Piece(run.index, text, event.token_id)
+        assert event.times is not None, "the last token of a request carries its times"
+        reason: FinishReason = "stop" if stop is not None else event.finish_reason
+        by_id = reason == "stop" and event.token_id in run.request.params.stop_token_ids
+        reached = stop if stop is not None else event.token_id if by_id else None
+        return Piece(run.index, text, event.token_id, run.completion(reason, reached, event.times.num_cached_tokens))
+
+    @staticmethod
+    def _collect(pieces: Iterator[Piece]) -> list[Completion]:
+        done = [(p.index, p.completion) for p in pieces if p.completion is not None]
+        return [completion for _, completion in sorted(done, key=lambda item: item[0])]
+
+
+def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt (a text, or ids) or several, as a list."""
+    if isinstance(prompts, str):
+        return [prompts]
+    if prompts and all(isinstance(p, int) for p in prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _silent(done_bytes: int, total_bytes: int, text: str) -> None:
+    pass
