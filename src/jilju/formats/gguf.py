@@ -115,6 +115,10 @@ class Metadata(Mapping[str, Any]):
     def __repr__(self) -> str:
         return f"Metadata({self._path!r}, {len(self)} keys)"
 
+    def array_length(self, key: str) -> int | None:
+        """Elements of the array `key`, without decoding it; None if there is no such array."""
+        return self._extents[key].count if key in self._extents else None
+
     def close(self) -> None:
         """Let go of the mapping; values decoded so far stay."""
         self._data = None

@@ -53,7 +53,7 @@ def _nibbles(raw: Bytes) -> Bytes:
 
 def _bits(raw: Bytes) -> Bytes:
     """Bytes [blocks, 4] -> [blocks, 32]: bit i of the little-endian word belongs to element i; here worth 16."""
-    return np.unpackbits(raw, axis=-1, bitorder="little") << 4
+    return np.unpackbits(raw, axis=-1, bitorder="little") << np.uint8(4)
 
 
 def _unpack_f32(b: Bytes) -> Floats:
@@ -115,7 +115,7 @@ def _unpack_q4_k(b: Bytes) -> Floats:
 
 def _unpack_q5_k(b: Bytes) -> Floats:
     group = np.arange(8, dtype=np.uint8)[:, None]
-    high = (b[:, None, 16:48] >> group & 1) << 4  # bit g of byte i belongs to element i of group g
+    high = (b[:, None, 16:48] >> group & np.uint8(1)) << np.uint8(4)  # bit g of byte i belongs to element i of group g
     return _unpack_k(b, _nibbles(b[:, 48:].reshape(-1, 4, 32)).reshape(-1, 8, 32) | high)
 
 
@@ -156,7 +156,7 @@ def _f16_bytes(x: Floats) -> Bytes:
 
 def _pack_nibbles(q: Bytes) -> Bytes:
     """[blocks, 32] below 16 -> bytes [blocks, 16]; first half low, second half high"""
-    return q[:, :16] | q[:, 16:] << 4
+    return q[:, :16] | q[:, 16:] << np.uint8(4)
 
 
 def _pack_bits(q: Bytes) -> Bytes:
@@ -202,12 +202,12 @@ def _pack_q4_1(x: Floats) -> Bytes:
 
 def _pack_q5_0(x: Floats) -> Bytes:
     d, q = _signed(x, 16)
-    return np.concatenate((_f16_bytes(d), _pack_bits(q), _pack_nibbles(q & 15)), axis=-1)
+    return np.concatenate((_f16_bytes(d), _pack_bits(q), _pack_nibbles(q & np.uint8(15))), axis=-1)
 
 
 def _pack_q5_1(x: Floats) -> Bytes:
     d, m, q = _affine(x, 31)
-    return np.concatenate((_f16_bytes(d), _f16_bytes(m), _pack_bits(q), _pack_nibbles(q & 15)), axis=-1)
+    return np.concatenate((_f16_bytes(d), _f16_bytes(m), _pack_bits(q), _pack_nibbles(q & np.uint8(15))), axis=-1)
 
 
 def _pack_q8_0(x: Floats) -> Bytes:

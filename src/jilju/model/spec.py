@@ -1,0 +1,256 @@
+"""Hyper-parameters of a model: what a GGUF file says of itself, strictly.
+
+Owns the families that jilju knows and the tensors that each must have. A key or tensor that is not understood, is missing or
+contradicts another is refused, not guessed: a model that runs slightly wrong is worse than one that does not run. Knows
+nothing of ops or weights' bytes.
+"""
+
+import math
+from typing import Any, Literal, NoReturn
+
+import msgspec
+
+from jilju.errors import ModelFileError
+from jilju.formats.gguf import GgufFile
+
+FamilyName = Literal["llama", "qwen2"]
+RopeStyle = Literal["halves", "interleaved"]
+DEFAULT_ROPE_THETA = 10_000.0  # the GGUF specification's value of an absent rope.freq_base
+MAX_INT32 = 2**31 - 1
+
+
+class Family(msgspec.Struct, frozen=True):
+    """What `general.architecture` implies and no key says."""
+
+    rope_style: RopeStyle
+    attention_bias: bool  # biases on q, k and v
+
+
+FAMILIES: dict[FamilyName, Family] = {
+    "llama": Family(rope_style="interleaved", attention_bias=False),  # its q and k rows are permuted in the file
+    "qwen2": Family(rope_style="halves", attention_bias=True),
+}
+
+
+class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All that decides a model's plan, number formats aside."""
+
+    family: FamilyName
+    name: str
+    num_layers: int
+    hidden_width: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    ffn_width: int
+    vocab_size: int
+    max_context: int
+    rope_theta: float
+    rope_style: RopeStyle
+    rms_eps: float
+    tied_head: bool  # the head is the embedding table
+    attention_bias: bool
+
+    @property
+    def q_width(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        return self.num_kv_heads * self.head_dim
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the file by name: (num_outputs, num_inputs) of a matrix, (width,) of a vector."""
+        hidden, ffn = self.hidden_width, self.ffn_width
+        shapes: dict[str, tuple[int, ...]] = {
+            "token_embd.weight": (self.vocab_size, hidden),
+            "output_norm.weight": (hidden,),
+        }
+        if not self.tied_head:
+            shapes["output.weight"] = (self.vocab_size, hidden)
+        for layer in range(self.num_layers):
+            prefix = f"blk.{layer}"
+            shapes[f"{prefix}.attn_norm.weight"] = (hidden,)
+            shapes[f"{prefix}.attn_q.weight"] = (self.q_width, hidden)
+            shapes[f"{prefix}.attn_k.weight"] = (self.kv_width, hidden)
+            shapes[f"{prefix}.attn_v.weight"] = (self.kv_width, hidden)
+            shapes[f"{prefix}.attn_output.weight"] = (hidden, self.q_width)
+            shapes[f"{prefix}.ffn_norm.weight"] = (hidden,)
+            shapes[f"{prefix}.ffn_gate.weight"] = (ffn, hidden)
+            shapes[f"{prefix}.ffn_up.weight"] = (ffn, hidden)
+            shapes[f"{prefix}.ffn_down.weight"] = (hidden, ffn)
+            if self.attention_bias:
+                shapes[f"{prefix}.attn_q.bias"] = (self.q_width,)
+                shapes[f"{prefix}.attn_k.bias"] = (self.kv_width,)
+                shapes[f"{prefix}.attn_v.bias"] = (self.kv_width,)
+        return shapes
+
+
+# Keys under the architecture's prefix that are read below.
+READ_KEYS = frozenset({
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.dimension_count", "rope.freq_base",
+})  # fmt: skip
+
+# Keys that change the model unless they hold this value; any key in neither table is refused.
+NEUTRAL_VALUES: dict[str, Any] = {
+    "rope.scaling.type": "none",
+    "rope.scaling.factor": 1.0,
+    "rope.scaling.finetuned": False,
+    "rope.scale_linear": 1.0,
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "attention.causal": True,
+    "attention.max_alibi_bias": 0.0,
+    "attention.clamp_kqv": 0.0,
+    "logit_scale": 1.0,
+    "use_parallel_residual": False,
+    "tensor_data_layout": "Meta AI original pth",  # q and k permuted, as in every llama file
+}
+
+
+def spec_from_gguf(gguf: GgufFile) -> ModelSpec:
+    """The file's hyper-parameters, checked against its tensors. Raises ModelFileError."""
+    return _SpecReader(gguf).read()
+
+
+class _SpecReader:
+    def __init__(self, gguf: GgufFile):
+        self._gguf = gguf
+        family = self._value("general.architecture", str)
+        if family not in FAMILIES:
+            self._fail(
+                "metadata 'general.architecture'", family, f"{' or '.join(FAMILIES)}; jilju does not know this one"
+            )
+        self._family: FamilyName = family
+
+    def read(self) -> ModelSpec:
+        self._refuse_unknown_keys()
+        family = FAMILIES[self._family]
+        hidden = self._int("embedding_length")
+        num_heads = self._int("attention.head_count")
+        num_kv_heads = self._int("attention.head_count_kv", default=num_heads)
+        if num_heads % num_kv_heads:
+            self._fail_key("attention.head_count_kv", num_kv_heads, f"a divisor of the {num_heads} query heads")
+        spec = ModelSpec(
+            family=self._family,
+            name=self._value("general.name", str, default=self._family),
+            num_layers=self._int("block_count", maximum=len(self._gguf.tensors)),
+            hidden_width=hidden,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=self._head_dim(hidden, num_heads),
+            ffn_width=self._int("feed_forward_length"),
+            vocab_size=self._vocab_size(),
+            max_context=self._int("context_length"),
+            rope_theta=self._positive_float("rope.freq_base", default=DEFAULT_ROPE_THETA),
+            rope_style=family.rope_style,
+            rms_eps=self._positive_float("attention.layer_norm_rms_epsilon"),
+            tied_head="output.weight" not in self._gguf.tensors,
+            attention_bias=family.attention_bias,
+        )
+        window = self._int("attention.sliding_window", default=spec.max_context)
+        if window < spec.max_context:
+            self._fail_key("attention.sliding_window", window, f"absent or at least the context of {spec.max_context}")
+        self._check_tensors(spec)
+        return spec
+
+    def _refuse_unknown_keys(self) -> None:
+        prefix = f"{self._family}."
+        for key in self._gguf.metadata:
+            if not key.startswith(prefix) or key.removeprefix(prefix) in READ_KEYS:
+                continue
+            name = key.removeprefix(prefix)
+            if name not in NEUTRAL_VALUES:
+                self._fail(
+                    f"metadata {key!r}",
+                    "a key that jilju does not know",
+                    f"of {prefix}*: {', '.join(sorted(READ_KEYS))}",
+                )
+            neutral, given = NEUTRAL_VALUES[name], self._gguf.metadata[key]
+            if given != neutral or isinstance(given, bool) != isinstance(neutral, bool):
+                self._fail_key(name, given, f"absent or {neutral!r}; other values are not supported")
+
+    def _head_dim(self, hidden: int, num_heads: int) -> int:
+        if f"{self._family}.attention.key_length" in self._gguf.metadata:
+            head_dim = self._int("attention.key_length")
+        elif hidden % num_heads:
+            self._fail_key("attention.head_count", num_heads, f"a divisor of the embedding length {hidden}")
+        else:
+            head_dim = hidden // num_heads
+        if head_dim % 2:
+            self._fail_key("attention.key_length", head_dim, "an even head size, for rotary positions")
+        for key in ("attention.value_length", "rope.dimension_count"):
+            given = self._int(key, default=head_dim)
+            if given != head_dim:
+                self._fail_key(key, given, f"absent or the head size {head_dim}")
+        return head_dim
+
+    def _vocab_size(self) -> int:
+        """Rows of the embedding table, which other places of the file must agree with."""
+        table = self._gguf.tensors.get("token_embd.weight")
+        if table is None or len(table.shape) != 2:
+            shown = "missing" if table is None else f"of shape {table.shape}"
+            self._fail("tensor 'token_embd.weight'", shown, "a matrix (vocabulary, embedding length)")
+        num_rows = table.shape[0]
+        if num_rows > MAX_INT32:
+            self._fail("tensor 'token_embd.weight', rows", num_rows, f"1 to {MAX_INT32}")
+        given = self._int("vocab_size", default=num_rows)
+        if given != num_rows:
+            self._fail_key("vocab_size", given, f"the {num_rows} rows of token_embd.weight")
+        num_tokens = self._gguf.metadata.array_length("tokenizer.ggml.tokens")
+        if num_tokens not in (None, num_rows):
+            self._fail(
+                "metadata 'tokenizer.ggml.tokens', length", num_tokens, f"the {num_rows} rows of token_embd.weight"
+            )
+        return num_rows
+
+    def _check_tensors(self, spec: ModelSpec) -> None:
+        shapes = spec.tensor_shapes()
+        for name, shape in shapes.items():
+            tensor = self._gguf.tensors.get(name)
+            if tensor is None:
+                self._fail(f"tensor '{name}'", "missing", f"shape {shape}")
+            if tensor.shape != shape:
+                self._fail(f"tensor '{name}', shape", tensor.shape, f"{shape}, by the file's metadata")
+        for name in self._gguf.tensors:
+            if name == "rope_freqs.weight":
+                self._fail(
+                    f"tensor '{name}'",
+                    "there",
+                    "none: scaled rotary frequencies (Llama 3.1 and later) are not supported yet",
+                )
+            if name not in shapes:
+                self._fail(
+                    f"tensor {name!r}",
+                    "there",
+                    f"the {len(shapes)} tensors of a {self._family} model of {spec.num_layers} layers",
+                )
+
+    def _int(self, key: str, *, default: int | None = None, maximum: int = MAX_INT32) -> int:
+        value = self._value(f"{self._family}.{key}", int, default)
+        if not 1 <= value <= maximum:
+            self._fail_key(key, value, f"1 to {maximum}")
+        return int(value)
+
+    def _positive_float(self, key: str, *, default: float | None = None) -> float:
+        value = self._value(f"{self._family}.{key}", float, default)
+        if not (math.isfinite(value) and value > 0):
+            self._fail_key(key, value, "a positive number")
+        return float(value)
+
+    def _value(self, key: str, type_: type, default: Any = None) -> Any:
+        value = self._gguf.metadata.get(key, default)
+        if value is None:
+            self._fail(f"metadata {key!r}", "missing", f"one {type_.__name__}")
+        if type(value) is not type_:
+            shown = f"a list of {len(value)}" if isinstance(value, list) else repr(value)
+            self._fail(f"metadata {key!r}", shown, f"one {type_.__name__}")
+        return value
+
+    def _fail_key(self, key: str, given: object, allowed: str) -> NoReturn:
+        self._fail(f"metadata '{self._family}.{key}'", given, allowed)
+
+    def _fail(self, field: str, given: object, allowed: str) -> NoReturn:
+        raise ModelFileError(self._gguf.path, field, given, allowed)

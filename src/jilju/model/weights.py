@@ -1,0 +1,37 @@
+"""Weights: the tensors of a file, checked against the plan that will use them.
+
+Owns the check that a file holds exactly what a plan needs, in formats that the ops take. Copies nothing: the views lie in
+the file's mapping and keep it alive. Knows nothing of what backends make of them.
+"""
+
+from jilju.errors import ModelFileError
+from jilju.formats.ggml import GgmlType
+from jilju.formats.gguf import GgufFile
+from jilju.plan import Plan, WeightTensor
+
+
+def load_weights(gguf: GgufFile, plan: Plan) -> dict[str, WeightTensor]:
+    """Every weight of the plan by name. Raises ModelFileError where the file differs from the plan."""
+    weights: dict[str, WeightTensor] = {}
+    for name, wanted in plan.weights.items():
+        tensor = gguf.tensors.get(name)
+        if tensor is None:
+            raise ModelFileError(
+                gguf.path,
+                f"tensor '{name}'",
+                "missing",
+                f"{wanted.type.name} of {wanted.num_outputs} x {wanted.num_inputs}",
+            )
+        shape = (
+            (wanted.num_inputs,)
+            if wanted.num_outputs == 1 and len(tensor.shape) == 1
+            else (wanted.num_outputs, wanted.num_inputs)
+        )
+        if tensor.shape != shape:
+            raise ModelFileError(gguf.path, f"tensor '{name}', shape", tensor.shape, str(shape))
+        if tensor.type is not wanted.type:
+            raise ModelFileError(gguf.path, f"tensor '{name}', type", tensor.type.name, wanted.type.name)
+        if len(shape) == 1 and tensor.type is not GgmlType.F32:
+            raise ModelFileError(gguf.path, f"tensor '{name}', type", tensor.type.name, "F32 for a vector")
+        weights[name] = WeightTensor(name, tensor.type, tensor.shape, gguf.tensor_data(name))
+    return weights
