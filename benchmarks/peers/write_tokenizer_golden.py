@@ -1,0 +1,98 @@
+"""Writes what llama.cpp's tokenizer makes of the corpus: tests/golden/tokenizer/<model>.json, one file a model.
+
+Runs under an environment that has llama-cpp-python. Arguments: pairs NAME=FILE of a model's name and its GGUF file. For every
+line of corpus.json the ids with special tokens as text and as tokens, and the ids that end a generation. The vocabulary of
+smollm2-135m is also read under each other pre-tokenizer that jilju knows, so that each pattern has a peer.
+"""
+
+import json
+import shutil
+import struct
+import sys
+import tempfile
+from pathlib import Path
+
+import llama_cpp
+from llama_cpp import Llama
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden" / "tokenizer"
+PRE_TOKENIZERS = ("default", "gpt-2", "llama-bpe", "qwen2", "deepseek-r1-qwen", "starcoder", "refact", "command-r")
+STRING = 8  # GGUF's number of a string value
+
+
+def load(path: Path) -> Llama:
+    return Llama(str(path), vocab_only=True, verbose=False)
+
+
+def tokenize(llm: Llama, lines: list[str], *, special: bool) -> list[list[int]]:
+    return [llm.tokenize(line.encode(), add_bos=False, special=special) for line in lines]
+
+
+def end_ids(llm: Llama) -> list[int]:
+    vocab = llama_cpp.llama_model_get_vocab(llm.model)
+    return [id_ for id_ in range(llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, id_)]
+
+
+def pair(key: str, value: str) -> bytes:
+    """A string of the metadata as it lies in the file."""
+    return b"".join(
+        (struct.pack("<Q", len(key)), key.encode(), struct.pack("<IQ", STRING, len(value)), value.encode())
+    )
+
+
+def with_pre(path: Path, metadata: dict[str, str], pre: str, to: Path) -> None:
+    """A copy of the file's header under another `pre`. The model's name gives or takes the difference in length, so nothing
+    moves; the weights are left out (a hole of the same size), as nobody reads them."""
+    old_pre, name = metadata["tokenizer.ggml.pre"], metadata["general.name"]
+    room = len(name) + len(old_pre) - len(pre)
+    with path.open("rb") as file:
+        header = file.read(16 << 20)
+    for key, old, new in (("tokenizer.ggml.pre", old_pre, pre), ("general.name", name, "x" * room)):
+        assert header.count(pair(key, old)) == 1, f"{path}: {key} is not where it should be"
+        header = header.replace(pair(key, old), pair(key, new))
+    with to.open("wb") as file:
+        file.write(header)
+        file.truncate(path.stat().st_size)
+
+
+def renderings(llm: Llama, chats: list[list[dict[str, str]]]) -> list[str]:
+    """The model's own template, by llama-cpp-python's renderer."""
+    template = Jinja2ChatFormatter(
+        template=llm.metadata["tokenizer.chat_template"],
+        bos_token=llm._model.token_get_text(llm.token_bos()),
+        eos_token=llm._model.token_get_text(llm.token_eos()),
+    )
+    return [template(messages=chat).prompt for chat in chats]
+
+
+def main(models: dict[str, Path]) -> None:
+    lines = json.loads((GOLDEN / "corpus.json").read_text())
+    chats = json.loads((GOLDEN / "chats.json").read_text())
+    for name, path in models.items():
+        llm = load(path)
+        prompts = renderings(llm, chats)
+        golden = {
+            "peer": f"llama-cpp-python {llama_cpp.__version__}",
+            "end_ids": end_ids(llm),
+            "prompts": prompts,
+            "prompt_ids": tokenize(llm, prompts, special=True),
+            "ids": tokenize(llm, lines, special=False),
+            "special_ids": tokenize(llm, lines, special=True),
+        }
+        if name == "smollm2-135m":
+            golden["pre"] = {}
+            scratch = Path(tempfile.mkdtemp())
+            for pre in PRE_TOKENIZERS:
+                with_pre(path, llm.metadata, pre, scratch / f"{pre}.gguf")
+                golden["pre"][pre] = tokenize(load(scratch / f"{pre}.gguf"), lines, special=False)
+            shutil.rmtree(scratch)
+        # one line a list of ids: a change shows as the lines it touches
+        text = json.dumps(golden, separators=(",", ":")).replace("],[", "],\n[").replace(',"', ',\n"')
+        assert json.loads(text) == golden, f"{name}: the line breaks changed the text"
+        (GOLDEN / f"{name}.json").write_text(text + "\n")
+        print(f"{name}: {len(lines)} lines, {len(chats)} chats")
+
+
+if __name__ == "__main__":
+    main({name: Path(path) for name, _, path in (argument.partition("=") for argument in sys.argv[1:])})
