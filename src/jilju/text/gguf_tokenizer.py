@@ -1,0 +1,366 @@
+"""The tokenizer that a GGUF file describes: byte-level BPE (`tokenizer.ggml.model` = gpt2).
+
+Owns the checks of the file's tables, the pre-tokenizers by name (`tokenizer.ggml.pre`) and which tokens end a turn; merging
+itself is done by the `tokenizers` library. The measure is llama.cpp's tokenizer on the same file: the same ids for the same
+text, where docs/decisions/0004-tokenizer-differences.md says nothing else. A vocabulary or a pre-tokenizer that is not known
+here is refused, never guessed. Knows nothing of chats or engines.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+from tokenizers import Regex, models, pre_tokenizers
+from tokenizers import Tokenizer as LibraryTokenizer
+
+from jilju.errors import InvalidValue, ModelFileError
+from jilju.text.tokenizer import Tokenizer
+
+# Token types of the GGUF specification.
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+# The largest vocabulary in use has about 262,000 tokens and 514,000 merges; four times that is no honest file.
+MAX_TOKENS = 1 << 20
+MAX_MERGES = 1 << 21
+MAX_TOKEN_CHARS = 4096
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
+_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+class PreTokenizer(NamedTuple):
+    """How text is cut before merging: each pattern cuts what the one before it left; text between matches is a piece."""
+
+    patterns: tuple[str, ...]
+    whole_words: bool = False  # a piece that is a token is that token, whatever the merges say
+    add_bos: bool = False  # where the file does not say
+
+
+_DIGITS_THEN_GPT2 = PreTokenizer((r"\p{N}", _GPT2))
+_LLAMA3 = PreTokenizer((_CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST,), whole_words=True, add_bos=True)
+_QWEN2 = PreTokenizer((_CONTRACTIONS + _WORDS + r"\p{N}" + _REST,))
+
+# Each of these names is compared with llama.cpp over the corpus in tests/golden/tokenizer.
+PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
+    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
+    "gpt-2": PreTokenizer((_GPT2,)),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+    "smollm": _DIGITS_THEN_GPT2,
+    "starcoder": _DIGITS_THEN_GPT2,
+    "refact": _DIGITS_THEN_GPT2,
+    "command-r": _DIGITS_THEN_GPT2,
+}
+
+# Control tokens that end an answer by their text, since files name only one eos: the list llama.cpp goes by. The last eight
+# are those of code models, where the next file or repository begins.
+_END_TEXTS = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<｜end▁of▁sentence｜>",  # noqa: RUF001 (the token's own characters)
+    "<end_of_utterance>",
+    "<|fim_pad|>",
+    "<fim-pad>",
+    "<fim_pad>",
+    "<|fim_repo|>",
+    "<|repo_name|>",
+    "<fim-repo>",
+    "<reponame>",
+    "<|file_sep|>",
+)
+
+
+def _byte_of_char() -> dict[str, int]:
+    """The byte-level alphabet: a printable Latin-1 byte is its own character, the others are U+0100 upwards in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR: Mapping[str, int] = _byte_of_char()
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class GgufTokenizer:
+    """See `text.tokenizer.Tokenizer`; made by `load_tokenizer`."""
+
+    def __init__(
+        self,
+        bpe: LibraryTokenizer,
+        tokens: list[str],
+        types: list[int],
+        *,
+        bos_id: int | None,
+        eos_ids: tuple[int, ...],
+        add_bos: bool,
+        add_eos: bool,
+    ):
+        self.vocab_size = len(tokens)
+        self.bos_id = bos_id
+        self.eos_ids = eos_ids
+        self.add_bos = add_bos
+        self.add_eos = add_eos
+        marked = [id_ for id_, type_ in enumerate(types) if type_ != NORMAL]
+        self.special_ids = frozenset(id_ for id_ in marked if types[id_] in (CONTROL, UNKNOWN))
+        self.special_texts: Mapping[str, int] = {tokens[id_]: id_ for id_ in sorted(self.special_ids)}
+        user_texts = {tokens[id_]: id_ for id_ in marked if types[id_] == USER_DEFINED}
+        self._bpe = bpe
+        self._tokens = tokens
+        self._types = types
+        self._marked_ids = {**self.special_texts, **user_texts}
+        self._user_defined = _longest_of(user_texts)
+        self._any_marked = _longest_of(self._marked_ids)
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+        _check_unicode(text)
+        marked = self._any_marked if parse_special else self._user_defined
+        ids: list[int] = []
+        if add_special_tokens and self.add_bos and self.bos_id is not None:
+            ids.append(self.bos_id)
+        # Text and marked tokens take turns: the pattern is one group, so `split` keeps what it matched.
+        for index, piece in enumerate(marked.split(text) if marked else (text,)):
+            if index % 2 == 1:
+                ids.append(self._marked_ids[piece])
+            elif piece:
+                ids += self._bpe.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+        if add_special_tokens and self.add_eos and self.eos_ids:
+            ids.append(self.eos_ids[0])
+        return ids
+
+    def token_bytes(self, token_id: int) -> bytes:
+        token = self._token(token_id)
+        match self._types[token_id]:
+            case 1:  # NORMAL
+                try:
+                    return bytes([_BYTE_OF_CHAR[char] for char in token])
+                except KeyError:  # written as plain text in the file
+                    return token.encode()
+            case 5:  # UNUSED: padding of the embedding table, stands for nothing
+                return b""
+            case 6:  # BYTE: load_tokenizer checked the form
+                return bytes([int(token[3:5], 16)])
+            case _:
+                return token.encode()
+
+    def token_text(self, token_id: int) -> str:
+        shown = self.token_bytes(token_id).decode(errors="replace")
+        return shown or self._token(token_id)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        kept = (id_ for id_ in ids if not (skip_special_tokens and id_ in self.special_ids))
+        return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
+
+    def _token(self, token_id: int) -> str:
+        if not 0 <= token_id < self.vocab_size:
+            raise InvalidValue(f"token id {token_id} is outside the vocabulary; allowed: 0 to {self.vocab_size - 1}")
+        return self._tokens[token_id]
+
+
+def load_tokenizer(metadata: Mapping[str, Any], *, file: str) -> Tokenizer:
+    """The tokenizer of a GGUF file's metadata. `file` names it in errors: ModelFileError for every table that lies."""
+    fields = _Fields(metadata, file)
+    model = fields.text("tokenizer.ggml.model")
+    if model != "gpt2":
+        raise ModelFileError(file, "tokenizer.ggml.model", model, "gpt2 (byte-level BPE), the only kind read so far")
+    pre_name = fields.text("tokenizer.ggml.pre")
+    if pre_name not in PRE_TOKENIZERS:
+        raise ModelFileError(file, "tokenizer.ggml.pre", pre_name, f"one of {', '.join(sorted(PRE_TOKENIZERS))}")
+    if fields.flag("tokenizer.ggml.add_space_prefix", False):
+        raise ModelFileError(file, "tokenizer.ggml.add_space_prefix", True, "false for byte-level BPE")
+    pre = PRE_TOKENIZERS[pre_name]
+
+    tokens, vocab = fields.tokens()
+    types = fields.token_types(tokens)
+    merges = fields.merges(vocab)
+    eos_ids = _end_ids(fields, vocab, types)
+    try:
+        bpe = LibraryTokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.whole_words))
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        return GgufTokenizer(
+            bpe,
+            tokens,
+            types,
+            bos_id=fields.token_id("tokenizer.ggml.bos_token_id", len(tokens)),
+            eos_ids=eos_ids,
+            add_bos=fields.flag("tokenizer.ggml.add_bos_token", pre.add_bos),
+            add_eos=fields.flag("tokenizer.ggml.add_eos_token", False),
+        )
+    except RecursionError:
+        raise ModelFileError(
+            file, "tokenizer.ggml.tokens", "special tokens that nest in one another", "distinct special tokens"
+        ) from None
+
+
+class _Fields:
+    """Metadata read strictly: present, of the right type, in range, or a ModelFileError."""
+
+    def __init__(self, metadata: Mapping[str, Any], file: str):
+        self._metadata = metadata
+        self._file = file
+
+    def text(self, key: str) -> str:
+        value = self._metadata.get(key)
+        if not isinstance(value, str):
+            raise ModelFileError(self._file, key, _shown(value), "a string")
+        return value
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._metadata.get(key, default)
+        if not isinstance(value, bool):
+            raise ModelFileError(self._file, key, _shown(value), "true or false")
+        return value
+
+    def token_id(self, key: str, num_tokens: int) -> int | None:
+        if key not in self._metadata:
+            return None
+        value = self._metadata[key]
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < num_tokens:
+            raise ModelFileError(self._file, key, _shown(value), f"an id from 0 to {num_tokens - 1}")
+        return value
+
+    def tokens(self) -> tuple[list[str], dict[str, int]]:
+        key = "tokenizer.ggml.tokens"
+        tokens = self._array(key, str, MAX_TOKENS)
+        vocab = {token: id_ for id_, token in enumerate(tokens)}
+        if len(vocab) != len(tokens):
+            id_ = next(id_ for id_, token in enumerate(tokens) if vocab[token] != id_)
+            raise ModelFileError(
+                self._file, f"{key}[{id_}]", repr(tokens[id_]), f"every token once; id {vocab[tokens[id_]]} has it too"
+            )
+        lengths = list(map(len, tokens))
+        if not lengths or min(lengths) == 0 or max(lengths) > MAX_TOKEN_CHARS:
+            worst = next((id_ for id_, n in enumerate(lengths) if not 0 < n <= MAX_TOKEN_CHARS), 0)
+            given = f"{lengths[worst]} characters" if lengths else "no token at all"
+            raise ModelFileError(self._file, f"{key}[{worst}]", given, f"1 to {MAX_TOKEN_CHARS} characters")
+        return tokens, vocab
+
+    def token_types(self, tokens: list[str]) -> list[int]:
+        key = "tokenizer.ggml.token_type"
+        types = self._array(key, int, MAX_TOKENS)
+        if len(types) != len(tokens):
+            raise ModelFileError(self._file, key, f"{len(types)} entries", f"one for each of the {len(tokens)} tokens")
+        for type_ in set(types):
+            if not NORMAL <= type_ <= BYTE:
+                raise ModelFileError(self._file, f"{key}[{types.index(type_)}]", type_, f"{NORMAL} to {BYTE}")
+        for id_, token in enumerate(tokens) if BYTE in types else ():
+            if types[id_] == BYTE and not _BYTE_TOKEN.fullmatch(token):
+                raise ModelFileError(
+                    self._file, f"tokenizer.ggml.tokens[{id_}]", repr(token), "<0x00> to <0xFF> for a byte token"
+                )
+        return types
+
+    def merges(self, vocab: dict[str, int]) -> list[tuple[str, str]]:
+        key = "tokenizer.ggml.merges"
+        merges = self._array(key, str, MAX_MERGES)
+        pairs: list[tuple[str, ...]] = [tuple(merge.split(" ")) for merge in merges]
+        is_token = vocab.__contains__  # 150,000 merges at start-up: the checks run without a Python frame an entry
+        sound = (
+            len(set(merges)) == len(merges)
+            and set(map(len, pairs)) <= {2}
+            and all(map(is_token, chain.from_iterable(pairs)))
+            and all(map(is_token, map("".join, pairs)))
+        )
+        if not sound:
+            self._refuse_merges(key, merges, vocab)
+        return pairs  # type: ignore[return-value]  # every pair has two parts
+
+    def _refuse_merges(self, key: str, merges: list[str], vocab: dict[str, int]) -> None:
+        seen: set[str] = set()
+        for rank, merge in enumerate(merges):
+            parts = merge.split(" ")
+            unknown = [part for part in (*parts, "".join(parts)) if part not in vocab]
+            if len(parts) != 2:
+                allowed = "two tokens with one space between them"
+            elif unknown:
+                allowed = f"tokens of the vocabulary; {unknown[0]!r} is none"
+            elif merge in seen:
+                allowed = "every merge once"
+            else:
+                seen.add(merge)
+                continue
+            raise ModelFileError(self._file, f"{key}[{rank}]", repr(merge), allowed)
+        raise AssertionError("merges were refused without a reason")
+
+    def _array(self, key: str, kind: type, max_length: int) -> list[Any]:
+        value = self._metadata.get(key)
+        if not isinstance(value, list):
+            raise ModelFileError(self._file, key, _shown(value), f"an array of {kind.__name__}")
+        if len(value) > max_length:
+            raise ModelFileError(self._file, key, f"{len(value)} entries", f"at most {max_length}")
+        if set(map(type, value)) - {kind}:
+            index = next(index for index, entry in enumerate(value) if type(entry) is not kind)
+            raise ModelFileError(self._file, f"{key}[{index}]", _shown(value[index]), f"{kind.__name__}")
+        return value
+
+
+def _end_ids(fields: _Fields, vocab: Mapping[str, int], types: list[int]) -> tuple[int, ...]:
+    """The file's eos, eot and eom, then the control tokens with an end text. A token of that text that is no control token
+    is ordinary: `</s>` in a vocabulary for code closes an HTML element."""
+    named = [fields.token_id(f"tokenizer.ggml.{name}_token_id", len(types)) for name in ("eos", "eot", "eom")]
+    by_text = [vocab[text] for text in _END_TEXTS if text in vocab and types[vocab[text]] == CONTROL]
+    return tuple(dict.fromkeys([*(id_ for id_ in named if id_ is not None), *by_text]))
+
+
+def _longest_of(texts: Iterable[str]) -> re.Pattern[str] | None:
+    """One group that matches the longest of `texts` that begins at a place: a tree of common beginnings, so that a place
+    costs its matching characters and not a try of every text. None if there are no texts."""
+    ordered = sorted(texts)
+    return re.compile(f"({_tree(ordered, 0)})") if ordered else None
+
+
+def _tree(ordered: list[str], start: int) -> str:
+    """Pattern for the rest, from `start`, of sorted texts that agree before it."""
+    first, last = ordered[0], ordered[-1]
+    end = start
+    while end < len(first) and end < len(last) and first[end] == last[end]:
+        end += 1
+    stem = re.escape(first[start:end])
+    ends_here = len(first) == end
+    longer = ordered[1:] if ends_here else ordered
+    if not longer:
+        return stem
+    groups: dict[str, list[str]] = {}
+    for text in longer:
+        groups.setdefault(text[end], []).append(text)
+    branches = "|".join(_tree(group, end) for group in groups.values())
+    return f"{stem}(?:{branches}){'?' if ends_here else ''}"
+
+
+def _check_unicode(text: str) -> None:
+    if text.isascii():
+        return
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValue(
+            f"the text holds a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}; "
+            "allowed: Unicode text that has a UTF-8 form"
+        ) from None
+
+
+def _shown(value: object) -> str:
+    return "missing" if value is None else f"{type(value).__name__} {repr(value)[:60]}"
