@@ -80,6 +80,7 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
     first_token_ns: int = 0  # commit of its first token (of this engine)
     last_token_ns: int = 0
     stalled_ns: int = 0  # within decode: share of steps spent on others' prefill tokens, by token count
+    resume_ns: int = 0  # within decode: from deaths of the engine to the next token; measured by the supervisor
     num_steps: int = 0
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     num_preemptions: int = 0

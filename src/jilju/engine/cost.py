@@ -1,0 +1,70 @@
+"""Step cost: FLOPs and bytes of a step, as the plan's ops count them, fast enough to be asked in every step.
+
+Owns the grouping of a plan's ops: the layers of a model repeat the same few, so each kind is asked once and multiplied.
+Knows nothing of what an op counts; the sums equal plan.flops() and plan.bytes().
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import msgspec
+
+from jilju.engine.scheduler import Step
+from jilju.plan import Op, Plan, StepShape, Value, WeightSpec
+
+
+@dataclass(frozen=True)
+class _Totals(StepShape):
+    """A shape whose sums are made once, not once an op."""
+
+    num_tokens: int = 0
+    num_attended: int = 0
+    num_keys_read: int = 0
+
+
+class StepCost:
+    def __init__(self, plan: Plan, kv_element_bytes: int):
+        self._kv_element_bytes = kv_element_bytes
+        # Names of weights, numbers of buffers and layers do not enter a cost: ops that differ in nothing else are one kind.
+        self._kinds = list(Counter(_nameless(op) for op in plan.ops).items())
+
+    def of(self, step: Step) -> tuple[int, int]:
+        """FLOPs and bytes."""
+        shape = step_totals(step)
+        flops = num_bytes = 0
+        for op, count in self._kinds:
+            flops += count * op.flops(shape)
+            num_bytes += count * op.bytes(shape, self._kv_element_bytes)
+        return flops, num_bytes
+
+
+def step_totals(step: Step) -> StepShape:
+    starts = tuple([row.start for row in step.rows])
+    counts = tuple([row.count for row in step.rows])
+    return _Totals(
+        starts=starts,
+        counts=counts,
+        num_logits=sum([row.num_logits for row in step.rows]),
+        num_tokens=sum(counts),
+        num_attended=sum([q * c + q * (q + 1) // 2 for c, q in zip(starts, counts, strict=True)]),
+        num_keys_read=sum(starts) + sum(counts),
+    )
+
+
+def _nameless(op: Op) -> Op:
+    changes: dict[str, object] = {}
+    for name in op.__struct_fields__:
+        changes[name] = _strip(getattr(op, name))
+    if "layer" in changes:
+        changes["layer"] = 0
+    return msgspec.structs.replace(op, **changes)
+
+
+def _strip(value: object) -> object:
+    if isinstance(value, Value):
+        return msgspec.structs.replace(value, buffer=0, offset=0)
+    if isinstance(value, WeightSpec):
+        return msgspec.structs.replace(value, name="")
+    if isinstance(value, tuple):
+        return tuple(_strip(part) for part in value)
+    return value

@@ -1,0 +1,180 @@
+"""The engine: schedule, run, commit; one step at a time.
+
+Owns the order of a step and its record in the log. Knows nothing of what it is called from: a thread beside a server's
+event loop, the main loop of an engine process, a plain script or a simulation on a virtual clock.
+"""
+
+import logging
+
+from jilju.clock import Clock
+from jilju.engine.client import EngineInfo, EngineStatus
+from jilju.engine.cost import StepCost
+from jilju.engine.events import EventLog, StepRecord
+from jilju.engine.pack import pack
+from jilju.engine.request import EngineEvent, Request, RequestAborted, RequestTimes, is_terminal
+from jilju.engine.scheduler import Scheduler, Step
+from jilju.errors import InternalError, Overloaded
+from jilju.plan import Executor, Limits, Plan
+
+logger = logging.getLogger(__name__)
+
+MAX_REQUESTS = 4096  # live requests of an engine; each holds its prompt, so some bound there must be
+
+
+class Engine:
+    """`executor` has loaded `plan` within `limits`. `hash_key` keys the prefix cache's hash; a secret one where salts matter."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        executor: Executor,
+        limits: Limits,
+        clock: Clock,
+        *,
+        log: EventLog | None = None,
+        hash_key: bytes = b"",
+        max_requests: int = MAX_REQUESTS,
+        load_ms: float = 0.0,
+    ):
+        self.limits = limits
+        self.log = log if log is not None else EventLog()
+        self.info = _info(plan, executor, limits, load_ms)
+        self.imbalance = 0
+        self.scheduler = Scheduler(limits, hash_key)
+        self._executor = executor
+        self._clock = clock
+        self._max_requests = max_requests
+        self._cost = StepCost(plan, executor.kv_bytes_per_token(plan) // plan.kv.elements_per_token)
+        self._num_aborted = 0  # since the last record
+        self._num_accepted = self._num_ended = 0
+        self._step_end_ns = clock.now_ns()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises ContextLengthExceeded, KvCapacityExceeded or Overloaded; what is taken gets one terminal event."""
+        if self.scheduler.num_live >= self._max_requests:
+            raise Overloaded(f"the engine holds {self._max_requests} requests, its bound; try again later", retry_after_s=1.0)
+        self.scheduler.submit(request, self._clock.now_ns())
+        self._num_accepted += 1
+
+    def abort(self, request_id: str) -> None:
+        """Ask for the end of a request before the next step; unknown ids are ignored."""
+        self.scheduler.abort(request_id)
+
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def step(self) -> list[EngineEvent]:
+        """One step, from decision to events; nothing runs if there is nothing to do."""
+        step, events = self.begin()
+        return events + self.run(step)
+
+    def begin(self) -> tuple[Step, list[EngineEvent]]:
+        """The first half: apply aborts, decide what runs. The link tells the server in between."""
+        begin_ns = self._clock.now_ns()
+        events = self.scheduler.settle(begin_ns)
+        self._num_aborted += sum(isinstance(event, RequestAborted) for event in events)
+        self._audit(events)
+        return self.scheduler.schedule(begin_ns), events
+
+    def run(self, step: Step) -> list[EngineEvent]:
+        """The second half: run and commit what was decided."""
+        if not step.rows:
+            return []
+        scheduled_ns = self._clock.now_ns()
+        try:
+            batch = pack(step)
+            packed_ns = self._clock.now_ns()
+            self._executor.launch(batch)
+            result = self._executor.wait()
+        except Exception as error:  # whatever a backend raises costs the requests of this step and no others
+            logger.exception("step %d failed; its %d requests end", step.id, len(step.rows))
+            message = f"the step that computed this request failed: {type(error).__name__}: {error}"
+            events = self.scheduler.fail(step, InternalError(message))
+            self._audit(events)
+            return events
+        done_ns = self._clock.now_ns()
+        events = self.scheduler.commit(step, result, done_ns)
+        self._audit(events)
+        self._record(step, events, scheduled_ns, packed_ns, done_ns)
+        return events
+
+    def times(self, request_id: str) -> RequestTimes | None:
+        """Where the time of a live request went so far."""
+        sequence = self.scheduler.find(request_id)
+        return sequence.times() if sequence is not None else None
+
+    def status(self) -> EngineStatus:
+        pool = self.scheduler.pool
+        return EngineStatus(
+            state="ready",
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_blocks_free=pool.num_free,
+            num_blocks_cached=pool.num_cached,
+            num_blocks_held=pool.num_held,
+            last_step_age_s=(self._clock.now_ns() - self._step_end_ns) / 1e9,
+            num_restarts=0,
+            imbalance=self.imbalance,
+        )
+
+    def _audit(self, events: list[EngineEvent]) -> None:
+        """The laws that cost nothing to check; a broken one is counted and shown, serving goes on."""
+        self._num_ended += sum(map(is_terminal, events))
+        if not self.scheduler.pool.is_balanced():
+            self.imbalance += 1
+            logger.error("blocks: %s", self.scheduler.pool.describe())
+        if self._num_accepted != self._num_ended + self.scheduler.num_live:
+            self.imbalance += 1
+            logger.error(
+                "requests: %d accepted, %d ended, %d live", self._num_accepted, self._num_ended, self.scheduler.num_live
+            )
+
+    def _record(self, step: Step, events: list[EngineEvent], scheduled_ns: int, packed_ns: int, done_ns: int) -> None:
+        pool = self.scheduler.pool
+        flops, num_bytes = self._cost.of(step)
+        num_aborted, self._num_aborted = self._num_aborted, 0
+        self._step_end_ns = self._clock.now_ns()
+        self.log.add_step(
+            StepRecord(
+                step_id=step.id,
+                begin_ns=step.begin_ns,
+                scheduled_ns=scheduled_ns,
+                packed_ns=packed_ns,
+                done_ns=done_ns,
+                end_ns=self._step_end_ns,
+                num_rows=len(step.rows),
+                num_prefill_tokens=step.num_prefill_tokens,
+                num_decode_tokens=step.num_decode_tokens,
+                num_cached_tokens=step.num_cached_tokens,
+                num_recomputed_tokens=step.num_recomputed_tokens,
+                num_logits=sum([row.num_logits for row in step.rows]),
+                num_running=len(self.scheduler.running),
+                num_waiting=len(self.scheduler.waiting),
+                num_blocks_held=pool.num_held,
+                num_blocks_cached=pool.num_cached,
+                num_blocks_free=pool.num_free,
+                num_preempted=step.num_preempted,
+                num_finished=sum(map(is_terminal, events)),
+                num_aborted=num_aborted,
+                flops=flops,
+                bytes=num_bytes,
+            )
+        )
+
+
+def _info(plan: Plan, executor: Executor, limits: Limits, load_ms: float) -> EngineInfo:
+    num_slots = limits.num_blocks * limits.block_size
+    return EngineInfo(
+        kernel_set=executor.kernel_set,
+        invariant=executor.invariant,
+        num_threads=limits.num_threads,
+        max_context=min(limits.max_context, num_slots),
+        block_size=limits.block_size,
+        num_blocks=limits.num_blocks,
+        max_rows=limits.max_rows,
+        step_tokens=limits.max_tokens,
+        weight_bytes=plan.weight_bytes,
+        kv_bytes=executor.kv_bytes_per_token(plan) * num_slots,
+        workspace_bytes=executor.workspace_bytes(plan, limits),
+        load_ms=load_ms,
+    )

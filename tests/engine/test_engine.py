@@ -1,0 +1,345 @@
+"""The engine in-process: whatever runs beside a request, it gets the tokens that it would get alone."""
+
+from collections import defaultdict
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jilju.clock import VirtualClock
+from jilju.engine.loop import Engine
+from jilju.engine.request import (
+    EngineEvent,
+    PromptScored,
+    Request,
+    RequestAborted,
+    RequestEnded,
+    RequestFailed,
+    TokenEvent,
+    is_terminal,
+)
+from jilju.errors import ContextLengthExceeded, EmptyPrompt, KvCapacityExceeded, Overloaded
+from jilju.plan import Limits
+
+from .fakes import NAN_TOKEN, RAISE_TOKEN, VOCAB, FakeExecutor, make_limits, oracle, oracle_scores, request, tiny_plan
+
+PLAN = tiny_plan()
+
+
+class Harness:
+    """An engine on a virtual clock; after every step all laws are checked and blocks that are free are poisoned."""
+
+    def __init__(self, limits: Limits, **options):
+        self.clock = VirtualClock(1)
+        self.executor = FakeExecutor(limits, before_step=lambda: self.clock.advance_ns(1000))
+        self.engine = Engine(PLAN, self.executor, limits, self.clock, **options)
+        self.events: dict[str, list[EngineEvent]] = defaultdict(list)
+        self.num_events = 0
+
+    def step(self) -> list[EngineEvent]:
+        self.clock.advance_ns(10)
+        events = self.engine.step()
+        for event in events:
+            self.events[event.request_id].append(event)
+        self.engine.scheduler.check()
+        assert self.engine.imbalance == 0
+        self.executor.poison(self.engine.scheduler.pool.free_ids)
+        return events
+
+    def run(self, *requests: Request) -> None:
+        for r in requests:
+            self.engine.submit(r)
+        num_steps = 0
+        while self.engine.has_work():
+            self.step()
+            num_steps += 1
+            assert num_steps < 100_000, "the engine does not come to an end"
+
+    def tokens(self, request_id: str) -> list[int]:
+        return [e.token_id for e in self.events[request_id] if isinstance(e, TokenEvent)]
+
+    def assert_like_alone(self, r: Request) -> None:
+        events = self.events[r.id]
+        tokens, finish_reason = oracle(r)
+        assert [is_terminal(e) for e in events] == [False] * (len(events) - 1) + [True]
+        assert r.output_ids + self.tokens(r.id) == tokens
+        indexes = [e.index for e in events if isinstance(e, TokenEvent)]
+        assert indexes == list(range(len(r.output_ids), len(tokens)))
+        assert events[-1].finish_reason == finish_reason
+        if r.score_prompt and not r.output_ids:
+            assert events[0] == PromptScored(request_id=r.id, logprobs=oracle_scores(r))
+            assert sum(isinstance(e, PromptScored) for e in events) == 1
+        else:
+            assert not any(isinstance(e, PromptScored) for e in events)
+        times = events[-1].times
+        if tokens[len(r.output_ids) :]:
+            assert times.queued_ns <= times.scheduled_ns <= times.first_token_ns <= times.last_token_ns
+            assert 0 <= times.stalled_ns <= times.last_token_ns - times.first_token_ns
+
+    def assert_empty(self) -> None:
+        pool = self.engine.scheduler.pool
+        assert pool.num_held == 0 and not self.engine.has_work()
+        assert self.engine.status().num_running == self.engine.status().num_waiting == 0
+
+
+# ---- the law: same tokens as alone ----------------------------------------------------------------------------------
+
+FAMILIES = [[(i * 7 + k * 3) % (VOCAB - 2) for i in range(64)] for k in range(3)]  # prompts share prefixes of these
+
+
+@st.composite
+def requests(draw, index: int) -> Request:
+    family = draw(st.sampled_from(FAMILIES))
+    prompt = family[: draw(st.integers(0, 40))] + draw(st.lists(st.integers(0, VOCAB - 3), min_size=1, max_size=6))
+    max_tokens = draw(st.integers(0, 12))
+    r = request(
+        f"r{index}", prompt, max_tokens,
+        seed=draw(st.integers(-(2**63), 2**63 - 1)),
+        end_ids=draw(st.sampled_from([(), (3,), (1, 2, 3, 4, 5)])),
+        salt=draw(st.sampled_from([b"", b"a"])),
+        score_prompt=draw(st.integers(0, 5)) == 0,
+        temperature=draw(st.sampled_from([0.0, 1.0])),
+        repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.25])),
+        min_tokens=draw(st.integers(0, 4)),
+        logprobs=draw(st.sampled_from([None, None, 2])),
+    )  # fmt: skip
+    num_resumed = draw(st.sampled_from([0, 0, 0, 1, 5]))
+    tokens, _ = oracle(r)
+    if 0 < num_resumed < len(tokens):
+        return request_resumed(r, tokens[:num_resumed])
+    return r
+
+
+def request_resumed(r: Request, output_ids: list[int]) -> Request:
+    return msgspec.structs.replace(r, output_ids=output_ids)
+
+
+@st.composite
+def scenarios(draw):
+    block_size = draw(st.sampled_from([1, 2, 3, 4, 16]))
+    longest = 40 + 6 + 12
+    num_blocks = -(-longest // block_size) + draw(st.sampled_from([0, 1, 2, 8, 60]))
+    limits = make_limits(num_blocks, block_size, draw(st.integers(1, 6)), draw(st.integers(1, 24)))
+    arrivals = [
+        (draw(st.integers(0, 20)), draw(requests(i)), draw(st.one_of(st.none(), st.none(), st.integers(0, 30))))
+        for i in range(draw(st.integers(1, 10)))
+    ]
+    return limits, arrivals
+
+
+@settings(max_examples=150, deadline=None)
+@given(scenarios())
+def test_every_request_gets_the_tokens_it_would_get_alone(scenario):
+    limits, arrivals = scenario
+    h = Harness(limits)
+    aborted: dict[str, int] = {}
+    now = 0
+    while h.engine.has_work() or any(at >= now for at, _, _ in arrivals):
+        for at, r, abort_at in arrivals:
+            if at == now:
+                h.engine.submit(r)
+            if abort_at is not None and at + abort_at == now:
+                h.engine.abort(r.id)
+        asked = {r.id for at, r, abort_at in arrivals if abort_at is not None and at + abort_at == now}
+        live = {id for id in asked if h.engine.scheduler.find(id) is not None}
+        h.step()
+        for id in live:  # gone within one step, blocks and all
+            assert isinstance(h.events[id][-1], RequestAborted) and h.engine.scheduler.find(id) is None
+            aborted[id] = h.events[id][-1].num_tokens
+        now += 1
+        assert now < 20_000, "livelock"
+    for _, r, _ in arrivals:
+        if r.id in aborted:
+            expected, _ = oracle(r)
+            got = r.output_ids + h.tokens(r.id)
+            assert got == expected[: len(got)] and len(got) == max(aborted[r.id], len(r.output_ids))
+            assert sum(is_terminal(e) for e in h.events[r.id]) == 1 and is_terminal(h.events[r.id][-1])
+        else:
+            h.assert_like_alone(r)
+    h.assert_empty()
+    assert len(h.events) == len(arrivals)
+    times = [e.times for events in h.events.values() for e in events[-1:]]
+    assert all(t.num_preemptions <= 4 for t in times)
+    prefilled = sum(s.num_prefill_tokens for s in h.engine.log.steps)
+    assert sum(s.num_recomputed_tokens for s in h.engine.log.steps) <= prefilled
+
+
+# ---- bounds and refusals --------------------------------------------------------------------------------------------
+
+
+def test_context_and_pool_are_exact_edges():
+    h = Harness(make_limits(num_blocks=5, block_size=4, max_context=24))
+    with pytest.raises(ContextLengthExceeded, match=r"20 tokens and max_tokens is 5, 25 together.*24"):
+        h.engine.submit(request("a", [1] * 20, 5))
+    with pytest.raises(KvCapacityExceeded, match=r"20 tokens and max_tokens is 2.*holds 20 tokens"):
+        h.engine.submit(request("b", [1] * 20, 2))
+    with pytest.raises(EmptyPrompt):
+        h.engine.submit(request("c", []))
+    full = [request("d", [1] * 20, 1), request("e", [1] * 8, 13)]
+    h.run(*full)  # the last token needs no slot
+    for r in full:
+        h.assert_like_alone(r)
+
+
+def test_requests_beyond_the_bound_are_refused():
+    h = Harness(make_limits(), max_requests=2)
+    h.run(request("a", [1]), request("b", [1]))
+    h.engine.submit(request("c", [1]))
+    h.engine.submit(request("d", [1]))
+    with pytest.raises(Overloaded, match="holds 2 requests"):
+        h.engine.submit(request("e", [1]))
+
+
+def test_max_tokens_zero_ends_without_a_token():
+    h = Harness(make_limits())
+    h.run(request("a", [1, 2, 3], 0), request("b", [1, 2, 3], 0, score_prompt=True), request("c", [4], 0, score_prompt=True))
+    assert [type(e) for e in h.events["a"]] == [RequestEnded]
+    assert [type(e) for e in h.events["b"]] == [PromptScored, RequestEnded]
+    assert h.events["c"][0] == PromptScored(request_id="c", logprobs=[])
+
+
+# ---- the schedule ---------------------------------------------------------------------------------------------------
+
+
+def test_decoding_rows_are_in_every_step_and_prefill_fills_the_budget():
+    h = Harness(make_limits(num_blocks=200, max_rows=4, max_tokens=8))
+    h.engine.submit(request("a", [1, 2, 3], 30))
+    h.step()
+    h.engine.submit(request("b", list(range(30)), 4))
+    for _ in range(4):
+        h.step()
+    assert [(s.num_decode_tokens, s.num_prefill_tokens) for s in h.engine.log.steps] == [
+        (0, 3), (1, 7), (1, 7), (1, 7), (1, 7)
+    ]  # fmt: skip
+    assert len(h.tokens("a")) == 5
+    h.run()
+    times = h.events["a"][-1].times
+    assert times.stalled_ns > 4 * 1000 * 7 // 8 - 10  # four steps of 1000 ns, seven of their eight tokens another's
+
+
+def test_first_come_first_served():
+    h = Harness(make_limits(max_rows=2, max_tokens=4))
+    h.run(*(request(f"r{i}", [i] * (5 + 3 * i), 3) for i in range(5)))
+    starts = [h.events[f"r{i}"][-1].times.scheduled_ns for i in range(5)]
+    assert starts == sorted(starts)
+
+
+def test_a_shared_prefix_is_computed_once():
+    h = Harness(make_limits(num_blocks=64, block_size=4, max_tokens=64))
+    prompt = list(range(21))
+    first, second = request("a", prompt, 3), request("b", [*prompt, 30], 3, seed=9)
+    h.run(first)
+    h.run(second)
+    assert h.events["b"][-1].times.num_cached_tokens == 20
+    assert h.engine.log.steps[-3].num_cached_tokens == 20 and h.engine.log.steps[-3].num_prefill_tokens == 2
+    h.assert_like_alone(second)
+
+
+def test_the_last_prompt_token_is_always_computed():
+    h = Harness(make_limits(block_size=4, max_tokens=64))
+    h.run(request("a", list(range(8)), 2))
+    h.run(request("b", list(range(8)), 2))
+    assert h.events["b"][-1].times.num_cached_tokens == 4
+
+
+def test_salts_do_not_share():
+    h = Harness(make_limits(max_tokens=64))
+    h.run(request("a", list(range(20)), 2, salt=b"one"))
+    h.run(request("b", list(range(20)), 2, salt=b"two"))
+    assert h.events["b"][-1].times.num_cached_tokens == 0
+
+
+def test_generated_tokens_are_cached_too():
+    h = Harness(make_limits(max_tokens=64))
+    first = request("a", list(range(8)), 9)
+    h.run(first)
+    again = request("b", [*range(8), *oracle(first)[0], 1], 2)
+    h.run(again)
+    assert h.events["b"][-1].times.num_cached_tokens == 16  # the ninth token was never computed
+    h.assert_like_alone(again)
+
+
+def test_prefixes_outlive_tails_when_blocks_are_evicted():
+    h = Harness(make_limits(num_blocks=8, block_size=4, max_tokens=64))
+    h.run(request("a", list(range(24)), 1))  # six blocks cached, two free
+    h.run(request("b", [9] * 15, 2))  # needs four
+    h.run(request("c", list(range(24)), 1))
+    assert h.events["c"][-1].times.num_cached_tokens == 16
+
+
+def test_preemption_takes_the_youngest_and_loses_nothing():
+    h = Harness(make_limits(num_blocks=8, block_size=2, max_rows=4, max_tokens=16))
+    rs = [request(f"r{i}", [i, i + 1], 12, seed=i) for i in range(4)]
+    h.run(*rs)
+    for r in rs:
+        h.assert_like_alone(r)
+    preemptions = [h.events[r.id][-1].times.num_preemptions for r in rs]
+    assert preemptions[0] == 0 and sum(preemptions) > 0
+    assert sum(s.num_preempted for s in h.engine.log.steps) == sum(preemptions)
+    ends = [h.events[r.id][-1].times.last_token_ns for r in rs]
+    assert ends == sorted(ends)
+
+
+def test_scoring_a_prompt_survives_chunks_and_preemption():
+    h = Harness(make_limits(num_blocks=12, block_size=2, max_rows=4, max_tokens=3))
+    rs = [request(f"r{i}", [i, i + 1, i + 2, i + 3, i, i, i + 5], 10, seed=i, score_prompt=True) for i in range(4)]
+    h.run(*rs)
+    for r in rs:
+        h.assert_like_alone(r)
+
+
+# ---- faults ---------------------------------------------------------------------------------------------------------
+
+
+def test_nan_logits_end_their_request_alone():
+    h = Harness(make_limits(max_tokens=64))
+    bad, good = request("bad", [1, 2, 3, 4, NAN_TOKEN]), request("good", [1, 2, 3, 4, 5])
+    h.run(bad, good)
+    assert isinstance(h.events["bad"][-1], RequestFailed) and h.events["bad"][-1].code == "nan_logits"
+    h.assert_like_alone(good)
+    h.assert_empty()
+
+
+def test_a_step_that_raises_ends_its_rows_and_the_engine_goes_on(caplog):
+    h = Harness(make_limits(num_blocks=64, max_rows=2, max_tokens=64))
+    rs = [request("bad", [1, RAISE_TOKEN]), request("beside", [1, 2]), request("later", [1, 2, 3])]
+    h.run(*rs)
+    for id in ("bad", "beside"):
+        (event,) = h.events[id]
+        assert isinstance(event, RequestFailed) and event.code == "internal" and "RuntimeError" in event.message
+    h.assert_like_alone(rs[2])
+    h.assert_empty()
+    assert "step 1 failed" in caplog.text
+
+
+def test_blocks_of_a_failed_request_are_not_shared():
+    h = Harness(make_limits(max_tokens=4))
+    h.run(request("bad", [1, 2, 3, 4, NAN_TOKEN]))
+    assert h.engine.scheduler.pool.num_cached == 0
+
+
+def test_abort_in_the_queue_and_unknown_ids():
+    h = Harness(make_limits(max_rows=1))
+    h.engine.submit(request("a", [1], 5))
+    h.engine.submit(request("b", [2], 5))
+    h.engine.submit(request("c", [2], 0))
+    h.engine.abort("b")
+    h.engine.abort("c")
+    h.engine.abort("nobody")
+    h.step()
+    assert [type(e) for e in h.events["b"]] == [type(e) for e in h.events["c"]] == [RequestAborted]
+    h.run()
+    assert "nobody" not in h.events
+    assert h.engine.log.steps[0].num_aborted == 2
+
+
+def test_the_record_counts_what_the_plan_counts():
+    h = Harness(make_limits())
+    h.run(*(request(f"r{i}", list(range(i + 1)), 5) for i in range(5)))
+    seen = []
+    h2 = Harness(make_limits())
+    launch = h2.executor.launch
+    h2.executor.launch = lambda batch: (seen.append(batch.shape), launch(batch))[1]
+    h2.run(*(request(f"r{i}", list(range(i + 1)), 5) for i in range(5)))
+    assert [(s.flops, s.bytes) for s in h2.engine.log.steps] == [(PLAN.flops(x), PLAN.bytes(x, 2)) for x in seen]
