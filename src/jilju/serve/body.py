@@ -1,0 +1,157 @@
+"""Bodies: bytes of the wire to a JSON object, strictly.
+
+Owns size, time, media type and JSON itself: UTF-8, no duplicate keys, bounded depth, finite numbers of at most 40 digits,
+no lone surrogates. Knows nothing of what the fields mean.
+"""
+
+import asyncio
+import json
+import math
+import re
+from typing import Any
+
+import numpy as np
+from starlette.requests import Request
+
+from jilju.errors import BodyTooLarge, InvalidJson, InvalidValue, RequestTimeout, UnsupportedMediaType
+from jilju.serve.context import ServeLimits
+from jilju.serve.errors import shown
+
+MAX_DIGITS = 40
+OFF_LOOP_BYTES = 64 << 10  # a body above this is parsed in a thread: about 1 ms of work
+STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # possessive, and the end closes it: linear
+
+
+class ClientLeft(Exception):
+    """The peer closed, reset, or stopped reading: there is nobody to answer."""
+
+
+async def read_json_object(request: Request, limits: ServeLimits) -> dict[str, Any]:
+    """The body of a POST as a JSON object."""
+    _check_media_type(request)
+    raw = await _read(request, limits)
+    parse = asyncio.to_thread(parse_json, raw, limits.json_depth) if len(raw) > OFF_LOOP_BYTES else None
+    value = parse_json(raw, limits.json_depth) if parse is None else await parse
+    if not isinstance(value, dict):
+        raise InvalidJson(f"the body is {shown(value)}; it must be a JSON object")
+    return value
+
+
+def _check_media_type(request: Request) -> None:
+    content_type = request.headers.get("content-type", "")
+    media_type, _, parameters = content_type.partition(";")
+    charset = parameters.replace('"', "").replace(" ", "").lower()
+    if media_type.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
+        given = shown(content_type) if content_type else "missing"
+        raise UnsupportedMediaType(f"content-type is {given}; send application/json in UTF-8")
+    encoding = request.headers.get("content-encoding", "identity")
+    if encoding.strip().lower() != "identity":
+        raise UnsupportedMediaType(f"content-encoding is {shown(encoding)}; send the body as it is, without encoding")
+
+
+async def _read(request: Request, limits: ServeLimits) -> bytes:
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared[:20]) > limits.body_bytes:
+        raise _too_large(limits)
+    chunks: list[bytes] = []
+    size = 0
+    try:
+        async with asyncio.timeout(limits.body_s):
+            while True:
+                message = await request.receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientLeft
+                chunk = message.get("body", b"")
+                size += len(chunk)
+                if size > limits.body_bytes:
+                    raise _too_large(limits)
+                chunks.append(chunk)
+                if not message.get("more_body", False):
+                    return b"".join(chunks)
+    except TimeoutError:
+        raise RequestTimeout(
+            f"{size} bytes of the body came within {limits.body_s:g} s and it is not complete; send it faster"
+        ) from None
+
+
+def _too_large(limits: ServeLimits) -> BodyTooLarge:
+    return BodyTooLarge(f"the body is larger than {limits.body_bytes} bytes, the most that is allowed; send less")
+
+
+def parse_json(raw: bytes, max_depth: int = 64) -> Any:
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InvalidJson(f"the body is not UTF-8 at byte {error.start}") from None
+    _check_depth(raw, max_depth)
+    try:
+        value = json.loads(text, object_pairs_hook=_object, parse_int=_int, parse_float=_float, parse_constant=float)
+    except json.JSONDecodeError as error:
+        raise InvalidJson(f"the body is not JSON: {error.msg} at character {error.pos}") from None
+    _check_values(value, "")
+    return value
+
+
+def _check_depth(raw: bytes, max_depth: int) -> None:
+    """Before parsing, so that no input decides how deep we recurse. Brackets inside strings do not count."""
+    codes = np.frombuffer(STRING.sub(b"", raw), np.uint8)
+    opens = ((codes == ord("[")) | (codes == ord("{"))).astype(np.int32)
+    closes = ((codes == ord("]")) | (codes == ord("}"))).astype(np.int32)
+    depth = int(np.cumsum(opens - closes).max(initial=0))
+    if depth > max_depth:
+        raise InvalidJson(f"the body is nested {depth} deep; at most {max_depth} is allowed")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise InvalidJson(
+                    f"the key {shown(key)} stands twice in one object; give it once", param=shown_name(key)
+                )
+            seen.add(key)
+    return value
+
+
+def _int(digits: str) -> int | float:
+    return int(digits) if len(digits) <= MAX_DIGITS else math.inf  # infinity is refused below, where the path is known
+
+
+def _float(digits: str) -> float:
+    return float(digits) if len(digits) <= MAX_DIGITS else math.inf
+
+
+def _check_values(value: Any, path: str) -> None:
+    if isinstance(value, str):
+        _check_text(value, path)
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise InvalidValue(
+                f"{path or 'the body'} is no finite number of at most {MAX_DIGITS} digits", param=path or None
+            )
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            if type(item) is not int:
+                _check_values(item, f"{path}[{index}]")
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            _check_text(key, path)
+            _check_values(item, f"{path}.{shown_name(key)}" if path else shown_name(key))
+
+
+def _check_text(text: str, path: str) -> None:
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidValue(
+                f"{path or 'the body'} holds a lone surrogate at character {error.start}; send whole characters",
+                param=path or None,
+            ) from None
+
+
+def shown_name(name: str) -> str:
+    """A field's name as an error may repeat it."""
+    return name.encode("utf-8", "replace").decode()[:200]

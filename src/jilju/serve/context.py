@@ -1,0 +1,82 @@
+"""What a server is handed: the model's text side, the engine's client, and the settings of the door.
+
+Owns the frozen types that `create_app` takes. Knows nothing of routes, and reads no flag and no file: `assemble` fills it.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.resources.abc import Traversable
+
+import msgspec
+
+from jilju.clock import Clock, WallClock
+from jilju.engine.client import EngineClient
+from jilju.text.template import ChatTemplate
+from jilju.text.tokenizer import Tokenizer
+
+
+class ApiKey(msgspec.Struct, frozen=True):
+    """`name` is logged and labels, `secret` is compared and never shown."""
+
+    name: str
+    secret: str
+
+
+class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What holds where a request says nothing; `source` says where the figures come from."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    source: str = "the API's own defaults"
+
+
+class ServeLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """Bounds of the server; each has a typed refusal."""
+
+    body_bytes: int = 8 << 20
+    body_s: float = 30.0  # a body must have arrived by then
+    json_depth: int = 64
+    live_requests: int = 1024  # sequences taken and not ended; above: 429
+    total_s: float = 600.0  # from acceptance to the last byte
+    silence_s: float = 15.0  # an open stream says ": wait" after that
+    stall_s: float = 30.0  # a reader that takes nothing for so long has left
+    drain_s: float = 30.0  # live requests may end within that after SIGTERM
+    stuck_s: float = 5.0  # work pending and no step for so long: not healthy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerContext:
+    model_name: str
+    tokenizer: Tokenizer
+    template: ChatTemplate | None  # None: the model has none, chat is refused
+    client: EngineClient
+    max_context: int  # tokens of prompt and output together
+    fingerprint: str  # system_fingerprint: hash of weights, tokenizer, template, kernel set
+    version: str
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    quantization: str | None = None  # as /v1/models shows it: "Q4_K_M"
+    keys: tuple[ApiKey, ...] = ()
+    allowed_hosts: frozenset[str] = frozenset()  # besides the loopback names; bind address and --allow-host
+    view_dir: Traversable | None = None  # static files of the pages, read once
+    limits: ServeLimits = field(default_factory=ServeLimits)
+    clock: Clock = field(default_factory=WallClock)
+    random_bytes: Callable[[int], bytes] = os.urandom  # ids, seeds, jitter
+    unix_time: Callable[[], float] = time.time  # `created` of answers; never for intervals
+    started: int = field(default_factory=lambda: int(time.time()))  # `created` of the model
+
+    def mint_id(self) -> str:
+        return self.random_bytes(12).hex()
+
+    def draw_seed(self) -> int:
+        """53 bits: a seed that also a JavaScript client reads back exactly."""
+        return int.from_bytes(self.random_bytes(8), "big") >> 11
+
+    def context_tokens(self) -> int:
+        """The smaller of what was promised and what the engine says it holds."""
+        info = self.client.info
+        return self.max_context if info is None else min(self.max_context, info.max_context)

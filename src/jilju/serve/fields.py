@@ -1,0 +1,110 @@
+"""Fields: which are taken, which have no effect, which are refused, and what is wrong with a value.
+
+Owns the rule of the API that nothing is accepted and ignored, at every depth, and the one translation from a failed
+conversion to an error that names the path, what was given and what is allowed. Knows nothing of a field's meaning.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+import msgspec
+
+from jilju.errors import InvalidValue, MissingParameter, UnknownParameter, UnsupportedContent, UnsupportedParameter
+from jilju.serve.body import shown_name
+from jilju.serve.errors import shown
+
+T = TypeVar("T")
+ANY = object()  # in place of the values of a no-op: whatever it holds has no effect
+
+WHAT_AND_PATH = re.compile(r"(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?", re.DOTALL)
+NAMED_FIELD = re.compile(r"Object (?P<how>missing required|contains unknown) field `(?P<name>.*)`", re.DOTALL)
+STEP = re.compile(r"\.(?P<name>[^.\[]+)|\[(?P<index>\d+)\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What an object may hold besides the fields of its type."""
+
+    fields: frozenset[str]
+    no_ops: Mapping[str, Any] = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # name -> ANY or values without effect
+    later: Mapping[str, tuple[Any, ...]] = field(
+        default_factory=lambda: MappingProxyType({})
+    )  # name -> values meaning off
+    content: frozenset[str] = frozenset()  # kinds of content that are not taken
+
+    @classmethod
+    def of(cls, struct: type[msgspec.Struct], **rest: Any) -> "Rules":
+        return cls(frozenset(struct.__struct_encode_fields__), **rest)
+
+
+def take_fields(value: Mapping[str, Any], rules: Rules, path: str = "") -> dict[str, Any]:
+    """The fields to convert; a null and a value that means "off" are dropped, all else that is not taken is refused."""
+    taken: dict[str, Any] = {}
+    for name, given in value.items():
+        where = f"{path}.{shown_name(name)}" if path else shown_name(name)
+        if name in rules.fields:
+            if given is not None:
+                taken[name] = given
+        elif name in rules.no_ops:
+            allowed = rules.no_ops[name]
+            if allowed is not ANY and given is not None:
+                _refuse_unless_off(where, given, allowed)
+        elif name in rules.later:
+            if given is not None:
+                _refuse_unless_off(where, given, rules.later[name])
+        elif name in rules.content:
+            if given is not None:
+                raise UnsupportedContent(f"{where} is not supported: this server takes text only", param=where)
+        else:
+            raise UnknownParameter(f"{where} is no field of this route; leave it out", param=where)
+    return taken
+
+
+def _refuse_unless_off(where: str, given: Any, off: tuple[Any, ...]) -> None:
+    if any(_same(given, value) for value in off):
+        return
+    allowed = " or ".join([*(shown(value) for value in off), "null"])
+    raise UnsupportedParameter(
+        f"{where} is {shown(given)}; this server takes only {allowed}; leave it out", param=where
+    )
+
+
+def _same(given: Any, value: Any) -> bool:
+    """Equal as JSON: true is not 1."""
+    if isinstance(given, bool) or isinstance(value, bool):
+        return given is value
+    return bool(given == value)
+
+
+def convert(value: Any, to: type[T]) -> T:
+    """Checked conversion; an error names path, given and allowed."""
+    try:
+        return msgspec.convert(value, to)
+    except msgspec.ValidationError as error:
+        raise _translated(str(error), value) from None
+
+
+def _translated(message: str, root: Any) -> InvalidValue | MissingParameter | UnknownParameter:
+    parts = WHAT_AND_PATH.fullmatch(message)
+    assert parts is not None, f"the pattern matches every text, given {message!r}"
+    what, path = parts["what"], (parts["path"] or "").lstrip(".")
+    if named := NAMED_FIELD.fullmatch(what):
+        name = shown_name(named["name"])
+        where = f"{path}.{name}" if path else name
+        if named["how"] == "contains unknown":
+            return UnknownParameter(f"{where} is no field of this object; leave it out", param=where)
+        return MissingParameter(f"{where} is missing; it is required", param=where)
+    given: Any = root
+    for step in STEP.finditer(parts["path"] or ""):
+        given = given[step["name"]] if step["name"] is not None else given[int(step["index"])]
+    allowed = what.removeprefix("Expected ").split(", got ")[0].replace("`", "")
+    return InvalidValue(f"{path or 'the body'} is {shown(given)}; allowed: {allowed}", param=path or None)
+
+
+def refuse(path: str, given: Any, allowed: str) -> InvalidValue:
+    return InvalidValue(f"{path} is {shown(given)}; allowed: {allowed}", param=path)

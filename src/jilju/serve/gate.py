@@ -1,0 +1,153 @@
+"""The gate: what every call passes on its way in, and every answer on its way out.
+
+Owns ids, host, origin and key checks, the headers that every answer carries, and the rendering of whatever is raised behind
+it. Default deny: a route behind the gate needs a key when keys are set, /livez alone does not. Knows nothing of bodies.
+"""
+
+import logging
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jilju.errors import Forbidden, InternalError, InvalidApiKey, JiljuError
+from jilju.serve.auth import LOOPBACK_HOSTS, host_name, match_key, presented_keys, same_origin
+from jilju.serve.body import ClientLeft
+from jilju.serve.context import ApiKey, ServerContext
+from jilju.serve.errors import error_body, retry_headers, shown
+from jilju.serve.ledger import Ledger
+from jilju.serve.request_log import log_arrival
+
+logger = logging.getLogger("jilju.serve")
+
+OPEN_PATHS = frozenset({"/livez"})
+PAGE_PREFIX = "/view/"
+MAX_LABEL = 128
+
+
+@dataclass(slots=True, eq=False)
+class Arrival:
+    """A call as the gate saw it."""
+
+    id: str
+    received_ns: int
+    label: str | None
+    key: ApiKey | None = None
+    accepted: bool = False  # it has a ledger record, which logs and counts it
+
+
+def arrival_of(scope: Scope) -> Arrival:
+    arrival = scope["jilju.arrival"]
+    assert isinstance(arrival, Arrival), "every route lies behind the gate"
+    return arrival
+
+
+class Gate:
+    """The outermost middleware of the app."""
+
+    def __init__(self, app: ASGIApp, context: ServerContext, ledger: Ledger):
+        self._app, self._context, self._ledger = app, context, ledger
+        self._hosts = LOOPBACK_HOSTS | {host.strip("[]").lower() for host in context.allowed_hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            assert scope["type"] in ("lifespan", "websocket"), f"an unknown kind of scope: {scope['type']}"
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1000})
+                return
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        arrival = Arrival(self._context.mint_id(), self._context.clock.now_ns(), client_label(headers))
+        scope["jilju.arrival"] = arrival
+        outgoing = _Outgoing(send, arrival)
+        error: JiljuError | None = None
+        try:
+            self._check_host(headers)
+            arrival.key = self._check_key(scope["path"], headers)
+            await self._app(scope, receive, outgoing)
+        except ClientLeft:
+            pass  # logged below: no status
+        except JiljuError as raised:
+            error = raised
+        except Exception:
+            logger.exception("call %s failed", arrival.id)
+            error = InternalError(f"an error inside the server; its log names it by {arrival.id}")
+        if error is not None:
+            if not arrival.accepted:
+                self._ledger.refuse(error.code)
+            if not outgoing.status:
+                await self._send_error(outgoing, scope, error)
+        if not arrival.accepted:
+            log_arrival(
+                call_id=arrival.id,
+                method=scope["method"],
+                path=scope["path"],
+                key_name=arrival.key.name if arrival.key else None,
+                status=outgoing.status,
+                ms=(self._context.clock.now_ns() - arrival.received_ns) / 1e6,
+            )
+
+    def _check_host(self, headers: Headers) -> None:
+        hosts = headers.getlist("host")
+        host = hosts[0] if len(hosts) == 1 else ""
+        if host_name(host) not in self._hosts:
+            raise Forbidden(
+                f"the host {shown(host)} is not one that this server answers to; start it with --allow-host"
+            )
+        for origin in headers.getlist("origin"):
+            if not same_origin(origin, host):
+                raise Forbidden(f"pages of {shown(origin)} may not call this server")
+
+    def _check_key(self, path: str, headers: Headers) -> ApiKey | None:
+        keys = self._context.keys
+        if not keys:
+            return None
+        key = match_key(keys, presented_keys(headers.get("authorization"), headers.get("x-api-key")))
+        if key is None and path not in OPEN_PATHS:
+            raise InvalidApiKey("no API key, or none that is known; send Authorization: Bearer KEY or x-api-key: KEY")
+        return key
+
+    async def _send_error(self, send: Send, scope: Scope, error: JiljuError) -> None:
+        body = error_body(error)
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(body)),
+            *retry_headers(error, self._context.random_bytes),
+        ]
+        if error.status == 401:
+            page = scope["path"] == "/" or scope["path"].startswith(PAGE_PREFIX)
+            challenge = b'Basic realm="jilju", charset="UTF-8"' if page else b'Bearer realm="jilju"'
+            headers.append((b"www-authenticate", challenge))
+        if error.status in (408, 413):
+            headers.append((b"connection", b"close"))
+        if allow := scope.get("jilju.allow"):
+            headers.append((b"allow", allow))
+        await send({"type": "http.response.start", "status": error.status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+
+class _Outgoing:
+    """`send` with the headers that every answer carries; remembers the status."""
+
+    def __init__(self, send: Send, arrival: Arrival):
+        self._send, self._arrival = send, arrival
+        self.status = 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self._arrival.id
+            if self._arrival.label is not None:
+                headers["x-client-request-id"] = self._arrival.label
+            headers.setdefault("x-content-type-options", "nosniff")
+        await self._send(message)
+
+
+def client_label(headers: Headers) -> str | None:
+    """The client's own id, as a label: printable ASCII without spaces, bounded."""
+    given = headers.get("x-client-request-id") or headers.get("x-request-id")
+    if not given:
+        return None
+    return "".join(char for char in given[: MAX_LABEL * 4] if "!" <= char <= "~")[:MAX_LABEL] or None

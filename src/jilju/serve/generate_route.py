@@ -1,0 +1,258 @@
+"""The generating routes: one call from its head to its terminal state.
+
+Owns the order of checks, the ledger record, and the race of the answer against the client's leaving. Knows nothing of the
+fields and shapes of a family: an `Api` has those.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.types import Receive, Scope, Send
+
+from jilju.engine.request import Request
+from jilju.errors import InternalError, JiljuError, NotReady, Overloaded
+from jilju.serve.answer import Head, Renderer, usage_so_far
+from jilju.serve.auth import cache_salt
+from jilju.serve.body import ClientLeft, read_json_object
+from jilju.serve.context import ServerContext
+from jilju.serve.gate import Arrival, arrival_of
+from jilju.serve.generation import Choice, Generation
+from jilju.serve.ledger import CLIENT_LEFT_STATUS, Call, state_of
+from jilju.serve.sampling import GenerationFields, check_model, end_ids, sampling_params, stops_of
+from jilju.serve.server import Server
+from jilju.serve.stream import DONE, WAIT, Writer
+from jilju.serve.timings import Marks, Timings, make_timings
+from jilju.text.stream import TextStream
+
+logger = logging.getLogger("jilju.serve")
+
+F = TypeVar("F", bound=GenerationFields)
+
+
+class Api(Protocol[F]):
+    """One family of generating routes."""
+
+    path: str
+    id_prefix: str
+
+    def parse(self, body: Mapping[str, Any]) -> F: ...
+
+    def logprobs(self, fields: F) -> int | None: ...
+
+    async def prompts(self, fields: F, context: ServerContext, marks: Marks) -> list[list[int]]: ...
+
+    def max_tokens(self, fields: F, num_prompt_tokens: int, context: ServerContext) -> int: ...
+
+    def renderer(self, head: Head, choices: list[Choice], context: ServerContext) -> Renderer: ...
+
+
+class GenerateRoute:
+    """An ASGI endpoint."""
+
+    def __init__(self, server: Server, api: Api[Any]):
+        self._server, self._api = server, api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrival = arrival_of(scope)
+        arrival.accepted = True
+        ledger = self._server.ledger
+        call = ledger.accept(
+            Call(
+                id=arrival.id,
+                route=self._api.path,
+                key_name=arrival.key.name if arrival.key else None,
+                label=arrival.label,
+                received_ns=arrival.received_ns,
+            )
+        )
+        marks = Marks(received_ns=arrival.received_ns)
+        limits = self._server.context.limits
+        writer = Writer(send, self._server.context.clock, limits.stall_s, lambda a, b: marks.sends.append((a, b)))
+        try:
+            self._check_open()
+            body = await read_json_object(HttpRequest(scope, receive), limits)
+            await _unless_left(receive, self._answer(body, arrival, call, marks, writer))
+        except ClientLeft:
+            ledger.end(call, "client_cancelled", CLIENT_LEFT_STATUS)
+        except JiljuError as error:
+            await self._fail(call, writer, error)
+        except Exception:
+            logger.exception("call %s failed", call.id)
+            await self._fail(call, writer, InternalError(f"an error inside the server; its log names it by {call.id}"))
+        except BaseException:  # the server is being torn down under us
+            ledger.end(call, "failed", 500, "internal")
+            raise
+        else:
+            ledger.end(call, "completed", 200)
+
+    async def _fail(self, call: Call, writer: Writer, error: JiljuError) -> None:
+        """An open stream is told as its last event; before that the answer is the error itself."""
+        if writer.started:
+            try:
+                await writer.error(error)
+            except ClientLeft:
+                logger.info("call %s: nobody was left to be told of %s", call.id, error.code)
+        self._server.ledger.end(call, state_of(error), error.status, error.code)
+        if not writer.started:
+            raise error
+
+    def _check_open(self, num_more: int = 1) -> None:
+        """Decided before a body is read."""
+        server = self._server
+        server.drain.check()
+        status = server.context.client.status()
+        if status.state != "ready" and status.state != "gone":  # gone: the client says more when asked
+            info = server.context.client.info
+            raise NotReady(
+                f"the engine is {status.state}; try again when /readyz answers 200",
+                retry_after_s=1.0 if info is None else info.load_ms / 1000,
+            )
+        live, most = server.ledger.num_live_sequences, server.context.limits.live_requests
+        if live + num_more > most:
+            raise Overloaded(f"{live} sequences are live and {most} are the most; try again later", retry_after_s=2.0)
+
+    async def _answer(
+        self, body: Mapping[str, Any], arrival: Arrival, call: Call, marks: Marks, writer: Writer
+    ) -> None:
+        context = self._server.context
+        fields = self._api.parse(body)
+        check_model(fields.model, context)
+        call.request_id, call.session_id = fields.request_id, fields.session_id
+        marks.parsed_ns = context.clock.now_ns()
+        prompts = await self._api.prompts(fields, context, marks)
+        self._check_open(len(prompts))
+        choices = self._choices(fields, prompts, arrival)
+        call.num_prompt_tokens = sum(len(ids) for ids in prompts)
+        options = fields.stream_options
+        continuous = options is not None and options.continuous_usage_stats
+        head = Head(
+            id=self._api.id_prefix + call.id,
+            created=int(context.unix_time()),
+            model=context.model_name,
+            fingerprint=context.fingerprint,
+            include_usage=continuous or (options is not None and options.include_usage),
+            continuous_usage=continuous,
+            logprobs=self._api.logprobs(fields),
+            return_token_ids=fields.return_token_ids,
+        )
+        generation = Generation(
+            client=context.client,
+            ledger=self._server.ledger,
+            clock=context.clock,
+            call=call,
+            marks=marks,
+            choices=choices,
+            deadline_ns=call.received_ns + round(context.limits.total_s * 1e9),
+            hold_last=fields.timings and not head.include_usage,
+        )
+        renderer = self._api.renderer(head, choices, context)
+        try:
+            generation.submit()
+            if fields.stream:
+                await self._stream(generation, renderer, head, fields, writer)
+            else:
+                await self._whole(generation, renderer, fields, writer)
+        finally:
+            await generation.close()
+
+    def _choices(self, fields: GenerationFields, prompts: list[list[int]], arrival: Arrival) -> list[Choice]:
+        """A given seed holds for every prompt, so that each answer equals that of the prompt alone."""
+        context = self._server.context
+        salt = cache_salt(arrival.key)
+        choices: list[Choice] = []
+        for index, ids in enumerate(prompts):
+            params = sampling_params(
+                fields,
+                context,
+                max_tokens=self._api.max_tokens(fields, len(ids), context),
+                logprobs=self._api.logprobs(fields),
+                seed=context.draw_seed() if fields.seed is None else fields.seed,
+            )
+            request = Request(
+                id=f"{arrival.id}-{index}",
+                prompt_ids=ids,
+                params=params,
+                end_ids=end_ids(params, context.tokenizer.eos_ids),
+                salt=salt,
+            )
+            text = TextStream(
+                context.tokenizer,
+                stop=stops_of(fields),
+                min_tokens=fields.min_tokens,
+                skip_special_tokens=fields.skip_special_tokens,
+            )
+            choices.append(Choice(index, request, text))
+        return choices
+
+    async def _stream(
+        self, generation: Generation, renderer: Renderer, head: Head, fields: GenerationFields, writer: Writer
+    ) -> None:
+        silence_s = self._server.context.limits.silence_s
+        call, choices = generation.call, generation.choices
+        async for deltas in generation.deltas(lambda: silence_s if writer.started else None):
+            if not deltas:
+                await writer.events(WAIT)
+                continue
+            usage = usage_so_far(choices) if head.continuous_usage else None
+            data = [] if writer.started else [renderer.opening(usage)]
+            for delta in deltas:
+                last = generation.hold_last and delta is deltas[-1] and all(choice.ended for choice in choices)
+                data.append(renderer.chunk(delta, usage, self._timings(generation) if last else None))
+            await writer.events(b"".join(data))
+            if not call.first_token_ns and call.num_output_tokens:
+                call.first_token_ns = self._server.context.clock.now_ns()
+        ending = DONE
+        if head.include_usage:
+            timings = self._timings(generation) if fields.timings else None
+            ending = renderer.usage_chunk(usage_so_far(choices), timings) + DONE
+        await writer.end(ending)
+
+    async def _whole(
+        self, generation: Generation, renderer: Renderer, fields: GenerationFields, writer: Writer
+    ) -> None:
+        call = generation.call
+        async for deltas in generation.deltas(lambda: None):
+            for delta in deltas:
+                renderer.add(delta)
+            if not call.first_token_ns and call.num_output_tokens:
+                call.first_token_ns = self._server.context.clock.now_ns()
+        timings = self._timings(generation) if fields.timings else None
+        await writer.whole(renderer.whole(usage_so_far(generation.choices), timings))
+
+    def _timings(self, generation: Generation) -> Timings:
+        """Of the sequence that ended last, for it decided how long the call took."""
+        choice = max(generation.choices, key=lambda choice: choice.times.last_token_ns if choice.times else 0)
+        seed = generation.choices[0].request.params.seed
+        assert seed is not None, "seeds are drawn before a request is made"
+        return make_timings(
+            generation.marks,
+            choice.times,
+            first_sent_ns=generation.call.first_token_ns,
+            num_tokens=choice.num_tokens,
+            seed=seed,
+            now_ns=self._server.context.clock.now_ns(),
+        )
+
+
+async def _unless_left(receive: Receive, answer: Any) -> None:
+    """Runs the answer; if the client leaves first, ends it and raises ClientLeft."""
+    work = asyncio.ensure_future(answer)
+    left = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+        if work.done():
+            work.result()
+            return
+        raise ClientLeft
+    finally:
+        for task in (work, left):
+            task.cancel()
+        await asyncio.gather(work, left, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

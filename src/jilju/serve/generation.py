@@ -1,0 +1,206 @@
+"""Generation: the one pipeline from requests to pieces of text, under streams and whole answers alike.
+
+Owns a call's sequences from submit to their terminal events: text, stop strings, finish reasons, counts, and the abort of
+whatever is live when the call ends early. Knows nothing of JSON, SSE or HTTP.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from jilju.clock import Clock
+from jilju.engine.client import EngineClient
+from jilju.engine.request import (
+    EngineEvent,
+    FinishReason,
+    PromptScored,
+    Request,
+    RequestAborted,
+    RequestEnded,
+    RequestFailed,
+    RequestTimes,
+    TokenEvent,
+    is_terminal,
+)
+from jilju.errors import DeadlineExceeded, InternalError, JiljuError
+from jilju.serve.errors import error_of
+from jilju.serve.ledger import Call, Ledger
+from jilju.serve.timings import Marks
+from jilju.text.stream import TextStream
+
+
+@dataclass(slots=True, eq=False)
+class Choice:
+    """One sequence of a call and its text so far."""
+
+    index: int
+    request: Request
+    text: TextStream
+    num_tokens: int = 0  # up to the token that ended it
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    times: RequestTimes | None = None  # with its terminal event
+    ended: bool = False  # the terminal event is here
+    last_token_ns: int = 0
+    held: "Delta | None" = None  # the last delta, kept until the terminal event
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """One token's effect: its text, perhaps empty. `token` is None only for an answer without tokens."""
+
+    choice: Choice
+    text: str
+    token: TokenEvent | None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """`deltas()` once, then `close()` in every case."""
+
+    client: EngineClient
+    ledger: Ledger
+    clock: Clock
+    call: Call
+    marks: Marks
+    choices: Sequence[Choice]
+    deadline_ns: int
+    hold_last: bool = (
+        False  # give the last delta of a sequence only with its terminal event, so that its times are known
+    )
+    _queue: "asyncio.Queue[tuple[Choice | None, EngineEvent | BaseException, int]]" = field(
+        default_factory=asyncio.Queue
+    )
+    _pumps: list["asyncio.Task[None]"] = field(default_factory=list)
+    _num_restarts: int = 0
+
+    def submit(self) -> None:
+        """All sequences or none. Raises what the client raises."""
+        self._num_restarts = self.client.status().num_restarts
+        self.marks.submitted_ns = self.clock.now_ns()
+        taken: list[tuple[Choice, AsyncIterator[EngineEvent]]] = []
+        try:
+            taken.extend((choice, self.client.submit(choice.request)) for choice in self.choices)
+        finally:
+            self.ledger.sequences_submitted(self.call, len(taken))
+            self._pumps = [asyncio.create_task(self._pump(choice, events)) for choice, events in taken]
+        self.call.cut = self.cut
+
+    def cut(self, error: JiljuError) -> None:
+        """End the call with this error, from outside."""
+        self._queue.put_nowait((None, error, self.clock.now_ns()))
+
+    async def deltas(self, silence_s: Callable[[], float | None]) -> AsyncIterator[list[Delta]]:
+        """What came since the last turn, in order; an empty list after `silence_s()` seconds without anything."""
+        while not all(choice.ended for choice in self.choices):
+            try:
+                items = [await self._next(silence_s())]
+            except TimeoutError:
+                yield []
+                continue
+            while not self._queue.empty():
+                items.append(self._queue.get_nowait())
+            deltas: list[Delta] = []
+            failure: BaseException | None = None
+            for item in items:
+                try:
+                    deltas += self._take(*item)
+                except Exception as error:  # what came before it is still given out
+                    failure = error
+                    break
+            if deltas:
+                yield deltas
+            if failure is not None:
+                raise failure
+
+    async def close(self) -> None:
+        """Abort what is live. Every sequence is ended in the ledger afterwards."""
+        for choice in self.choices[: len(self._pumps)]:
+            if not choice.ended:
+                self.client.abort(choice.request.id)
+                self._end(choice, None)
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    async def _pump(self, choice: Choice, events: AsyncIterator[EngineEvent]) -> None:
+        try:
+            async for event in events:
+                self._queue.put_nowait((choice, event, self.clock.now_ns()))
+        except Exception as error:
+            self._queue.put_nowait((choice, error, self.clock.now_ns()))
+
+    async def _next(self, silence_s: float | None) -> "tuple[Choice | None, EngineEvent | BaseException, int]":
+        left_s = (self.deadline_ns - self.clock.now_ns()) / 1e9
+        if left_s <= 0:
+            raise DeadlineExceeded("the answer was not complete in time; ask for fewer tokens")
+        async with asyncio.timeout(left_s if silence_s is None else min(left_s, silence_s)):
+            return await self._queue.get()
+
+    def _take(self, choice: Choice | None, event: "EngineEvent | BaseException", at_ns: int) -> list[Delta]:
+        if isinstance(event, BaseException):
+            raise event
+        assert choice is not None, "only an error comes without a choice"
+        self._note_restart(at_ns)
+        delta: Delta | None = None
+        if choice.finish_reason is None:
+            if isinstance(event, TokenEvent):
+                delta = self._token(choice, event, at_ns)
+            elif isinstance(event, RequestEnded):
+                choice.finish_reason = event.finish_reason
+                delta = Delta(choice, choice.text.finish().text, None, event.finish_reason)
+            elif isinstance(event, RequestFailed):
+                self._end(choice, None)
+                raise error_of(event.code, event.message)
+            elif isinstance(event, RequestAborted):
+                self._end(choice, event.times)
+                raise InternalError("the engine ended the request although nobody asked for it")
+            else:
+                assert isinstance(event, PromptScored), f"an unknown event of the engine: {event!r}"
+        if is_terminal(event):
+            self._end(choice, None if isinstance(event, RequestFailed) else event.times)  # type: ignore[union-attr]
+            self.marks.last_event_ns = at_ns
+            delta, choice.held = choice.held or delta, None
+        elif delta is not None and delta.finish_reason is not None:  # a stop string: nothing more of it is wanted
+            self.client.abort(choice.request.id)
+            if self.hold_last:
+                delta, choice.held = None, delta
+        return [] if delta is None else [delta]
+
+    def _token(self, choice: Choice, event: TokenEvent, at_ns: int) -> Delta:
+        assert event.index == choice.num_tokens, f"token {event.index} came where {choice.num_tokens} was next"
+        choice.num_tokens += 1
+        self.ledger.token(self.call, at_ns - choice.last_token_ns if choice.last_token_ns else None)
+        choice.last_token_ns = self.marks.last_token_ns = at_ns
+        self.marks.first_token_ns = self.marks.first_token_ns or at_ns
+        params = choice.request.params
+        if event.finish_reason == "stop":  # an end id: it shows no text, but what was held back can be shown now
+            piece_text, stop = "", None
+            if event.token_id in params.stop_token_ids:
+                choice.stop_reason = event.token_id
+        else:
+            piece = choice.text.push(event.token_id)
+            piece_text, stop = piece.text, piece.stop
+        if stop is None and event.finish_reason is not None:
+            piece = choice.text.finish()
+            piece_text, stop = piece_text + piece.text, piece.stop
+        choice.finish_reason = event.finish_reason
+        if stop is not None:
+            choice.finish_reason, choice.stop_reason = "stop", stop
+        return Delta(choice, piece_text, event, choice.finish_reason, choice.stop_reason)
+
+    def _note_restart(self, at_ns: int) -> None:
+        """A restart of the engine since the last event: after a first token, the gap up to this event is the resume."""
+        num_restarts = self.client.status().num_restarts
+        if num_restarts != self._num_restarts:
+            self.marks.num_resumes += num_restarts - self._num_restarts
+            self._num_restarts = num_restarts
+            if self.marks.last_token_ns:
+                self.marks.resume_ns += at_ns - self.marks.last_token_ns
+
+    def _end(self, choice: Choice, times: RequestTimes | None) -> None:
+        assert not choice.ended, f"{choice.request.id} ended twice"
+        choice.ended, choice.times = True, times
+        self.ledger.sequence_ended(self.call, times)

@@ -1,0 +1,117 @@
+"""The ledger of calls: who was accepted, what is live, how each ended.
+
+Owns one record per accepted call and the law that each ends in exactly one terminal state: accepted = terminal + live.
+Access log, metrics and drain are listeners or readers. Knows nothing of HTTP, text or the engine's inside.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from jilju.clock import Clock
+from jilju.engine.request import RequestTimes
+from jilju.errors import JiljuError
+
+CallState = Literal["completed", "client_cancelled", "deadline", "shed", "failed"]
+CLIENT_LEFT_STATUS = 499  # logged only: there is nobody to send it to
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One accepted call, from its head to its last byte. Times are ns of the one clock, 0 where it did not get that far."""
+
+    id: str
+    route: str
+    key_name: str | None
+    label: str | None  # the client's own id, cleaned; never used as an id
+    received_ns: int
+    num_sequences: int = 0  # submitted to the engine
+    num_live_sequences: int = 0
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    first_token_ns: int = 0  # its chunk was handed to the socket, or was ready to be
+    ended_ns: int = 0
+    state: CallState | None = None
+    status: int = 0
+    code: str | None = None
+    request_id: str | None = None  # label of the body
+    session_id: str | None = None
+    times: list[RequestTimes] = field(default_factory=list)  # of its sequences, as they ended
+    cut: Callable[[JiljuError], None] | None = None  # ends it from outside with that error
+
+
+class LedgerListener(Protocol):
+    def on_token(self, call: Call, gap_ns: int | None) -> None:
+        """One token of a sequence; `gap_ns` since the one before it, None for its first."""
+        ...
+
+    def on_end(self, call: Call) -> None: ...
+
+
+class Ledger:
+    def __init__(self, clock: Clock):
+        self._clock = clock
+        self._listeners: list[LedgerListener] = []
+        self.live: dict[str, Call] = {}
+        self.num_accepted: Counter[str] = Counter()  # by route
+        self.num_ended: Counter[tuple[str, str]] = Counter()  # by state and code
+        self.num_refused: Counter[str] = Counter()  # by code; never accepted
+        self.num_live_sequences = 0
+        self.busy_since_ns = 0  # since when sequences are live without a break
+
+    def listen(self, listener: LedgerListener) -> None:
+        self._listeners.append(listener)
+
+    def accept(self, call: Call) -> Call:
+        assert call.id not in self.live, f"ids are minted once, {call.id} is live"
+        self.num_accepted[call.route] += 1
+        self.live[call.id] = call
+        return call
+
+    def refuse(self, code: str) -> None:
+        self.num_refused[code] += 1
+
+    def sequences_submitted(self, call: Call, count: int) -> None:
+        if self.num_live_sequences == 0:
+            self.busy_since_ns = self._clock.now_ns()
+        call.num_sequences += count
+        call.num_live_sequences += count
+        self.num_live_sequences += count
+
+    def sequence_ended(self, call: Call, times: RequestTimes | None) -> None:
+        call.num_live_sequences -= 1
+        self.num_live_sequences -= 1
+        if times is not None:
+            call.times.append(times)
+            call.num_cached_tokens += times.num_cached_tokens
+
+    def token(self, call: Call, gap_ns: int | None) -> None:
+        call.num_output_tokens += 1
+        for listener in self._listeners:
+            listener.on_token(call, gap_ns)
+
+    def end(self, call: Call, state: CallState, status: int, code: str | None = None) -> None:
+        assert call.state is None, f"call {call.id} ended as {call.state} and cannot end again as {state}"
+        assert call.num_live_sequences == 0, f"call {call.id} ends with {call.num_live_sequences} live sequences"
+        call.state, call.status, call.code = state, status, code
+        call.ended_ns = self._clock.now_ns()
+        call.cut = None
+        del self.live[call.id]
+        self.num_ended[state, code or ""] += 1
+        for listener in self._listeners:
+            listener.on_end(call)
+
+    def imbalance(self) -> int:
+        """Distance from accepted = terminal + live and from live sequences = the sum over live calls; must be 0."""
+        calls = self.num_accepted.total() - self.num_ended.total() - len(self.live)
+        sequences = self.num_live_sequences - sum(call.num_live_sequences for call in self.live.values())
+        return abs(calls) + abs(sequences)
+
+
+def state_of(error: JiljuError) -> CallState:
+    """The terminal state of a call that ends with this error."""
+    if error.code == "deadline_exceeded":
+        return "deadline"
+    return "shed" if error.code in ("overloaded", "not_ready") else "failed"

@@ -1,0 +1,67 @@
+"""GET /v1/models: what this server serves, with limits and defaults in force.
+
+Owns the entry's shape, which OpenAI, vLLM and Anthropic clients all read. Knows nothing of where models come from.
+"""
+
+import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jilju.errors import ModelNotFound
+from jilju.serve.errors import shown
+from jilju.serve.health import json_response
+from jilju.serve.openai_completions import MAX_PROMPTS
+from jilju.serve.sampling import MAX_STOP_CHARS, MAX_STOPS
+from jilju.serve.server import Server
+
+
+def model_entry(server: Server) -> dict[str, Any]:
+    context = server.context
+    info = context.client.info
+    context_tokens = context.context_tokens()
+    return {
+        "id": context.model_name,
+        "object": "model",
+        "type": "model",
+        "created": context.started,
+        "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(context.started)),
+        "display_name": context.model_name,
+        "owned_by": "jilju",
+        "root": context.model_name,
+        "parent": None,
+        "max_model_len": context_tokens,
+        "max_input_tokens": context_tokens,
+        "max_tokens": context_tokens,
+        "jilju": {
+            "limits": {
+                "prompts": MAX_PROMPTS,
+                "stop": MAX_STOPS,
+                "stop_chars": MAX_STOP_CHARS,
+                "top_logprobs": 20,
+                "live_sequences": context.limits.live_requests,
+            },
+            "defaults": context.defaults,
+            "quantization": context.quantization,
+            "kernel_set": None if info is None else info.kernel_set,
+            "deterministic": None if info is None else info.invariant,
+            "features": ["completions", *(["chat"] if context.template is not None else [])],
+        },
+    }
+
+
+async def list_models(server: Server, request: Request) -> Response:
+    name = server.context.model_name
+    return json_response(
+        {"object": "list", "data": [model_entry(server)], "has_more": False, "first_id": name, "last_id": name}
+    )
+
+
+async def get_model(server: Server, request: Request) -> Response:
+    name = request.path_params["model"]
+    if name != server.context.model_name:
+        raise ModelNotFound(
+            f"model is {shown(name)}; this server has {shown(server.context.model_name)}", param="model"
+        )
+    return json_response(model_entry(server))

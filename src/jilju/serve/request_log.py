@@ -1,0 +1,94 @@
+"""The request log: one line a call, as text or JSON.
+
+Owns the line's fields, the logger `jilju.access` and the two formatters. Holds no prompt and no text. Knows nothing of how
+logging is set up: the command that starts a server does that.
+"""
+
+import logging
+import time
+from typing import Any, Literal
+
+import msgspec
+
+from jilju.serve.ledger import Call
+
+access_log = logging.getLogger("jilju.access")
+
+LogFormat = Literal["text", "json"]
+FIELDS = "jilju_fields"  # attribute of a record that carries its fields
+
+
+class CallLog:
+    """A ledger listener: one line as a call ends."""
+
+    def on_token(self, call: Call, gap_ns: int | None) -> None:
+        pass
+
+    def on_end(self, call: Call) -> None:
+        first_ns = call.first_token_ns
+        fields = {
+            "id": call.id,
+            "route": call.route,
+            "key": call.key_name,
+            "prompt_tokens": call.num_prompt_tokens,
+            "cached_tokens": call.num_cached_tokens,
+            "output_tokens": call.num_output_tokens,
+            "ms": round((call.ended_ns - call.received_ns) / 1e6, 3),
+            "ttft_ms": round((first_ns - call.received_ns) / 1e6, 3) if first_ns else None,
+            "state": call.state,
+            "status": call.status,
+            "code": call.code,
+            "client_id": call.label,
+            "request_id": call.request_id,
+            "session_id": call.session_id,
+        }
+        access_log.info(_line(fields), extra={FIELDS: fields})
+
+
+def log_arrival(*, call_id: str, method: str, path: str, key_name: str | None, status: int, ms: float) -> None:
+    """A call that generates nothing: at info when it was refused, else at debug."""
+    fields = {
+        "id": call_id,
+        "method": method,
+        "route": path[:200],
+        "key": key_name,
+        "ms": round(ms, 3),
+        "status": status,
+    }
+    access_log.log(logging.INFO if status >= 400 else logging.DEBUG, _line(fields), extra={FIELDS: fields})
+
+
+def _line(fields: dict[str, Any]) -> str:
+    return " ".join(f"{name}={_plain(value)}" for name, value in fields.items() if value is not None)
+
+
+def _plain(value: object) -> str:
+    """No line break, no escape sequence and no blank gets into a line of the log from outside."""
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return "".join(char if "!" <= char <= "~" else f"\\u{ord(char):04x}" for char in text)
+
+
+class TextFormatter(logging.Formatter):
+    def __init__(self) -> None:
+        super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line; a call's fields stand at its top."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        data: dict[str, Any] = {
+            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+        }
+        fields = getattr(record, FIELDS, None)
+        data |= fields if fields is not None else {"message": record.getMessage()}
+        if record.exc_info:
+            data["exception"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(data).decode()
+
+
+def make_formatter(log_format: LogFormat) -> logging.Formatter:
+    return JsonFormatter() if log_format == "json" else TextFormatter()

@@ -1,0 +1,158 @@
+"""The runner: a server process from bind to exit.
+
+Owns the socket, signals and the order of an ending: /readyz says 503, new calls are refused, live ones finish, the rest are
+told, the engine stops. Knows nothing of routes or of what an engine is.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from jilju.errors import ConfigError
+from jilju.serve.app import app_of
+from jilju.serve.context import ServerContext
+from jilju.serve.server import Server, make_server
+
+logger = logging.getLogger("jilju.serve")
+
+HURRY_S = 0.8  # from a second signal to the end, whatever hangs
+BACKLOG = 2048
+MAX_CONNECTIONS = 4096
+
+
+def run_server(
+    context: ServerContext,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    on_listening: Callable[[str], None] | None = None,
+    on_ready: Callable[[str], None] | None = None,
+) -> int:
+    """Serves until a signal ends it; returns the exit code. Raises ConfigError or StartupError when it cannot begin."""
+    listener = bind(host, port)
+    run = asyncio.run
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        run = uvloop.run
+    return run(serve(context, listener, on_listening=on_listening, on_ready=on_ready))
+
+
+def bind(host: str, port: int) -> socket.socket:
+    name = host.strip("[]")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            name, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"cannot listen on --host {host} --port {port}: {error}; choose another") from error
+    listener.setblocking(False)
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals are the runner's."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def serve(
+    context: ServerContext,
+    listener: socket.socket,
+    *,
+    on_listening: Callable[[str], None] | None = None,
+    on_ready: Callable[[str], None] | None = None,
+) -> int:
+    """Answers (with 503) from the start, takes calls when the engine is ready."""
+    server = make_server(context)
+    http = _Uvicorn(
+        uvicorn.Config(
+            app_of(server),
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=1,
+        )
+    )
+    ending = _Ending()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, ending.signal, loop)
+    serving = asyncio.create_task(http.serve(sockets=[listener]))
+    starting = asyncio.create_task(context.client.start())
+    stop = asyncio.create_task(ending.wanted.wait())
+    address = address_of(listener)
+    try:
+        if on_listening is not None:
+            on_listening(address)
+        await asyncio.wait({starting, stop, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            if on_ready is not None:
+                on_ready(address)
+            await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
+        await _drain(server, ending)
+    finally:
+        starting.cancel()
+        stop.cancel()
+        await asyncio.gather(starting, stop, return_exceptions=True)
+        await context.client.stop()
+        http.should_exit = True
+        http.force_exit = ending.hurry.is_set()
+        await serving
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+    return 0
+
+
+async def _drain(server: Server, ending: "_Ending") -> None:
+    server.drain.begin()
+    limit_s = server.context.limits.drain_s
+    logger.info("draining: %d calls are live and have %g s", len(server.ledger.live), limit_s)
+    empty = asyncio.create_task(server.drain.empty(limit_s))
+    hurry = asyncio.create_task(ending.hurry.wait())
+    await asyncio.wait({empty, hurry}, return_when=asyncio.FIRST_COMPLETED)
+    hurry.cancel()
+    empty.cancel()
+    await asyncio.gather(hurry, empty, return_exceptions=True)
+    if server.ledger.live:
+        logger.warning("ending %d calls that are not complete", len(server.ledger.live))
+        server.drain.cut_live()
+        await server.drain.empty(0.3)
+
+
+class _Ending:
+    """One signal asks for the end, a second for it now."""
+
+    def __init__(self) -> None:
+        self.wanted = asyncio.Event()
+        self.hurry = asyncio.Event()
+
+    def signal(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self.wanted.is_set():
+            self.hurry.set()
+            loop.call_later(HURRY_S, os._exit, 1)
+        self.wanted.set()

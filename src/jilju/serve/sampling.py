@@ -1,0 +1,204 @@
+"""The generation fields that chat and completions share, and what becomes of them.
+
+Owns their types, ranges and off values, and the way from them to SamplingParams, with the model's defaults for what a call
+leaves out. Knows nothing of messages, prompts or answers.
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from jilju.engine.request import SamplingParams
+from jilju.errors import ContextLengthExceeded, InvalidValue, ModelNotFound
+from jilju.serve.context import ServerContext
+from jilju.serve.errors import shown
+from jilju.serve.fields import ANY, Rules, convert, refuse, take_fields
+
+MAX_STOPS = 16
+MAX_STOP_CHARS = 256
+
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Label = Annotated[str, Meta(max_length=128)]
+StopString = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+N = TypeVar("N", int, float)
+
+
+class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+STREAM_OPTIONS = Rules.of(StreamOptions, later=MappingProxyType({"include_obfuscation": (False,)}))
+
+
+class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    model: str | None = None
+    max_tokens: Count | None = None
+    min_tokens: Count = 0
+    ignore_eos: bool = False
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] = []
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] = []
+    skip_special_tokens: bool = True
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool = False
+    timings: bool = False
+    request_id: Label | None = None
+    session_id: Label | None = None
+
+
+F = TypeVar("F", bound=GenerationFields)
+
+NO_OPS: Mapping[str, Any] = MappingProxyType(
+    {
+        "user": ANY,
+        "metadata": ANY,
+        "store": (False,),
+        "service_tier": ANY,
+        "safety_identifier": ANY,
+        "prompt_cache_key": ANY,
+        "prompt_cache_retention": ANY,
+        "prompt_cache_options": ANY,
+        "client_metadata": ANY,
+        "return_mm_kwargs": ANY,
+        "verbosity": ("medium",),
+        "modalities": (["text"],),
+        "spaces_between_special_tokens": (True,),
+    }
+)
+
+LATER: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "n": (1,),
+        "presence_penalty": (0,),
+        "frequency_penalty": (0,),
+        "logit_bias": ({},),
+        "allowed_token_ids": (),
+        "bad_words": ([],),
+        "logprob_token_ids": ([],),
+        "prompt_logprobs": (),
+        "echo": (False,),
+        "response_format": ({"type": "text"},),
+        "structured_outputs": (),
+        "include_stop_str_in_output": (False,),
+        "truncate_prompt_tokens": (),
+        "truncation_side": ("left",),
+        "repetition_detection": (),
+        "stream_interval": (1,),
+        "return_tokens_as_token_ids": (False,),
+        "return_prompt_text": (False,),
+        "return_token_offsets": (False,),
+        "cache_salt": (),
+        "priority": (0,),
+        "deadline_ms": (),
+        "max_queue_ms": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "guided_json_object": (False,),
+        "guided_decoding_backend": (),
+        "guided_whitespace_pattern": (),
+        "structural_tag": (),
+        "whitespace_pattern": (),
+        "disable_any_whitespace": (False,),
+        "disable_additional_properties": (False,),
+        "use_beam_search": (False,),
+        "length_penalty": (1,),
+        "media_io_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
+        "kv_transfer_params": (),
+        "ec_transfer_params": (),
+        "vllm_xargs": ({},),
+        "watermarking": (False,),
+        "moderation": (),
+    }
+)
+
+
+def take_generation_fields(body: Mapping[str, Any], to: type[F], rules: Rules) -> F:
+    """The typed fields of a body whose own objects (messages, parts) are already reduced to what is taken."""
+    taken = take_fields(body, rules)
+    if isinstance(options := taken.get("stream_options"), dict):
+        taken["stream_options"] = take_fields(options, STREAM_OPTIONS, "stream_options")
+    fields = convert(taken, to)
+    if fields.stream_options is not None and not fields.stream:
+        raise InvalidValue("stream_options is given without stream: true; leave it out", param="stream_options")
+    return fields
+
+
+def check_model(model: str | None, context: ServerContext) -> None:
+    if model is not None and model != context.model_name:
+        raise ModelNotFound(f"model is {shown(model)}; this server has {shown(context.model_name)}", param="model")
+
+
+def stops_of(fields: GenerationFields) -> tuple[str, ...]:
+    return (fields.stop,) if isinstance(fields.stop, str) else tuple(fields.stop)
+
+
+def sampling_params(
+    fields: GenerationFields, context: ServerContext, *, max_tokens: int, logprobs: int | None, seed: int
+) -> SamplingParams:
+    vocab_size = context.tokenizer.vocab_size
+    for index, token_id in enumerate(fields.stop_token_ids):
+        if token_id >= vocab_size:
+            raise refuse(f"stop_token_ids[{index}]", token_id, f"an id of the vocabulary, 0..{vocab_size - 1}")
+    if fields.top_k is not None and fields.top_k > vocab_size:
+        raise refuse("top_k", fields.top_k, f"1..{vocab_size}, or 0 or -1 for off")
+    if fields.min_tokens > max_tokens:
+        raise refuse("min_tokens", fields.min_tokens, f"0..{max_tokens}, the most tokens that this answer may have")
+    defaults = context.defaults
+    return SamplingParams(
+        temperature=_or(fields.temperature, defaults.temperature),
+        top_k=max(0, _or(fields.top_k, defaults.top_k)),
+        top_p=_or(fields.top_p, defaults.top_p),
+        min_p=_or(fields.min_p, defaults.min_p),
+        repetition_penalty=_or(fields.repetition_penalty, defaults.repetition_penalty),
+        seed=seed,
+        max_tokens=max_tokens,
+        min_tokens=fields.min_tokens,
+        stop=stops_of(fields),
+        stop_token_ids=tuple(fields.stop_token_ids),
+        ignore_eos=fields.ignore_eos,
+        logprobs=logprobs,
+    )
+
+
+def end_ids(params: SamplingParams, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """Ids that end a sequence, each once."""
+    return tuple(dict.fromkeys((() if params.ignore_eos else eos_ids) + params.stop_token_ids))
+
+
+def fit_max_tokens(num_prompt_tokens: int, max_tokens: int | None, context_tokens: int, *, param: str) -> int:
+    """`max_tokens`, or what is left of the context; refuses what does not fit, never cuts."""
+    if max_tokens is None:
+        if num_prompt_tokens >= context_tokens:
+            raise ContextLengthExceeded(
+                f"the prompt has {num_prompt_tokens} tokens and the context holds {context_tokens}, "
+                "prompt and output together; send a shorter prompt",
+                param=param,
+            )
+        return context_tokens - num_prompt_tokens
+    if num_prompt_tokens + max_tokens > context_tokens:
+        raise ContextLengthExceeded(
+            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together "
+            f"{num_prompt_tokens + max_tokens}; the context holds {context_tokens}; send a shorter prompt or ask for less",
+            param=param,
+        )
+    return max_tokens
+
+
+def _or(value: N | None, default: N) -> N:
+    return default if value is None else value

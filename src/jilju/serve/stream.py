@@ -1,0 +1,66 @@
+"""Streams: deltas to server-sent events on a socket, in time.
+
+Owns when bytes leave: status and headers with the first token, one event per token, a comment after silence, usage, `[DONE]`,
+and the error event that stands in its place. Knows nothing of JSON shapes (a renderer's) or of the engine.
+"""
+
+import asyncio
+from collections.abc import Callable
+
+from starlette.types import Send
+
+from jilju.clock import Clock
+from jilju.errors import JiljuError
+from jilju.serve.answer import event
+from jilju.serve.body import ClientLeft
+from jilju.serve.errors import error_object
+
+EVENT_STREAM = [
+    (b"content-type", b"text/event-stream"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # proxies: pass each event on at once
+]
+DONE = b"data: [DONE]\n\n"
+WAIT = b": wait\n\n"
+
+
+class Writer:
+    """One answer's way to the socket. A reader that takes nothing for `stall_s` has left."""
+
+    def __init__(self, send: Send, clock: Clock, stall_s: float, note: Callable[[int, int], None]):
+        self._send, self._clock, self._stall_s, self._note = send, clock, stall_s, note
+        self.started = False
+
+    async def events(self, data: bytes) -> None:
+        """Opens the stream if it is not open."""
+        if not self.started:
+            await self._bounded({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+            self.started = True
+        await self._body(data, more=True)
+
+    async def end(self, data: bytes) -> None:
+        await self._body(data, more=False)
+
+    async def error(self, error: JiljuError) -> None:
+        """The last event of a stream that fails: no `[DONE]` follows, so that nobody takes it for whole."""
+        await self._body(event({"error": error_object(error)}), more=False)
+
+    async def whole(self, data: bytes) -> None:
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
+        await self._bounded({"type": "http.response.start", "status": 200, "headers": headers})
+        self.started = True
+        await self._body(data, more=False)
+
+    async def _body(self, data: bytes, *, more: bool) -> None:
+        begin_ns = self._clock.now_ns()
+        await self._bounded({"type": "http.response.body", "body": data, "more_body": more})
+        self._note(begin_ns, self._clock.now_ns())
+
+    async def _bounded(self, message: dict[str, object]) -> None:
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await self._send(message)
+        except TimeoutError:
+            raise ClientLeft(f"the reader took nothing for {self._stall_s:g} s") from None
+        except OSError as error:
+            raise ClientLeft(str(error)) from error
