@@ -1,0 +1,216 @@
+"""A server for tests of the pages: the real static files under the real policy, and answers that a test scripts.
+
+Owns an HTTP server on a thread and a record of what the page sent. Scripts go on when the test lets them (gates), so no test
+waits for a clock. Speaks the stream of /v1/chat/completions and knows nothing of models.
+"""
+
+import json
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from jilju import view
+
+GATE_S = 20.0  # a gate that nobody opens is a broken test, which must end too
+
+MODEL = {
+    "id": "stub-1b",
+    "object": "model",
+    "max_model_len": 4096,
+    "jilju": {
+        "defaults": {
+            "temperature": 0.7,
+            "top_p": 0.8,
+            "top_k": 20,
+            "min_p": 0.0,
+            "repetition_penalty": 1.1,
+            "source": "the model table",
+        }
+    },
+}
+
+USAGE = {
+    "prompt_tokens": 214,
+    "completion_tokens": 11,
+    "total_tokens": 225,
+    "prompt_tokens_details": {"cached_tokens": 192, "cache_write_tokens": 22, "truncated_tokens": 0},
+    "completion_tokens_details": {"reasoning_tokens": 0},
+}
+
+TIMINGS = {
+    "total_ms": 412.3,
+    "parse_ms": 0.4,
+    "render_ms": 0.6,
+    "tokenize_ms": 1.1,
+    "grammar_ms": 0.0,
+    "queue_ms": 12.0,
+    "prefill_ms": 82.0,
+    "stalled_ms": 4.0,
+    "decode_ms": 310.0,
+    "resume_ms": 0.0,
+    "write_ms": 0.9,
+    "client_ms": 0.1,
+    "other_ms": 1.2,
+    "ttft_ms": 96.4,
+    "tpot_ms": 31.0,
+    "seed": 7,
+    "steps": 11,
+    "preemptions": 0,
+    "resumes": 0,
+}
+
+
+@dataclass
+class Exchange:
+    """One call of /v1/chat/completions, as a script sees it."""
+
+    handler: BaseHTTPRequestHandler
+    body: dict[str, Any]
+    gates: dict[str, threading.Event]
+    base: dict[str, Any] = field(
+        default_factory=lambda: {"id": "chatcmpl-stub", "object": "chat.completion.chunk", "created": 1, "model": "stub-1b"}
+    )
+
+    def refuse(self, status: int, code: str, message: str, param: str | None = None, **headers: str) -> None:
+        error = {"message": message, "type": "invalid_request_error", "param": param, "code": code}
+        self.handler.send_response(status)
+        for name, value in headers.items():
+            self.handler.send_header(name.replace("_", "-"), value)
+        self.handler.send_header("content-type", "application/json")
+        self.handler.end_headers()
+        self.handler.wfile.write(json.dumps({"error": error}).encode())
+
+    def begin(self) -> None:
+        self.handler.send_response(200)
+        self.handler.send_header("content-type", "text/event-stream")
+        self.handler.send_header("x-request-id", "chatcmpl-stub")
+        self.handler.end_headers()
+        self._choice({"role": "assistant", "content": ""})
+
+    def token(self, text: str) -> None:
+        self._choice({"content": text})
+
+    def end(
+        self, reason: str = "stop", usage: dict[str, Any] | None = None, timings: dict[str, Any] | None = None
+    ) -> None:
+        self._choice({}, finish_reason=reason)
+        last = {**self.base, "choices": [], "usage": usage or USAGE, "timings": timings or TIMINGS}
+        self._event(json.dumps(last))
+        self._event("[DONE]")
+
+    def fail(self, code: str, message: str) -> None:
+        self._event(json.dumps({"error": {"message": message, "type": "server_error", "param": None, "code": code}}))
+
+    def wait(self, gate: str) -> None:
+        assert self.gates[gate].wait(GATE_S), f"no test opened the gate {gate!r} within {GATE_S} s"
+
+    def _choice(self, delta: dict[str, Any], finish_reason: str | None = None) -> None:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason, "stop_reason": None}
+        self._event(json.dumps({**self.base, "choices": [choice], "usage": None}))
+
+    def _event(self, data: str) -> None:
+        self.handler.wfile.write(f"data: {data}\n\n".encode())
+        self.handler.wfile.flush()
+
+
+class Gates(dict[str, threading.Event]):
+    def __missing__(self, name: str) -> threading.Event:
+        return self.setdefault(name, threading.Event())
+
+
+def say(*tokens: str) -> Callable[[Exchange], None]:
+    """A script that says these tokens and ends well."""
+
+    def script(exchange: Exchange) -> None:
+        exchange.begin()
+        for token in tokens:
+            exchange.token(token)
+        exchange.end()
+
+    return script
+
+
+class StubServer:
+    """`script` answers the chat calls; `key`, when set, is asked of every call but the page's own files."""
+
+    def __init__(self) -> None:
+        self.script: Callable[[Exchange], None] = say("Hello", " there", ".")
+        self.key: str | None = None
+        self.health = {"status": "ok", "running": 1, "waiting": 0}
+        self.models: Callable[[], dict[str, Any]] = lambda: {"object": "list", "data": [MODEL]}
+        self.bodies: list[dict[str, Any]] = []
+        self.gates: Gates = Gates()
+        self.client_left = threading.Event()
+        stub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                stub._get(self)
+
+            def do_POST(self) -> None:
+                stub._post(self)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Quiet: a test reads what it needs from the stub."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    def _get(self, handler: BaseHTTPRequestHandler) -> None:
+        if handler.path == "/":
+            self._file(handler, "index.html")
+        elif handler.path.startswith("/view/"):
+            self._file(handler, handler.path.removeprefix("/view/"))
+        elif handler.path in ("/v1/models", "/health") and self._allowed(handler):
+            self._json(handler, self.models() if handler.path == "/v1/models" else self.health)
+        elif handler.path not in ("/v1/models", "/health"):
+            handler.send_error(404)
+
+    def _post(self, handler: BaseHTTPRequestHandler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers["content-length"])))
+        if handler.path != "/v1/chat/completions":
+            handler.send_error(404)
+            return
+        if not self._allowed(handler):
+            return
+        self.bodies.append(body)
+        try:
+            self.script(Exchange(handler, body, self.gates))
+        except (BrokenPipeError, ConnectionResetError):
+            self.client_left.set()
+
+    def _allowed(self, handler: BaseHTTPRequestHandler) -> bool:
+        if self.key is None or handler.headers["authorization"] == f"Bearer {self.key}":
+            return True
+        Exchange(handler, {}, self.gates).refuse(
+            401, "invalid_api_key", "no key or a wrong one; send Authorization: Bearer KEY", www_authenticate="Bearer"
+        )
+        return False
+
+    def _file(self, handler: BaseHTTPRequestHandler, name: str) -> None:
+        path = view.DIRECTORY / name
+        if "/" in name or path.suffix not in view.MEDIA_TYPES or not path.is_file():
+            handler.send_error(404)
+            return
+        handler.send_response(200)
+        handler.send_header("content-type", view.MEDIA_TYPES[path.suffix])
+        handler.send_header("content-security-policy", view.CONTENT_SECURITY_POLICY)
+        handler.send_header("x-content-type-options", "nosniff")
+        handler.end_headers()
+        handler.wfile.write(path.read_bytes())
+
+    def _json(self, handler: BaseHTTPRequestHandler, value: dict[str, Any]) -> None:
+        handler.send_response(200)
+        handler.send_header("content-type", "application/json")
+        handler.end_headers()
+        handler.wfile.write(json.dumps(value).encode())
