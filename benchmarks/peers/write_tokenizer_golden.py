@@ -17,9 +17,19 @@ from llama_cpp import Llama
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden" / "tokenizer"
-PRE_TOKENIZERS = (
-    "default gpt-2 llama-bpe llama3 llama-v3 qwen2 deepseek-r1-qwen smollm starcoder refact command-r".split()
-)
+PRE_TOKENIZERS = [
+    "default",
+    "gpt-2",
+    "llama-bpe",
+    "llama3",
+    "llama-v3",
+    "qwen2",
+    "deepseek-r1-qwen",
+    "smollm",
+    "starcoder",
+    "refact",
+    "command-r",
+]
 STRING = 8  # GGUF's number of a string value
 
 
@@ -38,9 +48,7 @@ def end_ids(llm: Llama) -> list[int]:
 
 def pair(key: str, value: str) -> bytes:
     """A string of the metadata as it lies in the file."""
-    return b"".join(
-        (struct.pack("<Q", len(key)), key.encode(), struct.pack("<IQ", STRING, len(value)), value.encode())
-    )
+    return b"".join((struct.pack("<Q", len(key)), key.encode(), struct.pack("<IQ", STRING, len(value)), value.encode()))
 
 
 def with_pre(path: Path, metadata: dict[str, str], pre: str, to: Path) -> None:

@@ -76,7 +76,7 @@ _END_TEXTS = (
     "_<EOT>",
     "[EOT]",
     "[EOS]",
-    "<｜end▁of▁sentence｜>",  # noqa: RUF001 (the token's own characters)
+    "<｜end▁of▁sentence｜>",
     "<end_of_utterance>",
     "<|fim_pad|>",
     "<fim-pad>",

@@ -1,0 +1,83 @@
+"""Stop strings: where a growing text first holds one.
+
+An Aho-Corasick automaton over characters: each costs O(1) on average, however many stop strings there are and however they
+overlap. Text is held back only while it can still become a stop string. The match that ends first wins; of matches that end
+together, the one that begins first. Knows nothing of tokens or requests.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+
+from jilju.errors import InvalidValue
+
+
+class StopMatcher:
+    """One text's matcher. States are the beginnings of stop strings; the state is the longest that the text ends with."""
+
+    def __init__(self, stops: Iterable[str]):
+        # parallel lists, one entry a state; state 0 is the empty beginning
+        self._next: list[dict[str, int]] = [{}]
+        self._depth = [0]  # characters of the beginning
+        self._longest: list[str | None] = [None]  # longest stop string that ends here
+        self._fallback = [0]  # longest other beginning that this one ends with
+        for stop in stops:
+            if not stop:
+                raise InvalidValue("a stop string is empty; allowed: at least one character", param="stop")
+            self._add(stop)
+        self._link()
+        self._state = 0
+        self._held = ""  # the last depth[state] characters, not given out yet
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that can leave now. Nothing leaves from the start of a match on."""
+        if self.matched is not None:
+            return ""
+        if len(self._next) == 1:
+            return text
+        state = self._state
+        for index, char in enumerate(text):
+            state = self._step(state, char)
+            if (stop := self._longest[state]) is not None:
+                self.matched = stop
+                whole = self._held + text[: index + 1]
+                self._held = ""
+                return whole[: len(whole) - len(stop)]
+        self._state = state
+        whole = self._held + text
+        leaving = len(whole) - self._depth[state]
+        self._held = whole[leaving:]
+        return whole[:leaving]
+
+    def finish(self) -> str:
+        """What was held back: the text ends, so it becomes no stop string any more."""
+        held, self._held, self._state = self._held, "", 0
+        return held
+
+    def _add(self, stop: str) -> None:
+        state = 0
+        for char in stop:
+            if char not in self._next[state]:
+                self._next[state][char] = len(self._next)
+                self._next.append({})
+                self._depth.append(self._depth[state] + 1)
+                self._longest.append(None)
+                self._fallback.append(0)
+            state = self._next[state][char]
+        self._longest[state] = stop
+
+    def _link(self) -> None:
+        """Fallbacks in order of depth, so that each is found through shorter ones."""
+        waiting = deque(self._next[0].values())
+        while waiting:
+            state = waiting.popleft()
+            for char, child in self._next[state].items():
+                self._fallback[child] = self._step(self._fallback[state], char)
+                # A stop string that ends with another one is longer, so it begins earlier: its own entry stays.
+                self._longest[child] = self._longest[child] or self._longest[self._fallback[child]]
+                waiting.append(child)
+
+    def _step(self, state: int, char: str) -> int:
+        while state and char not in self._next[state]:
+            state = self._fallback[state]
+        return self._next[state].get(char, 0)
