@@ -53,7 +53,9 @@ def slot_hash(before: np.ndarray, token: int) -> int:
     return mix(int((before * weights).sum(dtype=np.uint64)), len(before), token)
 
 
-def choose(slot: int, seed: int, position: int, params: SamplingParams, seen: list[int], banned: set[int], vocab: int) -> int:
+def choose(
+    slot: int, seed: int, position: int, params: SamplingParams, seen: list[int], banned: set[int], vocab: int
+) -> int:
     penalty = sum({mix(t, 7) for t in seen}) if params.repetition_penalty != 1.0 else 0
     noise = (0, 0) if params.temperature < 1e-4 else (seed & MASK, position)
     h = mix(slot, *noise, penalty)

@@ -187,13 +187,17 @@ def test_requests_beyond_the_bound_are_refused():
     h.run(request("a", [1]), request("b", [1]))
     h.engine.submit(request("c", [1]))
     h.engine.submit(request("d", [1]))
-    with pytest.raises(Overloaded, match="holds 2 requests"):
+    with pytest.raises(Overloaded, match="2 requests are under way"):
         h.engine.submit(request("e", [1]))
 
 
 def test_max_tokens_zero_ends_without_a_token():
     h = Harness(make_limits())
-    h.run(request("a", [1, 2, 3], 0), request("b", [1, 2, 3], 0, score_prompt=True), request("c", [4], 0, score_prompt=True))
+    h.run(
+        request("a", [1, 2, 3], 0),
+        request("b", [1, 2, 3], 0, score_prompt=True),
+        request("c", [4], 0, score_prompt=True),
+    )
     assert [type(e) for e in h.events["a"]] == [RequestEnded]
     assert [type(e) for e in h.events["b"]] == [PromptScored, RequestEnded]
     assert h.events["c"][0] == PromptScored(request_id="c", logprobs=[])

@@ -97,10 +97,14 @@ class BlockPool:
             for block_id in table:
                 refs[block_id] += 1
         assert refs == self._refs, f"references {self._refs}, tables say {refs}"
-        assert self.num_held == sum(1 for n in refs if n), f"{self.num_held} held, tables say {sum(1 for n in refs if n)}"
+        assert self.num_held == sum(1 for n in refs if n), (
+            f"{self.num_held} held, tables say {sum(1 for n in refs if n)}"
+        )
         assert self.is_balanced(), self.describe()
         idle = self._free + list(self._cached)
-        assert sorted(idle) == [b for b in range(self.num_blocks) if not refs[b]], "a block is idle twice, or idle and held"
+        assert sorted(idle) == [b for b in range(self.num_blocks) if not refs[b]], (
+            "a block is idle twice, or idle and held"
+        )
         assert all(b in self._prefix for b in self._cached), "a cached block is not in the prefix index"
         assert not any(b in self._prefix for b in self._free), "a free block is in the prefix index"
         self._prefix.check()

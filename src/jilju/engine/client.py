@@ -1,16 +1,16 @@
 """EngineClient: what the server, the Python API and benchmarks see of an engine, in this process or another.
 
-Owns the protocol only. `engine/link` implements it over a socket with a supervised process, `engine/loop` in-process.
+Owns the protocol only. `engine/supervisor` implements it with a supervised process, `engine/inprocess` with a thread.
 Knows nothing of text or HTTP.
 """
 
-from collections.abc import AsyncIterator
 from typing import Literal, Protocol
 
 import msgspec
 
 from jilju.engine.events import EventLog
-from jilju.engine.request import EngineEvent, Request
+from jilju.engine.request import Request
+from jilju.engine.streams import EventStream
 
 EngineState = Literal["loading", "ready", "restarting", "draining", "gone"]
 
@@ -44,6 +44,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     last_step_age_s: float  # since the last step ended, or since the engine became ready
     num_restarts: int
     imbalance: int  # broken conservation laws seen; must be 0
+    num_resumed: int = 0  # started requests that an engine took over from a dead one
 
 
 class EngineClient(Protocol):
@@ -54,11 +55,11 @@ class EngineClient(Protocol):
         """Returns when the engine is ready; raises StartupError with the engine's own message if it cannot load."""
         ...
 
-    def submit(self, request: Request) -> AsyncIterator[EngineEvent]:
+    def submit(self, request: Request) -> EventStream:
         """Events of the request, a terminal one last. Closing the iterator early (aclose) aborts the request.
 
-        Raises NotReady or EngineUnavailable here, never later, when the engine cannot take it; a request that was taken
-        survives the engine's death.
+        Raises here, never later, when the engine cannot take it: NotReady, EngineUnavailable, Overloaded, or
+        ContextLengthExceeded and KvCapacityExceeded. A request that was taken survives the engine's death.
         """
         ...
 

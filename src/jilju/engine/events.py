@@ -40,6 +40,11 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     bytes: int
 
 
+def prefill_share_ns(begin_ns: int, done_ns: int, num_prefill_tokens: int, num_decode_tokens: int) -> int:
+    """What a decoding row of a step waited for the prefill of others: their share of its time, by token count."""
+    return (done_ns - begin_ns) * num_prefill_tokens // (num_prefill_tokens + num_decode_tokens)
+
+
 class EventLog:
     """A bounded ring of step records and a list of listeners, called once for each record as it is added."""
 

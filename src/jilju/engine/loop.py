@@ -12,7 +12,7 @@ from jilju.engine.cost import StepCost
 from jilju.engine.events import EventLog, StepRecord
 from jilju.engine.pack import pack
 from jilju.engine.request import EngineEvent, Request, RequestAborted, RequestTimes, is_terminal
-from jilju.engine.scheduler import Scheduler, Step
+from jilju.engine.scheduler import Scheduler, Step, check_fits
 from jilju.errors import InternalError, Overloaded
 from jilju.plan import Executor, Limits, Plan
 
@@ -51,10 +51,14 @@ class Engine:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ContextLengthExceeded, KvCapacityExceeded or Overloaded; what is taken gets one terminal event."""
-        if self.scheduler.num_live >= self._max_requests:
-            raise Overloaded(f"the engine holds {self._max_requests} requests, its bound; try again later", retry_after_s=1.0)
+        self.check(request, self.scheduler.num_live)
         self.scheduler.submit(request, self._clock.now_ns())
         self._num_accepted += 1
+
+    def check(self, request: Request, num_live: int) -> None:
+        """What submit() raises, for one who submits from another thread and has `num_live` requests under way."""
+        check_bound(num_live, self._max_requests)
+        check_fits(request, self.limits)
 
     def abort(self, request_id: str) -> None:
         """Ask for the end of a request before the next step; unknown ids are ignored."""
@@ -97,6 +101,10 @@ class Engine:
         self._audit(events)
         self._record(step, events, scheduled_ns, packed_ns, done_ns)
         return events
+
+    def close(self) -> None:
+        """Give back weights and KV cache; the engine is not used after that."""
+        self._executor.free()
 
     def times(self, request_id: str) -> RequestTimes | None:
         """Where the time of a live request went so far."""
@@ -159,6 +167,13 @@ class Engine:
                 flops=flops,
                 bytes=num_bytes,
             )
+        )
+
+
+def check_bound(num_live: int, max_requests: int) -> None:
+    if num_live >= max_requests:
+        raise Overloaded(
+            f"{max_requests} requests are under way, the engine's bound; try again later", retry_after_s=1.0
         )
 
 

@@ -66,7 +66,9 @@ class PrefixIndex:
         for block_id, entry in self._entry_of.items():
             assert self._block_of[entry.key] == block_id, f"block {block_id} is not the one of its key"
             assert len(entry.tokens) == 4 * self._block_size, f"block {block_id} is entered but not full"
-            assert self._digest(entry.parent + entry.tokens) == entry.key, f"block {block_id}: key differs from its content"
+            assert self._digest(entry.parent + entry.tokens) == entry.key, (
+                f"block {block_id}: key differs from its content"
+            )
 
     def _content(self, sequence: Sequence, index: int) -> tuple[bytes, bytes, bytes]:
         """Parent key, tokens and key of a full block; keys are made once a sequence and kept, its tokens never change."""

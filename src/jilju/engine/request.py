@@ -46,11 +46,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             if not getattr(self, name) > 0:
                 raise InvalidValue(f"{name} is {getattr(self, name)!r}; allowed: above 0", param=name)
         if 0 <= self.max_tokens < self.min_tokens:
-            raise InvalidValue(f"min_tokens is {self.min_tokens}, max_tokens {self.max_tokens}; allowed: min_tokens up to max_tokens", param="min_tokens")
+            raise InvalidValue(
+                f"min_tokens is {self.min_tokens}, max_tokens {self.max_tokens}; allowed: min_tokens up to max_tokens",
+                param="min_tokens",
+            )
         if len(self.stop) > 16 or any(not 1 <= len(s) <= 256 for s in self.stop):
             raise InvalidValue("stop: allowed are up to 16 strings of 1 to 256 characters", param="stop")
         if len(self.stop_token_ids) > 64:
-            raise InvalidValue(f"stop_token_ids has {len(self.stop_token_ids)} ids; allowed: 64", param="stop_token_ids")
+            raise InvalidValue(
+                f"stop_token_ids has {len(self.stop_token_ids)} ids; allowed: 64", param="stop_token_ids"
+            )
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,7 +65,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: list[int]  # >= 1
     params: SamplingParams  # seed is set
     end_ids: tuple[int, ...] = ()  # ids that end it: EOS (unless ignore_eos) and stop_token_ids
-    output_ids: list[int] = []  # tokens that an earlier engine made and the server has; the next is index len(output_ids)
+    output_ids: list[int] = []  # tokens that an earlier engine made; the next is index len(output_ids)
     salt: bytes = b""  # prefix-cache hits only among equal salts
     score_prompt: bool = False  # also report the logprob of each prompt token given those before it
 

@@ -14,6 +14,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from jilju.engine.blocks import BlockPool
+from jilju.engine.events import prefill_share_ns
 from jilju.engine.prefix import PrefixIndex
 from jilju.engine.request import (
     EngineEvent,
@@ -149,7 +150,9 @@ class Scheduler:
                 self._forget(aborted)
                 self.pool.release(aborted.block_ids)
                 aborted.block_ids = []
-                events.append(RequestAborted(request_id=request_id, num_tokens=aborted.num_output, times=aborted.times()))
+                events.append(
+                    RequestAborted(request_id=request_id, num_tokens=aborted.num_output, times=aborted.times())
+                )
         if self._to_abort:
             self.running = [s for s in self.running if s.id in self._live]
             self.waiting = deque(s for s in self.waiting if s.id in self._live)
@@ -305,7 +308,7 @@ class Scheduler:
         """Take the result of a step: the only place where tokens are appended and blocks enter the prefix cache."""
         events: list[EngineEvent] = []
         finite: list[bool] = result.finite.tolist()
-        stalled_ns = _stalled_ns(step, now_ns)
+        stalled_ns = prefill_share_ns(step.begin_ns, now_ns, step.num_prefill_tokens, step.num_decode_tokens)
         num_live, logit = len(self._live), 0
         for row in step.rows:
             logits = range(logit, logit + row.num_logits)
@@ -409,13 +412,17 @@ class Scheduler:
         for sequence in self.running:
             covered = self.pool.blocks_for(sequence.num_computed)
             assert len(sequence.block_ids) == covered, f"{sequence.id}: {len(sequence.block_ids)} blocks for {covered}"
-            assert sequence.num_preemptions <= MAX_PREEMPTIONS, f"{sequence.id} was preempted {sequence.num_preemptions} times"
+            assert sequence.num_preemptions <= MAX_PREEMPTIONS, (
+                f"{sequence.id} was preempted {sequence.num_preemptions} times"
+            )
         assert not any(s.block_ids for s in self.waiting), "a waiting sequence holds blocks"
         for queue in (list(self.waiting), self.running):
             numbers = [s.number for s in queue]
             assert numbers == sorted(numbers), f"not in order of arrival: {numbers}"
         queued = [*self.running, *self.waiting, *self._to_end]
-        assert {s.id for s in queued} == set(self._live) and len(queued) == len(self._live), "live, running and waiting differ"
+        assert {s.id for s in queued} == set(self._live) and len(queued) == len(self._live), (
+            "live, running and waiting differ"
+        )
 
 
 def _scores_event(sequence: Sequence) -> list[EngineEvent]:
@@ -424,9 +431,3 @@ def _scores_event(sequence: Sequence) -> list[EngineEvent]:
     event = PromptScored(request_id=sequence.id, logprobs=sequence.scores)
     sequence.scores = None
     return [event]
-
-
-def _stalled_ns(step: Step, now_ns: int) -> int:
-    """What a decoding row of the step waited for the prefill of others: their share of its time, by token count."""
-    num_tokens = step.num_prefill_tokens + step.num_decode_tokens
-    return (now_ns - step.begin_ns) * step.num_prefill_tokens // num_tokens
