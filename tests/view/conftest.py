@@ -68,27 +68,28 @@ def stub() -> Iterator[StubServer]:
 
 @pytest.fixture
 def open_page(browser, stub):
-    """open_page(locale=..., viewport=..., **context options) -> (page, watch), at the stub's chat page."""
+    """open_page(locale=..., viewport=..., **context options) -> (page, watch), at the stub's page or that of another url."""
     opened = []
 
-    def open_(path: str = "/", **options):
+    def open_(path: str = "/", *, url: str | None = None, **options):
+        url = url or stub.url
         options.setdefault("locale", "en-US")
         options.setdefault("viewport", {"width": 1280, "height": 800})
         context = browser.new_context(**options)
         context.set_default_timeout(TIMEOUT_MS)
         context.add_init_script(WATCH)
         page = context.new_page()
-        watch = Watch(origin=stub.url)
+        watch = Watch(origin=url)
         page.on("console", lambda message: watch.problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: watch.problems.append(str(error)))
 
         def note_request(request) -> None:
             parts = urlsplit(request.url)
-            if f"{parts.scheme}://{parts.netloc}" != stub.url:
+            if f"{parts.scheme}://{parts.netloc}" != url:
                 watch.foreign.append(request.url)
 
         page.on("request", note_request)
-        page.goto(stub.url + path)
+        page.goto(url + path)
         opened.append((context, watch))
         return page, watch
 

@@ -1,4 +1,4 @@
-"""A server for tests of the pages: the real static files under the real policy, and answers that a test scripts.
+"""A server for tests of the pages: the real static files under a policy stricter than the server's, and answers that a test scripts.
 
 Owns an HTTP server on a thread and a record of what the page sent. Scripts go on when the test lets them (gates), so no test
 waits for a clock. Speaks the stream of /v1/chat/completions and knows nothing of models.
@@ -12,7 +12,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from jilju import view
+from jilju.serve.view_files import POLICY, load_view
 
+STRICT_POLICY = POLICY + "; object-src 'none'; require-trusted-types-for 'script'"  # more than the server asks: no HTML from text
 GATE_S = 20.0  # a gate that nobody opens is a broken test, which must end too
 
 MODEL = {
@@ -143,6 +145,7 @@ class StubServer:
         self.bodies: list[dict[str, Any]] = []
         self.gates: Gates = Gates()
         self.client_left = threading.Event()
+        self._files = load_view(view.DIRECTORY)
         stub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -198,16 +201,16 @@ class StubServer:
         return False
 
     def _file(self, handler: BaseHTTPRequestHandler, name: str) -> None:
-        path = view.DIRECTORY / name
-        if "/" in name or path.suffix not in view.MEDIA_TYPES or not path.is_file():
+        file = self._files.get(name)
+        if file is None:
             handler.send_error(404)
             return
         handler.send_response(200)
-        handler.send_header("content-type", view.MEDIA_TYPES[path.suffix])
-        handler.send_header("content-security-policy", view.CONTENT_SECURITY_POLICY)
+        handler.send_header("content-type", file.content_type)
+        handler.send_header("content-security-policy", STRICT_POLICY)
         handler.send_header("x-content-type-options", "nosniff")
         handler.end_headers()
-        handler.wfile.write(path.read_bytes())
+        handler.wfile.write(file.data)
 
     def _json(self, handler: BaseHTTPRequestHandler, value: dict[str, Any]) -> None:
         handler.send_response(200)
