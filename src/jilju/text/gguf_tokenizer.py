@@ -7,7 +7,7 @@ here is refused, never guessed. Knows nothing of chats or engines.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from tokenizers import Regex, models, pre_tokenizers
 from tokenizers import Tokenizer as LibraryTokenizer
 
 from jilju.errors import InvalidValue, ModelFileError
+from jilju.text.specials import longest_of
 from jilju.text.tokenizer import Tokenizer
 
 # Token types of the GGUF specification.
@@ -127,8 +128,8 @@ class GgufTokenizer:
         self._tokens = tokens
         self._types = types
         self._marked_ids = {**self.special_texts, **user_texts}
-        self._user_defined = _longest_of(user_texts)
-        self._any_marked = _longest_of(self._marked_ids)
+        self._user_defined = longest_of(user_texts)
+        self._any_marked = longest_of(self._marked_ids)
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
         _check_unicode(text)
@@ -323,31 +324,6 @@ def _end_ids(fields: _Fields, vocab: Mapping[str, int], types: list[int]) -> tup
     named = [fields.token_id(f"tokenizer.ggml.{name}_token_id", len(types)) for name in ("eos", "eot", "eom")]
     by_text = [vocab[text] for text in _END_TEXTS if text in vocab and types[vocab[text]] == CONTROL]
     return tuple(dict.fromkeys([*(id_ for id_ in named if id_ is not None), *by_text]))
-
-
-def _longest_of(texts: Iterable[str]) -> re.Pattern[str] | None:
-    """One group that matches the longest of `texts` that begins at a place: a tree of common beginnings, so that a place
-    costs its matching characters and not a try of every text. None if there are no texts."""
-    ordered = sorted(texts)
-    return re.compile(f"({_tree(ordered, 0)})") if ordered else None
-
-
-def _tree(ordered: list[str], start: int) -> str:
-    """Pattern for the rest, from `start`, of sorted texts that agree before it."""
-    first, last = ordered[0], ordered[-1]
-    end = start
-    while end < len(first) and end < len(last) and first[end] == last[end]:
-        end += 1
-    stem = re.escape(first[start:end])
-    ends_here = len(first) == end
-    longer = ordered[1:] if ends_here else ordered
-    if not longer:
-        return stem
-    groups: dict[str, list[str]] = {}
-    for text in longer:
-        groups.setdefault(text[end], []).append(text)
-    branches = "|".join(_tree(group, end) for group in groups.values())
-    return f"{stem}(?:{branches}){'?' if ends_here else ''}"
 
 
 def _check_unicode(text: str) -> None:
