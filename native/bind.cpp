@@ -1,0 +1,154 @@
+// The Python module jilju.backends.native._kernels: flat arrays in, flat arrays out, no GIL while a step runs.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <new>
+
+#include "model.h"
+#include "philox.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace {
+
+template <class T>
+using In = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using In2 = nb::ndarray<const T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Out = nb::ndarray<T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T>
+using Out2 = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+// A status becomes one of three Python exceptions; the executor says what they mean to the user.
+struct Failure : std::exception {
+    explicit Failure(std::string text) : text(std::move(text)) {}
+    const char* what() const noexcept override { return text.c_str(); }
+    std::string text;
+};
+struct Invalid : Failure { using Failure::Failure; };
+struct NoMemory : Failure { using Failure::Failure; };
+struct Unsupported : Failure { using Failure::Failure; };
+
+void require(const jilju::Status& status) {
+    switch (status.code) {
+        case jilju::Status::kOk: return;
+        case jilju::Status::kInvalid: throw Invalid(status.message);
+        case jilju::Status::kNoMemory: throw NoMemory(status.message);
+        case jilju::Status::kUnsupported: throw Unsupported(status.message);
+    }
+}
+void require(bool good, const char* text) {
+    if (!good) throw Invalid(text);
+}
+
+const jilju::KernelSet& kernels_named(const std::string& isa) {
+    const jilju::KernelSet* kernels = nullptr;
+    require(jilju::select_kernels(isa, &kernels));
+    return *kernels;
+}
+
+jilju::ModelLimits limits_of(const In<int64_t>& l) {
+    require(l.size() == 6, "limits must be six numbers");
+    const int64_t* p = l.data();
+    return {p[0], p[1], p[2], p[3], p[4], static_cast<int>(p[5])};
+}
+
+class PyModel {
+public:
+    PyModel(In<int64_t> ints, In<double> reals, std::vector<In<uint8_t>> weights, In<int64_t> limits, const std::string& isa) : weights_(std::move(weights)) {
+        const jilju::KernelSet& kernels = kernels_named(isa);
+        std::vector<jilju::Bytes> bytes;
+        for (const auto& w : weights_) bytes.push_back({w.data(), w.size()});
+        jilju::Program program;
+        require(jilju::decode_program({ints.data(), ints.size()}, {reals.data(), reals.size()}, bytes, &program));
+        require(jilju::Model::create(std::move(program), limits_of(limits), kernels, &model_));
+    }
+
+    void run(In<int32_t> token_ids, In<int32_t> starts, In<int32_t> counts, In2<int32_t> block_tables, In<int32_t> logit_tokens, In<int32_t> targets,
+             In<int64_t> positions, In<uint64_t> seeds, In<float> temperatures, In<int32_t> top_ks, In<float> top_ps, In<float> min_ps,
+             In<float> repetition_penalties, In<int32_t> penalty_starts, In<int32_t> penalty_ids, In<int32_t> banned_starts, In<int32_t> banned_ids,
+             In<int32_t> num_top, Out<int32_t> out_ids, Out<float> out_logprobs, Out2<int32_t> out_top_ids, Out2<float> out_top_logprobs, Out<bool> out_finite) {
+        const size_t rows = starts.size(), logits = logit_tokens.size();
+        require(counts.size() == rows && block_tables.shape(0) == rows, "starts, counts and block_tables differ in length");
+        for (const size_t size : {targets.size(), positions.size(), seeds.size(), temperatures.size(), top_ks.size(), top_ps.size(), min_ps.size(),
+                                  repetition_penalties.size(), num_top.size(), penalty_starts.size() - 1, banned_starts.size() - 1, out_ids.size(),
+                                  out_logprobs.size(), out_top_ids.shape(0), out_top_logprobs.shape(0), out_finite.size()})
+            require(size == logits, "the arrays of the logit rows differ in length");
+        require(out_top_ids.shape(1) == jilju::kMaxTop && out_top_logprobs.shape(1) == jilju::kMaxTop, "top arrays have another width");
+        const jilju::BatchView batch{
+            static_cast<int64_t>(token_ids.size()), static_cast<int64_t>(rows), static_cast<int64_t>(block_tables.shape(1)), static_cast<int64_t>(logits),
+            token_ids.data(), starts.data(), counts.data(), block_tables.data(), logit_tokens.data(), targets.data(), positions.data(), seeds.data(),
+            temperatures.data(), top_ks.data(), top_ps.data(), min_ps.data(), repetition_penalties.data(), penalty_starts.data(), penalty_ids.data(),
+            banned_starts.data(), banned_ids.data(), num_top.data(), static_cast<int64_t>(penalty_ids.size()), static_cast<int64_t>(banned_ids.size())};
+        const jilju::ResultView result{out_ids.data(), out_logprobs.data(), out_top_ids.data(), out_top_logprobs.data(), out_finite.data()};
+        jilju::Status status;
+        {
+            nb::gil_scoped_release release;
+            status = model_->run(batch, result);
+        }
+        require(status);
+    }
+
+    void set_profiling(bool enabled) { model_->profile = {.enabled = enabled}; }
+    std::pair<int64_t, std::vector<int64_t>> profile() const {
+        return {model_->profile.num_steps, {model_->profile.ns.begin(), model_->profile.ns.end()}};
+    }
+
+private:
+    std::vector<In<uint8_t>> weights_;  // keeps the mapped file alive
+    std::unique_ptr<jilju::Model> model_;
+};
+
+// Bytes of the KV cache a token, bytes of the workspace: what a model of these shapes will allocate.
+std::pair<int64_t, int64_t> memory_needs(In<int64_t> ints, In<double> reals, In<int64_t> limits, const std::string& isa) {
+    jilju::Program program;
+    require(jilju::decode_program({ints.data(), ints.size()}, {reals.data(), reals.size()}, {}, &program));
+    return {jilju::kv_bytes_per_token(program), jilju::workspace_bytes(program, limits_of(limits), kernels_named(isa))};
+}
+
+// Probes: single kernels, for tests.
+void unpack(const std::string& isa, int format, In<uint8_t> data, Out2<float> out) {
+    const jilju::Layout* layout = jilju::layout_of(format);
+    require(layout && out.shape(1) % layout->block_elements == 0, "unknown format, or columns that are no whole blocks");
+    const int64_t columns = static_cast<int64_t>(out.shape(1)), row_bytes = columns / layout->block_elements * layout->block_bytes;
+    require(data.size() == out.shape(0) * row_bytes, "data and output differ in size");
+    const jilju::Weight weight{static_cast<jilju::Format>(format), static_cast<int64_t>(out.shape(0)), columns, row_bytes, data.data()};
+    for (size_t row = 0; row < out.shape(0); ++row) kernels_named(isa).unpack(weight, row, out.data() + row * columns);
+}
+void exp_all(const std::string& isa, In<float> x, Out<float> out) {
+    require(x.size() == out.size(), "input and output differ in size");
+    kernels_named(isa).exp(x.data(), out.data(), x.size());
+}
+std::vector<uint32_t> philox(std::vector<uint32_t> counter, std::vector<uint32_t> key) {
+    require(counter.size() == 4 && key.size() == 2, "a counter of four words and a key of two");
+    const jilju::Words words = jilju::philox4x32_10({counter[0], counter[1], counter[2], counter[3]}, key[0], key[1]);
+    return {words.begin(), words.end()};
+}
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+    nb::exception<Invalid>(m, "Invalid", PyExc_ValueError);
+    nb::exception<NoMemory>(m, "NoMemory", PyExc_MemoryError);
+    nb::exception<Unsupported>(m, "Unsupported", PyExc_ValueError);
+
+    m.def("kernel_set", [](const std::string& isa) { return std::string(kernels_named(isa).name); }, "isa"_a);
+    m.def("memory_needs", &memory_needs, "ints"_a.noconvert(), "reals"_a.noconvert(), "limits"_a.noconvert(), "isa"_a);
+    m.def("unpack", &unpack, "isa"_a, "format"_a, "data"_a.noconvert(), "out"_a.noconvert());
+    m.def("exp", &exp_all, "isa"_a, "x"_a.noconvert(), "out"_a.noconvert());
+    m.def("philox4x32_10", &philox, "counter"_a, "key"_a);
+    m.attr("OP_KINDS") = nb::make_tuple("embed", "rms_norm", "linear", "rope", "attention", "glu", "take_rows", "sample", "other");
+
+    nb::class_<PyModel>(m, "Model")
+        .def(nb::init<In<int64_t>, In<double>, std::vector<In<uint8_t>>, In<int64_t>, const std::string&>(), "ints"_a.noconvert(), "reals"_a.noconvert(),
+             "weights"_a, "limits"_a.noconvert(), "isa"_a)
+        .def("run", &PyModel::run)
+        .def("set_profiling", &PyModel::set_profiling, "enabled"_a)
+        .def("profile", &PyModel::profile);
+}

@@ -1,0 +1,284 @@
+#include "model.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <new>
+
+namespace jilju {
+namespace {
+
+int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t padded_head_dim(const Program& p) { return round_up(p.head_dim, 8); }
+int64_t tile_tokens(const ModelLimits& l) { return std::min(l.max_tokens, kTileTokens); }
+
+// Decode units are split over the keys only while whole units are fewer than this many a thread.
+constexpr int64_t kUnitsPerThread = 4;
+
+// The most partial results that attention keeps: few rows are split, each in as many splits as a context has.
+int64_t max_partials(const Program& p, const ModelLimits& l) {
+    if (l.num_threads == 1 || p.num_kv_heads == 0) return 0;
+    return ceil_div(kUnitsPerThread * l.num_threads, p.num_kv_heads) * ceil_div(l.max_context, kKeySplit);
+}
+
+// Floats of each part of the workspace, in the order in which they lie there.
+struct Workspace {
+    std::vector<int64_t> buffers, rope;
+    int64_t partials = 0, scratch = 0, total = 0;
+
+    Workspace(const Program& p, const ModelLimits& l, const KernelSet& kernels) {
+        const auto part = [&](int64_t floats) {
+            total += round_up(floats, 16);
+            return round_up(floats, 16);
+        };
+        for (const Buffer& b : p.buffers) buffers.push_back(part(b.stride * (b.logits ? kTileLogits : tile_tokens(l)) + 16));
+        for (const RopeTable& t : p.rope_tables) rope.push_back(part(t.head_dim * tile_tokens(l)));
+        partials = part(max_partials(p, l) * p.num_kv_heads * p.group * (padded_head_dim(p) + 2));
+        scratch = part(kernels.scratch_floats(p) * l.num_threads);
+    }
+};
+
+template <class... Bodies>
+struct Overloaded : Bodies... {
+    using Bodies::operator()...;
+};
+
+int64_t now_ns() { return std::chrono::duration_cast<std::chrono::nanoseconds>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+}  // namespace
+
+Memory::~Memory() {
+    if (data_) munmap(data_, num_bytes_);
+}
+
+bool Memory::allocate(size_t num_bytes) {
+    num_bytes_ = std::max<size_t>(num_bytes, 1);
+    void* data = mmap(nullptr, num_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (data == MAP_FAILED) return false;
+    madvise(data, num_bytes_, MADV_HUGEPAGE);  // fewer TLB misses; a system without them refuses, which is fine
+    data_ = data;
+    return true;
+}
+
+Status select_kernels(const std::string& name, const KernelSet** out) {
+#if defined(JILJU_HAVE_AVX2)
+    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    if (name == "avx2" && !has_avx2) return Status::unsupported("the instruction set avx2 was asked for, but this CPU lacks AVX2, FMA or F16C");
+    if (name == "avx2" || (name.empty() && has_avx2)) {
+        *out = &avx2_kernels();
+        return {};
+    }
+#endif
+    if (name.empty() || name == "generic") {
+        *out = &generic_kernels();
+        return {};
+    }
+#if defined(JILJU_HAVE_AVX2)
+    return Status::unsupported("the instruction set '" + name + "' is unknown; allowed: generic, avx2");
+#else
+    return Status::unsupported("the instruction set '" + name + "' is not in this build; allowed: generic");
+#endif
+}
+
+int64_t kv_bytes_per_token(const Program& p) {
+    return 2 * static_cast<int64_t>(p.num_layers) * p.num_kv_heads * (p.head_dim + padded_head_dim(p));
+}
+
+int64_t workspace_bytes(const Program& program, const ModelLimits& limits, const KernelSet& kernels) {
+    return Workspace(program, limits, kernels).total * static_cast<int64_t>(sizeof(float));
+}
+
+Status Model::create(Program program, const ModelLimits& limits, const KernelSet& kernels, std::unique_ptr<Model>* out) {
+    std::unique_ptr<Model> model(new Model(std::move(program), limits, kernels));
+    Program& p = model->program_;
+
+    const int64_t kv_bytes = kv_bytes_per_token(p) * limits.block_size * limits.num_blocks;
+    if (!model->kv_memory_.allocate(kv_bytes))
+        return Status::no_memory("cannot have " + std::to_string(kv_bytes) + " bytes for the KV cache (" + std::to_string(limits.num_blocks) + " blocks of " +
+                                 std::to_string(limits.block_size) + " tokens)");
+    const Workspace workspace(p, limits, kernels);
+    if (!model->workspace_memory_.allocate(workspace.total * sizeof(float)))
+        return Status::no_memory("cannot have " + std::to_string(workspace.total * sizeof(float)) + " bytes for activations");
+
+    KvCache& kv = model->step_.kv;
+    kv.data = static_cast<uint16_t*>(model->kv_memory_.data());
+    kv.block_size = limits.block_size;
+    kv.num_blocks = limits.num_blocks;
+    kv.head_dim = p.head_dim;
+    kv.padded_head_dim = padded_head_dim(p);
+    kv.head_stride = limits.block_size * (kv.head_dim + kv.padded_head_dim);
+    kv.block_stride = kv.head_stride * p.num_kv_heads;
+    kv.layer_stride = kv.block_stride * limits.num_blocks;
+
+    float* at = static_cast<float*>(model->workspace_memory_.data());
+    for (size_t i = 0; i < p.buffers.size(); at += workspace.buffers[i++]) p.buffers[i].data = at;
+    for (size_t i = 0; i < p.rope_tables.size(); at += workspace.rope[i++]) model->step_.rope.push_back(at);
+    model->step_.partials = at;
+    model->scratch_ = at + workspace.partials;
+    model->scratch_floats_ = kernels.scratch_floats(p);
+
+    const int64_t tokens = tile_tokens(limits);
+    model->step_.segments.reserve(tokens);
+    model->step_.token_positions.reserve(tokens);
+    model->step_.token_blocks.reserve(tokens);
+    model->step_.token_slots.reserve(tokens);
+    model->step_.units.reserve(tokens + max_partials(p, limits));
+    model->step_.program = &p;
+
+    const Status status = Pool::create(limits.num_threads, &model->pool_);
+    if (!status.ok()) return status;
+    *out = std::move(model);
+    return {};
+}
+
+Status Model::check(const BatchView& b) const {
+    const auto text = [](int64_t n) { return std::to_string(n); };
+    if (b.num_tokens < 1 || b.num_tokens > limits_.max_tokens)
+        return Status::invalid("a batch of " + text(b.num_tokens) + " tokens; allowed: 1.." + text(limits_.max_tokens));
+    if (b.num_rows < 1 || b.num_rows > limits_.max_rows) return Status::invalid("a batch of " + text(b.num_rows) + " rows; allowed: 1.." + text(limits_.max_rows));
+    for (int64_t t = 0; t < b.num_tokens; ++t)
+        if (b.token_ids[t] < 0 || b.token_ids[t] >= program_.vocab_size)
+            return Status::invalid("token id " + text(b.token_ids[t]) + " at index " + text(t) + "; allowed: 0.." + text(program_.vocab_size - 1));
+    int64_t num_tokens = 0;
+    for (int64_t r = 0; r < b.num_rows; ++r) {
+        const int64_t start = b.starts[r], count = b.counts[r];
+        if (start < 0 || count < 1 || start + count > limits_.max_context)
+            return Status::invalid("row " + text(r) + " covers positions " + text(start) + " to " + text(start + count) + "; allowed: at least one, within 0.." + text(limits_.max_context));
+        const int64_t needed = ceil_div(start + count, limits_.block_size);
+        if (needed > b.max_blocks) return Status::invalid("row " + text(r) + " needs " + text(needed) + " blocks, its table has " + text(b.max_blocks));
+        for (int64_t i = 0; i < needed; ++i) {
+            const int64_t id = b.block_tables[r * b.max_blocks + i];
+            if (id < 0 || id >= limits_.num_blocks) return Status::invalid("block id " + text(id) + " in row " + text(r) + "; allowed: 0.." + text(limits_.num_blocks - 1));
+        }
+        num_tokens += count;
+    }
+    if (num_tokens != b.num_tokens) return Status::invalid("the rows have " + text(num_tokens) + " tokens, the batch " + text(b.num_tokens));
+
+    const auto check_list = [&](const char* what, const int32_t* starts, const int32_t* ids, int64_t num_ids, int64_t i) -> Status {
+        if (starts[i] < 0 || starts[i] > starts[i + 1] || starts[i + 1] > num_ids) return Status::invalid(std::string(what) + "_starts do not ascend within the " + text(num_ids) + " ids");
+        for (int64_t j = starts[i]; j < starts[i + 1]; ++j)
+            if (ids[j] < 0 || ids[j] >= program_.vocab_size) return Status::invalid(std::string(what) + " id " + text(ids[j]) + "; allowed: 0.." + text(program_.vocab_size - 1));
+        return {};
+    };
+    for (int64_t i = 0; i < b.num_logits; ++i) {
+        const std::string where = "logit row " + text(i);
+        if (b.logit_tokens[i] < 0 || b.logit_tokens[i] >= b.num_tokens || (i > 0 && b.logit_tokens[i] < b.logit_tokens[i - 1]))
+            return Status::invalid(where + " takes token " + text(b.logit_tokens[i]) + "; allowed: ascending, 0.." + text(b.num_tokens - 1));
+        if (b.targets[i] >= program_.vocab_size) return Status::invalid(where + " has target " + text(b.targets[i]) + "; allowed: -1.." + text(program_.vocab_size - 1));
+        if (b.num_top[i] < 0 || b.num_top[i] > kMaxTop) return Status::invalid(where + " wants " + text(b.num_top[i]) + " alternatives; allowed: 0.." + text(kMaxTop));
+        if (!(b.temperatures[i] >= 0) || !(b.repetition_penalties[i] > 0) || !(b.top_ps[i] >= 0) || !(b.min_ps[i] >= 0 && b.min_ps[i] <= 1) || b.top_ks[i] < 0)
+            return Status::invalid(where + " has sampling parameters that are negative or not numbers");
+        Status status = check_list("penalty", b.penalty_starts, b.penalty_ids, b.num_penalty_ids, i);
+        if (status.ok()) status = check_list("banned", b.banned_starts, b.banned_ids, b.num_banned_ids, i);
+        if (!status.ok()) return status;
+    }
+    return {};
+}
+
+Status Model::run(const BatchView& batch, const ResultView& result) {
+    const Status status = check(batch);
+    if (!status.ok()) return status;
+    step_.batch = batch;
+    step_.result = result;
+    row_ = row_offset_ = next_logit_ = 0;
+    const int64_t begin = now_ns();
+    int64_t in_ops = 0;
+    for (const int64_t ns : profile.ns) in_ops += ns;
+    pool_->run([](void* self, int thread_index) { static_cast<Model*>(self)->run_thread(thread_index); }, this);
+    if (profile.enabled) {
+        for (const int64_t ns : profile.ns) in_ops -= ns;
+        profile.ns[kNumOpKinds] += now_ns() - begin + in_ops;
+        profile.num_steps += 1;
+    }
+    return {};
+}
+
+// Lay out the next tile: segments of rows, where their K and V go, and the units of attention.
+void Model::begin_tile(int64_t first_token, int64_t num_tokens) {
+    const BatchView& b = step_.batch;
+    step_.first_token = first_token;
+    step_.num_tokens = num_tokens;
+    step_.token_ids = b.token_ids + first_token;
+    step_.segments.clear();
+    step_.token_positions.clear();
+    step_.token_blocks.clear();
+    step_.token_slots.clear();
+    step_.units.clear();
+    step_.num_partials = 0;
+    for (int64_t t = 0; t < num_tokens;) {
+        const int64_t count = std::min<int64_t>(b.counts[row_] - row_offset_, num_tokens - t);
+        const int32_t* blocks = b.block_tables + row_ * b.max_blocks;
+        step_.segments.push_back({blocks, b.starts[row_] + row_offset_, count, t});
+        for (int64_t i = 0; i < count; ++i) {
+            const int64_t position = b.starts[row_] + row_offset_ + i;
+            step_.token_positions.push_back(position);
+            step_.token_blocks.push_back(blocks[position / limits_.block_size]);
+            step_.token_slots.push_back(position % limits_.block_size);
+        }
+        t += count;
+        row_offset_ += count;
+        if (row_offset_ == b.counts[row_]) ++row_, row_offset_ = 0;
+    }
+    const int64_t num_segments = static_cast<int64_t>(step_.segments.size()), per_unit = kernels_.queries_per_unit(program_.group);
+    const bool split = pool_->num_threads() > 1 && num_segments * program_.num_kv_heads < kUnitsPerThread * pool_->num_threads();
+    for (int64_t s = 0; s < num_segments; ++s) {
+        const Segment& segment = step_.segments[s];
+        const int64_t splits = ceil_div(segment.start + segment.count, kKeySplit);
+        if (split && segment.count == 1 && splits > 1) {
+            for (int64_t i = 0; i < splits; ++i) step_.units.push_back({static_cast<int>(s), 0, 1, i, i + 1, step_.num_partials++});
+            continue;
+        }
+        for (int64_t q = 0; q < segment.count; q += per_unit) {
+            const int64_t count = std::min(per_unit, segment.count - q);
+            step_.units.push_back({static_cast<int>(s), q, count, 0, ceil_div(segment.start + q + count, kKeySplit), -1});
+        }
+    }
+    tile_logits_end_ = next_logit_;
+    while (tile_logits_end_ < b.num_logits && b.logit_tokens[tile_logits_end_] < first_token + num_tokens) ++tile_logits_end_;
+}
+
+// All threads walk through the tiles and ops together; thread 0 lays out what comes next, between two barriers.
+void Model::run_thread(int thread_index) {
+    Worker worker{pool_.get(), thread_index, scratch_ + thread_index * scratch_floats_};
+    const auto alone = [&](auto&& body) {
+        if (thread_index == 0) body();
+        pool_->barrier();
+    };
+    const int64_t num_tokens = step_.batch.num_tokens;
+    for (int64_t first = 0; first < num_tokens; first += kTileTokens) {
+        alone([&] { begin_tile(first, std::min(kTileTokens, num_tokens - first)); });
+        kernels_.rope_tables(step_, worker);
+        for (size_t i = 0; i < program_.first_logit_op; ++i) run_op(program_.ops[i], worker);
+        for (;;) {
+            alone([&] {
+                step_.first_logit = next_logit_;
+                step_.num_logits = std::min(kTileLogits, tile_logits_end_ - next_logit_);
+                next_logit_ += step_.num_logits;
+            });
+            if (step_.num_logits == 0) break;
+            for (size_t i = program_.first_logit_op; i < program_.ops.size(); ++i) run_op(program_.ops[i], worker);
+        }
+        pool_->barrier();  // nobody lays out the next tile while another still reads num_logits
+    }
+}
+
+void Model::run_op(const Op& op, Worker& worker) {
+    const bool timed = profile.enabled && worker.index == 0;
+    const int64_t begin = timed ? now_ns() : 0;
+    std::visit(Overloaded{
+                   [&](const EmbedOp& o) { kernels_.embed(o, step_, worker); },
+                   [&](const RmsNormOp& o) { kernels_.rms_norm(o, step_, worker); },
+                   [&](const LinearOp& o) { kernels_.linear(o, step_, worker); },
+                   [&](const RopeOp& o) { kernels_.rope(o, step_, worker); },
+                   [&](const AttentionOp& o) { kernels_.attention(o, step_, worker); },
+                   [&](const GluOp& o) { kernels_.glu(o, step_, worker); },
+                   [&](const TakeRowsOp& o) { kernels_.take_rows(o, step_, worker); },
+                   [&](const SampleOp& o) { kernels_.sample(o, step_, worker); },
+               },
+               op);
+    if (timed) profile.ns[op.index()] += now_ns() - begin;
+}
+
+}  // namespace jilju

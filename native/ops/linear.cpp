@@ -1,0 +1,225 @@
+// linear: out = x @ concat(parts).T (+ biases) (+ out)        x [rows, K], part i [N_i, K], out [rows, sum N_i]
+//
+// K lies in the lanes. Every output is eight chains, lane j over k = j, j + 8, j + 16, ... ascending, joined by one fixed
+// tree: the same bits for one row (GEMV, weights unpacked in registers) and for many (GEMM, weights unpacked to a strip and
+// multiplied in tiles of 4 outputs x 3 rows), whatever the number of rows, the tiling or the threads.
+#include "unpack.h"
+
+namespace jilju::JILJU_ISA {
+namespace {
+
+constexpr int kStrip = 4;            // outputs unpacked together
+constexpr int64_t kGroup = 32;       // outputs of a GEMM work unit: its strips share the rows' tile while that is in L2
+constexpr int64_t kMaxBlockK = 1024; // a longer K runs in blocks of kBlockK, the chains being kept in memory between them
+constexpr int64_t kBlockK = 512;     // a multiple of every format's block; a strip of it is 8 KiB, a quarter of L1
+constexpr int64_t kMaxTileRows = 144;
+constexpr int64_t kTileBytes = 288 << 10;    // of activations: with the chains (1 KiB a row) they fit an L2 of 512 KiB
+constexpr int64_t kGemvBytes = 32 << 10;     // of weights in a GEMV work unit: some microseconds
+
+// The results of 4 outputs for one row, joined with bias and residual, in this order.
+JILJU_INLINE void finish(const float* sums, int count, const float* bias, bool add_to, float* out) {
+    for (int r = 0; r < count; ++r) {
+        float y = sums[r];
+        if (bias) y += bias[r];
+        if (add_to) y += out[r];
+        out[r] = y;
+    }
+}
+
+struct Output {
+    float* data;  // of the first row of the tile and the part's first output
+    int64_t stride;
+    const float* bias;  // of the part, or null
+    bool add_to;
+};
+
+// --- one row: unpack in registers ---------------------------------------------------------------------------------
+
+template <class F>
+void gemv(const Weight& w, int64_t first, int64_t count, const float* x, const Output& out) {
+    const int64_t num_blocks = w.num_inputs / F::kElements;
+    const int tail = static_cast<int>(w.num_inputs % F::kElements);
+    for (int64_t n = 0; n < count; n += kStrip) {
+        const int rows = static_cast<int>(min_int(kStrip, count - n));
+        const uint8_t* row[kStrip];
+        for (int r = 0; r < kStrip; ++r) row[r] = w.data + (first + n + min_int(r, rows - 1)) * w.row_bytes;
+        const uint8_t* next = row[0] + kStrip * w.row_bytes;
+        F32 acc[kStrip] = {zero(), zero(), zero(), zero()};
+        for (int64_t b = 0; b < num_blocks; ++b) {
+            const float* xb = x + b * F::kElements;
+#pragma GCC unroll 8
+            for (int64_t line = 0; line < kStrip * F::kBytes; line += 64) prefetch(next + b * kStrip * F::kBytes + line);
+#pragma GCC unroll 4
+            for (int r = 0; r < kStrip; ++r)
+                F::unpack(row[r] + b * F::kBytes, [&](int i, F32 v) { acc[r] = fma(v, load(xb + 8 * i), acc[r]); });
+        }
+        if constexpr (F::kElements == 8) {
+            if (tail) {
+                const F32 xt = load_n(x + num_blocks * 8, tail);
+                for (int r = 0; r < kStrip; ++r)
+                    F::unpack(TailBlock<F>(row[r], w.num_inputs).bytes, [&](int, F32 v) { acc[r] = fma(v, xt, acc[r]); });
+            }
+        }
+        float sums[kStrip];
+        sum4(acc[0], acc[1], acc[2], acc[3], sums);
+        finish(sums, rows, out.bias ? out.bias + first + n : nullptr, out.add_to, out.data + first + n);
+    }
+}
+
+// --- many rows: unpack a strip, multiply in tiles -------------------------------------------------------------------
+
+// strip [k / 8][4 outputs][8], k from `begin` to `end`; rows beyond `count` repeat the last.
+template <class F>
+void unpack_strip(const Weight& w, int64_t first, int64_t count, int64_t begin, int64_t end, float* strip) {
+    for (int r = 0; r < kStrip; ++r) {
+        const uint8_t* row = w.data + (first + min_int(r, count - 1)) * w.row_bytes;
+        float* to = strip + 8 * r;
+        int64_t k = begin;
+        for (; k + F::kElements <= end; k += F::kElements) {
+            F::unpack(row + k / F::kElements * F::kBytes, [&](int i, F32 v) { store(to + 8 * kStrip * i, v); });
+            to += kStrip * F::kElements;
+        }
+        if constexpr (F::kElements == 8) {
+            if (k < end) F::unpack(TailBlock<F>(row, w.num_inputs).bytes, [&](int, F32 v) { store(to, v); });
+        }
+    }
+}
+
+// chains[r][column] += strip times rows x[0..kRows), over num_eights whole eights and a tail.
+template <int kRows>
+JILJU_INLINE void multiply(const float* strip, const float* const* x, int64_t num_eights, int tail, F32 (&acc)[kRows][kStrip]) {
+    for (int64_t i = 0; i < num_eights; ++i) {
+        F32 xv[kRows];
+#pragma GCC unroll 3
+        for (int c = 0; c < kRows; ++c) xv[c] = load(x[c] + 8 * i);
+#pragma GCC unroll 4
+        for (int r = 0; r < kStrip; ++r) {
+            const F32 w = load(strip + (i * kStrip + r) * 8);
+#pragma GCC unroll 3
+            for (int c = 0; c < kRows; ++c) acc[c][r] = fma(w, xv[c], acc[c][r]);
+        }
+    }
+    if (tail) {
+        for (int r = 0; r < kStrip; ++r) {
+            const F32 w = load(strip + (num_eights * kStrip + r) * 8);
+            for (int c = 0; c < kRows; ++c) acc[c][r] = fma(w, load_n(x[c] + 8 * num_eights, tail), acc[c][r]);
+        }
+    }
+}
+
+struct Block {  // of K
+    int64_t begin, end;
+    bool first, last;
+};
+
+template <int kRows>
+void tile(const float* strip, const float* x, int64_t x_stride, Block k, float* chains, int64_t first, int count, int64_t row, const Output& out) {
+    F32 acc[kRows][kStrip];
+    const float* rows[kRows];
+#pragma GCC unroll 3
+    for (int c = 0; c < kRows; ++c) {
+        rows[c] = x + c * x_stride + k.begin;
+#pragma GCC unroll 4
+        for (int r = 0; r < kStrip; ++r) acc[c][r] = k.first ? zero() : load(chains + (c * kStrip + r) * 8);
+    }
+    const int64_t length = k.end - k.begin;
+    multiply<kRows>(strip, rows, length / 8, static_cast<int>(length % 8), acc);
+#pragma GCC unroll 3
+    for (int c = 0; c < kRows; ++c) {
+        if (k.last) {
+            float sums[kStrip];
+            sum4(acc[c][0], acc[c][1], acc[c][2], acc[c][3], sums);
+            finish(sums, count, out.bias ? out.bias + first : nullptr, out.add_to, out.data + (row + c) * out.stride + first);
+        } else {
+#pragma GCC unroll 4
+            for (int r = 0; r < kStrip; ++r) store(chains + (c * kStrip + r) * 8, acc[c][r]);
+        }
+    }
+}
+
+// `count` outputs from `first` for `num_rows` rows.
+void gemm(const Weight& w, int64_t first, int64_t count, const float* x, int64_t x_stride, int64_t num_rows, const Output& out, float* scratch) {
+    float* strip = scratch;
+    float* chains = scratch + kStrip * (kMaxBlockK + 8);
+    const int64_t block = w.num_inputs <= kMaxBlockK ? w.num_inputs : kBlockK;
+    for (int64_t k = 0; k < w.num_inputs; k += block) {
+        const Block part{k, min_int(k + block, w.num_inputs), k == 0, k + block >= w.num_inputs};
+        for (int64_t n = 0; n < count; n += kStrip) {
+            const int outputs = static_cast<int>(min_int(kStrip, count - n));
+            with_format(w.format, [&]<class F>() { unpack_strip<F>(w, first + n, outputs, part.begin, part.end, strip); });
+            for (int64_t row = 0; row < num_rows;) {
+                float* kept = chains + (n / kStrip * num_rows + row) * kStrip * 8;
+                const float* from = x + row * x_stride;
+                const int64_t left = num_rows - row;
+                if (left >= 5 || left == 3) {  // 4 = 2 + 2: eight chains hide the FMA's latency, four do not
+                    tile<3>(strip, from, x_stride, part, kept, first + n, outputs, row, out);
+                    row += 3;
+                } else if (left >= 2) {
+                    tile<2>(strip, from, x_stride, part, kept, first + n, outputs, row, out);
+                    row += 2;
+                } else {
+                    tile<1>(strip, from, x_stride, part, kept, first + n, outputs, row, out);
+                    row += 1;
+                }
+            }
+        }
+    }
+}
+
+}  // namespace
+
+int64_t linear_scratch_floats() { return kStrip * (kMaxBlockK + 8) + kGroup * kMaxTileRows * 8; }
+
+void linear(const LinearOp& op, Step& step, Worker& worker) {
+    const Program& program = *step.program;
+    const int64_t num_rows = step.rows(op.x);
+    const bool one_row = num_rows == 1;
+
+    int64_t rows_per_tile = num_rows;
+    if (!one_row) {
+        const int64_t block = op.x.width <= kMaxBlockK ? op.x.width : kBlockK;
+        const int64_t fit = max_int(12, min_int(kMaxTileRows, kTileBytes / (4 * block)));
+        rows_per_tile = ceil_div(ceil_div(num_rows, ceil_div(num_rows, fit)), 3) * 3;
+    }
+    const int64_t num_tiles = ceil_div(num_rows, rows_per_tile);
+    const auto group_of = [&](const Weight& w) { return one_row ? max_int(1, kGemvBytes / (w.row_bytes * kStrip)) * kStrip : kGroup; };
+    int64_t num_groups = 0;
+    for (const int part : op.parts) num_groups += ceil_div(program.weights[part].num_outputs, group_of(program.weights[part]));
+
+    for_tiles(worker, num_groups * num_tiles, [&](int64_t unit) {
+        const int64_t row = unit / num_groups * rows_per_tile;
+        int64_t group = unit % num_groups, offset = 0;
+        size_t part = 0;
+        for (;; ++part) {
+            const Weight& w = program.weights[op.parts[part]];
+            const int64_t groups = ceil_div(w.num_outputs, group_of(w));
+            if (group < groups) break;
+            group -= groups;
+            offset += w.num_outputs;
+        }
+        const Weight& w = program.weights[op.parts[part]];
+        const int64_t size = group_of(w), first = group * size, count = min_int(size, w.num_outputs - first);
+        const float* bias = op.biases.empty() ? nullptr : program.vectors[op.biases[part]].data();
+        const Output out{step.at(op.out, row) + offset, step.stride(op.out), bias, op.add_to};
+        if (one_row) {
+            with_format(w.format, [&]<class F>() { gemv<F>(w, first, count, step.at(op.x, 0), out); });
+        } else {
+            gemm(w, first, count, step.at(op.x, row), step.stride(op.x), min_int(rows_per_tile, num_rows - row), out, worker.scratch);
+        }
+    });
+}
+
+void unpack_row(const Weight& w, int64_t row, float* out) {
+    const uint8_t* from = w.data + row * w.row_bytes;
+    with_format(w.format, [&]<class F>() {
+        const int64_t num_blocks = w.num_inputs / F::kElements;
+        for (int64_t b = 0; b < num_blocks; ++b)
+            F::unpack(from + b * F::kBytes, [&](int i, F32 v) { store(out + b * F::kElements + 8 * i, v); });
+        if constexpr (F::kElements == 8) {
+            const int tail = static_cast<int>(w.num_inputs % 8);
+            if (tail) F::unpack(TailBlock<F>(from, w.num_inputs).bytes, [&](int, F32 v) { store_n(out + num_blocks * 8, v, tail); });
+        }
+    });
+}
+
+}  // namespace jilju::JILJU_ISA

@@ -1,0 +1,64 @@
+// embed, rms_norm, glu, take_rows: the ops that treat each row by itself.
+#include "simd.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace jilju::JILJU_ISA {
+
+// out[t] = table[token_ids[t]] * scale        out [tokens, D]
+void embed(const EmbedOp& op, Step& step, Worker& worker) {
+    const Weight& table = step.program->weights[op.table];
+    for_tiles(worker, step.num_tokens, [&](int64_t t) {
+        float* out = step.at(op.out, t);
+        unpack_row(table, step.token_ids[t], out);
+        if (op.scale != 1.0f)
+            for (int64_t i = 0; i < op.out.width; ++i) out[i] *= op.scale;
+    });
+}
+
+// out = x / sqrt(mean(x^2) + eps) * weight, per head of weight's width        x, out [rows, heads * width]
+void rms_norm(const RmsNormOp& op, Step& step, Worker& worker) {
+    const std::vector<float>& weight = step.program->vectors[op.weight];
+    const int64_t width = static_cast<int64_t>(weight.size()), whole = width / 8 * 8;
+    const int tail = static_cast<int>(width % 8);
+    for_tiles(worker, step.rows(op.x), [&](int64_t row) {
+        for (int64_t head = 0; head < op.x.width; head += width) {
+            const float* x = step.at(op.x, row) + head;
+            float* out = step.at(op.out, row) + head;
+            F32 squares = zero();
+            for (int64_t i = 0; i < whole; i += 8) squares = fma(load(x + i), load(x + i), squares);
+            if (tail) squares = fma(load_n(x + whole, tail), load_n(x + whole, tail), squares);
+            const F32 scale = set1(1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + op.eps));
+            for (int64_t i = 0; i < whole; i += 8) store(out + i, mul(mul(load(x + i), scale), load(weight.data() + i)));
+            if (tail) store_n(out + whole, mul(mul(load_n(x + whole, tail), scale), load_n(weight.data() + whole, tail)), tail);
+        }
+    });
+}
+
+// out = silu(gate) * up        x = [gate | up] [rows, 2F], out [rows, F]
+void glu(const GluOp& op, Step& step, Worker& worker) {
+    constexpr int64_t kColumns = 2048;
+    const int64_t width = op.out.width, pieces = ceil_div(width, kColumns);
+    for_tiles(worker, step.rows(op.x) * pieces, [&](int64_t unit) {
+        const int64_t row = unit / pieces, begin = unit % pieces * kColumns, end = min_int(begin + kColumns, width);
+        const float* gate = step.at(op.x, row);
+        const float* up = gate + width;
+        float* out = step.at(op.out, row);
+        const auto activate = [](F32 g, F32 u) { return mul(div(g, add(set1(1.0f), exp(sub(zero(), g)))), u); };
+        int64_t i = begin;
+        for (; i + 8 <= end; i += 8) store(out + i, activate(load(gate + i), load(up + i)));
+        const int tail = static_cast<int>(end - i);
+        if (tail) store_n(out + i, activate(load_n(gate + i, tail), load_n(up + i, tail)), tail);
+    });
+}
+
+// out[i] = x[logit_tokens[i]]        x [tokens, D], out [logits, D]
+void take_rows(const TakeRowsOp& op, Step& step, Worker& worker) {
+    for_tiles(worker, step.num_logits, [&](int64_t i) {
+        const int64_t token = step.batch.logit_tokens[step.first_logit + i] - step.first_token;
+        std::memcpy(step.at(op.out, i), step.at(op.x, token), static_cast<size_t>(op.x.width) * sizeof(float));
+    });
+}
+
+}  // namespace jilju::JILJU_ISA

@@ -1,0 +1,85 @@
+// Program: a plan as the core runs it, decoded once from flat arrays and checked again.
+//
+// Owns the ops' fields and the weights' addresses. The ops mean what plan/ops.py says. Knows nothing of threads or kernels.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <variant>
+#include <vector>
+
+#include "status.h"
+
+namespace jilju {
+
+enum class Format : int32_t {
+    kF32 = 0, kF16 = 1, kQ4_0 = 2, kQ4_1 = 3, kQ5_0 = 6, kQ5_1 = 7, kQ8_0 = 8, kQ4_K = 12, kQ5_K = 13, kQ6_K = 14, kBF16 = 30,
+};
+
+struct Layout {
+    int block_elements;
+    int block_bytes;
+};
+const Layout* layout_of(int64_t format);  // null: not a format that we read
+
+struct Weight {
+    Format format;
+    int64_t num_outputs;
+    int64_t num_inputs;
+    int64_t row_bytes;
+    const uint8_t* data;  // in the mapped file: any alignment
+};
+
+struct Buffer {
+    bool logits;      // rows are logit rows, else tokens
+    int64_t width;
+    int64_t stride;   // floats from row to row
+    float* data = nullptr;
+};
+
+struct Value {
+    int buffer;
+    int64_t offset;
+    int64_t width;
+    bool logits;
+};
+
+struct EmbedOp { int table; Value out; float scale; };
+struct RmsNormOp { Value x; int weight; Value out; float eps; };
+struct LinearOp { Value x; Value out; std::vector<int> parts; std::vector<int> biases; bool add_to; };
+struct RopeOp { Value x; int64_t head_dim; bool halves; int table; };
+struct AttentionOp { Value q, k, v, out; int layer; int num_heads; float scale; };
+struct GluOp { Value x; Value out; };
+struct TakeRowsOp { Value x; Value out; };
+struct SampleOp { Value logits; };
+using Op = std::variant<EmbedOp, RmsNormOp, LinearOp, RopeOp, AttentionOp, GluOp, TakeRowsOp, SampleOp>;
+inline constexpr int kNumOpKinds = std::variant_size_v<Op>;
+
+struct RopeTable {
+    int64_t head_dim;
+    std::vector<double> frequencies;  // [head_dim / 2]
+};
+
+struct Program {
+    int64_t vocab_size;
+    int num_layers, num_kv_heads;
+    int64_t head_dim;
+    int group = 1;  // most query heads that share a KV head
+    std::vector<Buffer> buffers;
+    std::vector<Weight> weights;
+    std::vector<std::vector<float>> vectors;  // by weight id: norm weights and biases as float32; empty for matrices
+    std::vector<Op> ops;
+    size_t first_logit_op;  // the take_rows: ops from here on run on logit rows
+    std::vector<RopeTable> rope_tables;
+};
+
+struct Bytes {
+    const uint8_t* data;
+    size_t size;
+};
+
+// Without weights only shapes are decoded, which is enough to count memory.
+Status decode_program(std::span<const int64_t> ints, std::span<const double> reals, std::span<const Bytes> weights, Program* out);
+
+}  // namespace jilju

@@ -1,0 +1,100 @@
+// simd for AVX2 + FMA + F16C: 8 floats, 16 bytes. The operations that ops/ is written in, and nothing else.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#define JILJU_ISA avx2
+
+namespace jilju::avx2 {
+
+inline constexpr const char* kName = "native-avx2";
+
+struct F32 { __m256 v; };   // 8 lanes
+struct B16 { __m128i v; };  // 16 bytes
+
+#define JILJU_INLINE [[gnu::always_inline]] inline
+
+JILJU_INLINE __m256i first_lanes(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+JILJU_INLINE F32 zero() { return {_mm256_setzero_ps()}; }
+JILJU_INLINE F32 set1(float x) { return {_mm256_set1_ps(x)}; }
+JILJU_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
+JILJU_INLINE F32 load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }  // lanes >= n are 0
+JILJU_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a.v); }
+JILJU_INLINE void store_n(float* p, F32 a, int n) { _mm256_maskstore_ps(p, first_lanes(n), a.v); }
+JILJU_INLINE F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
+JILJU_INLINE F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+JILJU_INLINE F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
+JILJU_INLINE F32 div(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+JILJU_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
+JILJU_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }                // b where a or b is NaN
+JILJU_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }                // b where a or b is NaN
+JILJU_INLINE F32 round(F32 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+JILJU_INLINE F32 select_less(F32 a, F32 b, F32 yes, F32 no) { return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))}; }
+JILJU_INLINE bool any_less(F32 a, F32 b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)) != 0; }
+JILJU_INLINE F32 first_n(F32 a, int n, F32 rest) {  // lanes < n of a, then of rest
+    return {_mm256_blendv_ps(rest.v, a.v, _mm256_castsi256_ps(first_lanes(n)))};
+}
+JILJU_INLINE F32 pow2(F32 n) {  // 2^n for whole n in [-126, 127]
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
+}
+
+// The one tree: lanes 4 apart, then neighbours, then pairs.
+JILJU_INLINE void sum4(F32 a, F32 b, F32 c, F32 d, float* out) {
+    const __m256 ab = _mm256_hadd_ps(_mm256_add_ps(_mm256_permute2f128_ps(a.v, b.v, 0x20), _mm256_permute2f128_ps(a.v, b.v, 0x31)),
+                                     _mm256_add_ps(_mm256_permute2f128_ps(c.v, d.v, 0x20), _mm256_permute2f128_ps(c.v, d.v, 0x31)));
+    // ab: a01 a23 c01 c23 | b01 b23 d01 d23
+    const __m256 sums = _mm256_hadd_ps(ab, ab);  // a c a c | b d b d
+    _mm_storeu_ps(out, _mm_unpacklo_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+JILJU_INLINE float sum(F32 a) {
+    const __m128 x = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    const __m128 y = _mm_hadd_ps(x, x);
+    return _mm_cvtss_f32(_mm_hadd_ps(y, y));
+}
+JILJU_INLINE float max_lane(F32 a) {
+    __m128 x = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
+    x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+    return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+
+JILJU_INLINE F32 load_f16(const uint16_t* p) { return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+JILJU_INLINE void store_f16(uint16_t* p, F32 a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+JILJU_INLINE F32 load_bf16(const uint16_t* p) {
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16))};
+}
+JILJU_INLINE float half(const uint8_t* p) {
+    uint16_t h;
+    std::memcpy(&h, p, 2);
+    return _cvtsh_ss(h);
+}
+
+JILJU_INLINE B16 load_b16(const uint8_t* p) { return {_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))}; }
+JILJU_INLINE B16 and_b16(B16 a, int mask) { return {_mm_and_si128(a.v, _mm_set1_epi8(static_cast<char>(mask)))}; }
+JILJU_INLINE B16 or_b16(B16 a, B16 b) { return {_mm_or_si128(a.v, b.v)}; }
+JILJU_INLINE B16 sub_b16(B16 a, int n) { return {_mm_sub_epi8(a.v, _mm_set1_epi8(static_cast<char>(n)))}; }
+// Bits [shift, shift + bits(mask)) of each byte, moved to bit `to`: (byte >> shift & mask) << to.
+JILJU_INLINE B16 field_b16(B16 a, int shift, int mask, int to) {
+    const __m128i down = _mm_and_si128(_mm_srli_epi16(a.v, shift), _mm_set1_epi8(static_cast<char>(mask)));
+    return {_mm_slli_epi16(down, to)};  // the mask leaves room: nothing crosses into the next byte
+}
+JILJU_INLINE B16 bits_b16(const uint8_t* p, int value) {  // byte i is value where bit i of the 16 at p is set, else 0
+    uint16_t bits;
+    std::memcpy(&bits, p, 2);
+    const __m128i spread = _mm_shuffle_epi8(_mm_set1_epi16(static_cast<short>(bits)), _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1));
+    const __m128i select = _mm_set1_epi64x(static_cast<long long>(0x8040201008040201));
+    return {_mm_and_si128(_mm_cmpeq_epi8(_mm_and_si128(spread, select), select), _mm_set1_epi8(static_cast<char>(value)))};
+}
+JILJU_INLINE F32 low_i8(B16 a) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(a.v))}; }  // bytes 0..7, signed, as floats
+JILJU_INLINE F32 high_i8(B16 a) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(a.v, a.v)))}; }
+
+JILJU_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+
+}  // namespace jilju::avx2

@@ -1,0 +1,143 @@
+// simd in plain C++: the same operations on 8 floats and 16 bytes, for any CPU and as a check of the others.
+// fma here rounds twice (a CPU without FMA would emulate it), so sums differ from AVX2's within rounding.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#define JILJU_ISA generic
+
+namespace jilju::generic {
+
+inline constexpr const char* kName = "native-generic";
+
+struct F32 { float v[8]; };
+struct B16 { uint8_t v[16]; };
+
+#define JILJU_INLINE [[gnu::always_inline]] inline
+
+template <class Body>
+JILJU_INLINE F32 lanes(Body&& body) {
+    F32 out;
+    for (int i = 0; i < 8; ++i) out.v[i] = body(i);
+    return out;
+}
+template <class Body>
+JILJU_INLINE B16 bytes(Body&& body) {
+    B16 out;
+    for (int i = 0; i < 16; ++i) out.v[i] = static_cast<uint8_t>(body(i));
+    return out;
+}
+
+JILJU_INLINE F32 zero() { return lanes([](int) { return 0.0f; }); }
+JILJU_INLINE F32 set1(float x) { return lanes([=](int) { return x; }); }
+JILJU_INLINE F32 load(const float* p) { return lanes([=](int i) { return p[i]; }); }
+JILJU_INLINE F32 load_n(const float* p, int n) { return lanes([=](int i) { return i < n ? p[i] : 0.0f; }); }
+JILJU_INLINE void store(float* p, F32 a) { std::memcpy(p, a.v, sizeof a.v); }
+JILJU_INLINE void store_n(float* p, F32 a, int n) { std::memcpy(p, a.v, (n < 8 ? n : 8) * sizeof(float)); }
+JILJU_INLINE F32 add(F32 a, F32 b) { return lanes([&](int i) { return a.v[i] + b.v[i]; }); }
+JILJU_INLINE F32 sub(F32 a, F32 b) { return lanes([&](int i) { return a.v[i] - b.v[i]; }); }
+JILJU_INLINE F32 mul(F32 a, F32 b) { return lanes([&](int i) { return a.v[i] * b.v[i]; }); }
+JILJU_INLINE F32 div(F32 a, F32 b) { return lanes([&](int i) { return a.v[i] / b.v[i]; }); }
+JILJU_INLINE F32 fma(F32 a, F32 b, F32 c) { return lanes([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
+JILJU_INLINE F32 max(F32 a, F32 b) { return lanes([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
+JILJU_INLINE F32 min(F32 a, F32 b) { return lanes([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+JILJU_INLINE F32 round(F32 a) { return lanes([&](int i) { return std::nearbyint(a.v[i]); }); }
+JILJU_INLINE F32 select_less(F32 a, F32 b, F32 yes, F32 no) { return lanes([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; }); }
+JILJU_INLINE bool any_less(F32 a, F32 b) {
+    bool any = false;
+    for (int i = 0; i < 8; ++i) any |= a.v[i] < b.v[i];
+    return any;
+}
+JILJU_INLINE F32 first_n(F32 a, int n, F32 rest) { return lanes([&](int i) { return i < n ? a.v[i] : rest.v[i]; }); }
+JILJU_INLINE F32 pow2(F32 n) {
+    return lanes([&](int i) {
+        if (!(n.v[i] >= -126.0f && n.v[i] <= 127.0f)) return n.v[i];  // NaN stays NaN
+        const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n.v[i]) + 127) << 23;
+        float out;
+        std::memcpy(&out, &bits, 4);
+        return out;
+    });
+}
+
+JILJU_INLINE float sum(F32 a) {
+    return ((a.v[0] + a.v[4]) + (a.v[1] + a.v[5])) + ((a.v[2] + a.v[6]) + (a.v[3] + a.v[7]));
+}
+JILJU_INLINE void sum4(F32 a, F32 b, F32 c, F32 d, float* out) {
+    out[0] = sum(a);
+    out[1] = sum(b);
+    out[2] = sum(c);
+    out[3] = sum(d);
+}
+JILJU_INLINE float max_lane(F32 a) {
+    float out = a.v[0];
+    for (int i = 1; i < 8; ++i) out = out > a.v[i] ? out : a.v[i];
+    return out;
+}
+
+JILJU_INLINE float half_to_float(uint16_t h) {
+    const uint32_t sign = static_cast<uint32_t>(h >> 15) << 31, exponent = h >> 10 & 31, mantissa = h & 1023;
+    if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24 is exact in float32
+        const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+        return sign ? -magnitude : magnitude;
+    }
+    const uint32_t bits = sign | (exponent == 31 ? 0x7f800000u : (exponent + 112) << 23) | mantissa << 13;
+    float out;
+    std::memcpy(&out, &bits, 4);
+    return out;
+}
+JILJU_INLINE uint16_t float_to_half(float x) {  // to nearest, ties to even
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return static_cast<uint16_t>(sign | 0x7e00u | (magnitude >> 13 & 0x3ffu));
+    if (magnitude >= 0x477ff000u) return static_cast<uint16_t>(sign | 0x7c00u);  // 65520 and more round to infinity
+    if (magnitude < 0x38800000u) {  // below 2^-14: a whole number of 2^-24; adding 0.5 makes the FPU round there
+        float scaled;
+        std::memcpy(&scaled, &magnitude, 4);
+        scaled += 0.5f;
+        std::memcpy(&bits, &scaled, 4);
+        return static_cast<uint16_t>(sign | (bits - 0x3f000000u));
+    }
+    const uint32_t rounded = magnitude + 0xfffu + (magnitude >> 13 & 1u);
+    return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
+}
+JILJU_INLINE F32 load_f16(const uint16_t* p) {
+    return lanes([=](int i) {
+        uint16_t h;
+        std::memcpy(&h, reinterpret_cast<const uint8_t*>(p) + 2 * i, 2);
+        return half_to_float(h);
+    });
+}
+JILJU_INLINE void store_f16(uint16_t* p, F32 a) {
+    for (int i = 0; i < 8; ++i) p[i] = float_to_half(a.v[i]);
+}
+JILJU_INLINE F32 load_bf16(const uint16_t* p) {
+    return lanes([=](int i) {
+        uint16_t h;
+        std::memcpy(&h, reinterpret_cast<const uint8_t*>(p) + 2 * i, 2);
+        const uint32_t bits = static_cast<uint32_t>(h) << 16;
+        float out;
+        std::memcpy(&out, &bits, 4);
+        return out;
+    });
+}
+JILJU_INLINE float half(const uint8_t* p) {
+    uint16_t h;
+    std::memcpy(&h, p, 2);
+    return half_to_float(h);
+}
+
+JILJU_INLINE B16 load_b16(const uint8_t* p) { return bytes([=](int i) { return p[i]; }); }
+JILJU_INLINE B16 and_b16(B16 a, int mask) { return bytes([&](int i) { return a.v[i] & mask; }); }
+JILJU_INLINE B16 or_b16(B16 a, B16 b) { return bytes([&](int i) { return a.v[i] | b.v[i]; }); }
+JILJU_INLINE B16 sub_b16(B16 a, int n) { return bytes([&](int i) { return a.v[i] - n; }); }
+JILJU_INLINE B16 field_b16(B16 a, int shift, int mask, int to) { return bytes([&](int i) { return (a.v[i] >> shift & mask) << to; }); }
+JILJU_INLINE B16 bits_b16(const uint8_t* p, int value) { return bytes([=](int i) { return p[i / 8] >> (i % 8) & 1 ? value : 0; }); }
+JILJU_INLINE F32 low_i8(B16 a) { return lanes([&](int i) { return static_cast<float>(static_cast<int8_t>(a.v[i])); }); }
+JILJU_INLINE F32 high_i8(B16 a) { return lanes([&](int i) { return static_cast<float>(static_cast<int8_t>(a.v[i + 8])); }); }
+
+JILJU_INLINE void prefetch(const void*) {}
+
+}  // namespace jilju::generic

@@ -1,0 +1,126 @@
+// Step: what the kernels see of a batch while it runs, and the table of kernels of one ISA.
+//
+// A step runs in tiles of at most kTileTokens tokens, each through all ops, so that activations stay in the caches; the
+// rows' K and V lie in the cache by then, hence a tile is nothing but a chunk. Logit rows run in tiles of kTileLogits.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "pool.h"
+#include "program.h"
+
+namespace jilju {
+
+inline constexpr int64_t kTileTokens = 256;
+inline constexpr int64_t kTileLogits = 32;
+inline constexpr int64_t kKeyTile = 32;    // keys of one softmax update
+inline constexpr int64_t kKeySplit = 256;  // keys after which the softmax restarts, from position 0
+inline constexpr int kMaxTop = 20;
+
+struct BatchView {
+    int64_t num_tokens, num_rows, max_blocks, num_logits;
+    const int32_t* token_ids;
+    const int32_t* starts;
+    const int32_t* counts;
+    const int32_t* block_tables;  // [num_rows, max_blocks]
+    const int32_t* logit_tokens;
+    const int32_t* targets;
+    const int64_t* positions;
+    const uint64_t* seeds;
+    const float* temperatures;
+    const int32_t* top_ks;
+    const float* top_ps;
+    const float* min_ps;
+    const float* repetition_penalties;
+    const int32_t* penalty_starts;
+    const int32_t* penalty_ids;
+    const int32_t* banned_starts;
+    const int32_t* banned_ids;
+    const int32_t* num_top;
+    int64_t num_penalty_ids, num_banned_ids;
+};
+
+struct ResultView {
+    int32_t* token_ids;
+    float* logprobs;
+    int32_t* top_ids;       // [num_logits, kMaxTop]
+    float* top_logprobs;    // [num_logits, kMaxTop]
+    bool* finite;
+};
+
+// The part of a row that lies in this tile.
+struct Segment {
+    const int32_t* blocks;
+    int64_t start;        // position of its first token
+    int64_t count;
+    int64_t first_token;  // index in the tile
+};
+
+// A piece of attention for one KV head: some queries of a segment over some splits of the keys.
+struct AttentionUnit {
+    int segment;
+    int64_t first_query, num_queries;  // within the segment
+    int64_t split_begin, split_end;
+    int64_t partial;  // index of its partial result, or -1: the unit covers all splits and writes the output
+};
+
+struct KvCache {
+    uint16_t* data;
+    int64_t block_size, num_blocks;
+    int64_t head_dim, padded_head_dim;  // values are padded to whole vectors
+    int64_t head_stride, block_stride, layer_stride;
+};
+
+struct Step {
+    const Program* program;
+    KvCache kv;
+    BatchView batch;
+    ResultView result;
+    // the tile of tokens
+    const int32_t* token_ids;
+    int64_t num_tokens;
+    std::vector<Segment> segments;
+    std::vector<int64_t> token_positions;
+    std::vector<int64_t> token_blocks, token_slots;  // where each token's K and V go
+    std::vector<AttentionUnit> units;
+    int64_t num_partials;          // per KV head
+    float* partials;               // [num_partials, num_kv_heads, group, padded_head_dim + 2]
+    std::vector<float*> rope;      // per table: [token][cos[half], sin[half]]
+    // the tile of logit rows
+    int64_t first_logit, num_logits;
+    int64_t first_token;           // of the token tile, in the batch
+
+    float* at(const Value& v, int64_t row) const {
+        const Buffer& b = program->buffers[v.buffer];
+        return b.data + row * b.stride + v.offset;
+    }
+    int64_t stride(const Value& v) const { return program->buffers[v.buffer].stride; }
+    int64_t rows(const Value& v) const { return v.logits ? num_logits : num_tokens; }
+};
+
+// What one ISA offers. Every thread of the pool calls the same op with its own Worker; an op ends in a barrier.
+struct KernelSet {
+    const char* name;
+    int64_t (*scratch_floats)(const Program&);  // of one thread
+    int64_t (*queries_per_unit)(int group);
+    void (*rope_tables)(Step&, Worker&);
+    void (*embed)(const EmbedOp&, Step&, Worker&);
+    void (*rms_norm)(const RmsNormOp&, Step&, Worker&);
+    void (*linear)(const LinearOp&, Step&, Worker&);
+    void (*rope)(const RopeOp&, Step&, Worker&);
+    void (*attention)(const AttentionOp&, Step&, Worker&);
+    void (*glu)(const GluOp&, Step&, Worker&);
+    void (*take_rows)(const TakeRowsOp&, Step&, Worker&);
+    void (*sample)(const SampleOp&, Step&, Worker&);
+    // probes, for tests and micro-benchmarks
+    void (*unpack)(const Weight&, int64_t row, float* out);
+    void (*exp)(const float* x, float* out, int64_t n);
+};
+
+const KernelSet& generic_kernels();
+#if defined(JILJU_HAVE_AVX2)
+const KernelSet& avx2_kernels();
+#endif
+
+}  // namespace jilju
