@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+
 from .stub_server import StubServer
 
 CHROMIUM = Path("/usr/bin/chromium")

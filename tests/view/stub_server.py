@@ -14,7 +14,8 @@ from typing import Any
 from jilju import view
 from jilju.serve.view_files import POLICY, load_view
 
-STRICT_POLICY = POLICY + "; object-src 'none'; require-trusted-types-for 'script'"  # more than the server asks: no HTML from text
+# More than the server asks: no HTML from text.
+STRICT_POLICY = POLICY + "; object-src 'none'; require-trusted-types-for 'script'"
 GATE_S = 20.0  # a gate that nobody opens is a broken test, which must end too
 
 MODEL = {
@@ -72,7 +73,12 @@ class Exchange:
     body: dict[str, Any]
     gates: dict[str, threading.Event]
     base: dict[str, Any] = field(
-        default_factory=lambda: {"id": "chatcmpl-stub", "object": "chat.completion.chunk", "created": 1, "model": "stub-1b"}
+        default_factory=lambda: {
+            "id": "chatcmpl-stub",
+            "object": "chat.completion.chunk",
+            "created": 1,
+            "model": "stub-1b",
+        }
     )
 
     def refuse(self, status: int, code: str, message: str, param: str | None = None, **headers: str) -> None:
@@ -100,6 +106,9 @@ class Exchange:
         self._choice({}, finish_reason=reason)
         last = {**self.base, "choices": [], "usage": usage or USAGE, "timings": timings or TIMINGS}
         self._event(json.dumps(last))
+        self.done()
+
+    def done(self) -> None:
         self._event("[DONE]")
 
     def fail(self, code: str, message: str) -> None:

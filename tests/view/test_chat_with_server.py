@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import uvicorn
+from tests.serve.stub import StubClient, make_context
 
 from jilju import view
 from jilju.config import ApiKey
 from jilju.serve.app import create_app
-from tests.serve.stub import StubClient, make_context
 
 START_S = 20.0
 
@@ -34,7 +34,7 @@ class Served:
         while not self._server.started:
             assert time.monotonic() < deadline and self._thread.is_alive(), "the server did not start"
             time.sleep(0.01)
-        self.url = "http://127.0.0.1:%d" % self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}"
 
     def close(self) -> None:
         self._server.should_exit = True
