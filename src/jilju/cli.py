@@ -111,7 +111,14 @@ def serve(model: str | None, **flags: Any) -> None:
     from jilju.assemble.server import serve_model
 
     console = Console(stderr=True, highlight=False)
-    serve_model(model_file, config, announce=lambda resolved, memory: _announce(console, model_file, resolved, memory))
+    sys.exit(
+        serve_model(
+            model_file,
+            config,
+            announce=lambda resolved, memory: _announce(console, model_file, resolved, memory),
+            on_ready=lambda url: console.print(f"\nready: {url}  (chat in a browser, or point an OpenAI client at {url}/v1; Ctrl-C ends)", soft_wrap=True),
+        )
+    )
 
 
 def _open_or_fall_back(config: ServeConfig, progress: Callable[[int, int, str], None]) -> "ModelFile":

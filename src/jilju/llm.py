@@ -97,7 +97,7 @@ class LLM:
         self.config, options, self.memory = resolve_engine(model_file, config)
         self.name, self.path = model_file.name, model_file.path
         self.text = load_text(model_file)
-        self.engine, self.info = build_engine(options)
+        self.engine = build_engine(options)
         self._num_calls = 0
 
     def __enter__(self) -> "LLM":
@@ -151,14 +151,14 @@ class LLM:
         """Requests are checked and submitted on the call, not on the first `next`, so that errors come where the call stands."""
         params.check()
         for _, ids in prompts:
-            if len(ids) + max(params.max_tokens, 0) > self.info.max_context:
+            if len(ids) + max(params.max_tokens, 0) > self.engine.info.max_context:
                 raise ContextLengthExceeded(
-                    f"{len(ids)} prompt tokens and max_tokens {params.max_tokens} exceed the context of {self.info.max_context}; shorten one of them"
+                    f"{len(ids)} prompt tokens and max_tokens {params.max_tokens} exceed the context of {self.engine.info.max_context}; shorten one of them"
                 )
         self._num_calls += 1
         runs: dict[str, _Run] = {}
         for index, (prompt, ids) in enumerate(prompts):
-            wanted = params.max_tokens if params.max_tokens != REST_OF_CONTEXT else self.info.max_context - len(ids)
+            wanted = params.max_tokens if params.max_tokens != REST_OF_CONTEXT else self.engine.info.max_context - len(ids)
             seed = params.seed if params.seed is not None else secrets.randbits(63)
             own = msgspec.structs.replace(params, max_tokens=wanted, seed=seed)
             request = Request(id=f"call-{self._num_calls}-{index}", prompt_ids=ids, params=own, end_ids=self.text.end_ids(own))

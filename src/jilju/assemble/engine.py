@@ -4,6 +4,7 @@ Owns the choice of backend and the arithmetic of what fits into memory. The engi
 benchmarks all come through here. Knows nothing of text or HTTP.
 """
 
+import os
 import time
 from typing import Literal
 
@@ -13,7 +14,6 @@ from jilju.backends.native import NativeExecutor
 from jilju.backends.reference import ReferenceExecutor
 from jilju.clock import Clock, WallClock
 from jilju.config import ServeConfig, available_memory_bytes, usable_cores
-from jilju.engine.client import EngineInfo
 from jilju.engine.loop import Engine
 from jilju.errors import ConfigError, StartupError
 from jilju.formats.gguf import GgufFile
@@ -143,21 +143,16 @@ def limits_of(options: EngineOptions) -> Limits:
     )  # fmt: skip
 
 
-def build_engine(options: EngineOptions, clock: Clock | None = None) -> tuple[Engine, EngineInfo]:
+def build_engine(options: EngineOptions, clock: Clock | None = None) -> Engine:
     """Load the weights and make the engine. Raises StartupError."""
     begin = time.perf_counter()
     gguf = GgufFile.open(options.path)
     plan = build_plan(spec_from_gguf(gguf), {tensor.name: tensor.type for tensor in gguf.tensors.values()})
     executor, limits = make_executor(options.backend), limits_of(options)
     executor.load(plan, load_weights(gguf, plan), limits)
-    engine = Engine(plan, executor, limits, clock or WallClock())
-    info = EngineInfo(
-        kernel_set=executor.kernel_set, invariant=executor.invariant, num_threads=options.num_threads, max_context=options.max_context,
-        block_size=options.block_size, num_blocks=options.num_blocks, max_rows=options.max_rows, step_tokens=options.step_tokens,
-        weight_bytes=plan.weight_bytes, kv_bytes=options.num_blocks * options.block_size * executor.kv_bytes_per_token(plan),
-        workspace_bytes=executor.workspace_bytes(plan, limits), load_ms=(time.perf_counter() - begin) * 1e3,
-    )  # fmt: skip
-    return engine, info
+    load_ms = (time.perf_counter() - begin) * 1e3
+    # the prefix cache's hash is keyed by a secret of this process, so that nobody can make two prompts collide
+    return Engine(plan, executor, limits, clock or WallClock(), hash_key=os.urandom(16), load_ms=load_ms)
 
 
 def show_bytes(count: int) -> str:

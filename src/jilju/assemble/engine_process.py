@@ -1,0 +1,23 @@
+"""The program of the engine's process: `python -m jilju.assemble.engine_process OPTIONS FD`.
+
+OPTIONS is EngineOptions as JSON, FD the file descriptor of the link, appended by who starts it. Runs until the link ends.
+"""
+
+import logging
+import socket
+import sys
+
+import msgspec
+
+from jilju.assemble.engine import EngineOptions, build_engine
+from jilju.engine.link import serve_engine
+
+
+def main(options: str, descriptor: str) -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
+    engine_options = msgspec.json.decode(options, type=EngineOptions)
+    serve_engine(lambda: build_engine(engine_options), socket.socket(fileno=int(descriptor)))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,96 @@
+"""What speaks, put together: text, the supervised engine, the HTTP app, logging.
+
+Owns the order of a server's start. Knows nothing of flags; it is handed the resolved config.
+"""
+
+import hashlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from jilju import __version__
+from jilju.assemble.engine import EngineOptions, MemoryPlan, ModelFile, make_executor, resolve_engine
+from jilju.assemble.text import ModelText, load_text
+from jilju.config import ServeConfig
+from jilju.engine.supervisor import SupervisedClient
+from jilju.serve.auth import check_bind
+from jilju.serve.context import SamplingDefaults, ServerContext
+from jilju.serve.request_log import make_formatter
+from jilju.serve.runner import run_server
+from jilju.view import DIRECTORY as VIEW_DIRECTORY
+
+
+def serve_model(
+    model: ModelFile, config: ServeConfig, *, announce: Callable[[ServeConfig, MemoryPlan], None], on_ready: Callable[[str], None]
+) -> int:
+    """Plan, announce the plan, load, serve until a signal; returns the exit status. Raises StartupError."""
+    check_bind(config.host, config.api_key, config.insecure)
+    set_up_logging(config)
+    config, options, memory = resolve_engine(model, config)
+    announce(config, memory)
+    client = SupervisedClient(engine_command(options))
+    context = make_context(model, load_text(model), config, options, client)
+    return run_server(context, host=config.host, port=config.port, on_ready=on_ready)
+
+
+def engine_command(options: EngineOptions) -> Sequence[str]:
+    return (sys.executable, "-m", "jilju.assemble.engine_process", msgspec.json.encode(options).decode())
+
+
+def make_context(
+    model: ModelFile, text: ModelText, config: ServeConfig, options: EngineOptions, client: SupervisedClient
+) -> ServerContext:
+    d = text.defaults
+    defaults = SamplingDefaults()
+    if d is not None:
+        defaults = SamplingDefaults(
+            temperature=d.temperature, top_p=d.top_p, top_k=d.top_k, min_p=d.min_p, repetition_penalty=d.repetition_penalty, source=d.source
+        )
+    return ServerContext(
+        model_name=config.served_model_name or model.name, tokenizer=text.tokenizer, template=text.template, client=client,
+        max_context=options.max_context, fingerprint=fingerprint(model, options), version=__version__, defaults=defaults,
+        quantization=quantization(model), keys=config.api_key, allowed_hosts=frozenset((config.host, *config.allow_host)),
+        view_dir=VIEW_DIRECTORY,
+    )  # fmt: skip
+
+
+def fingerprint(model: ModelFile, options: EngineOptions) -> str:
+    """Names weights, tokenizer, template and kernel set: two servers with the same one give the same bits.
+
+    A file of the model table is named by its SHA-256; any other by its head (metadata, tokenizer, template, tensor list), its
+    size and a sample of 64 pages of its weights, since hashing a whole file would cost seconds at every start.
+    """
+    digest = hashlib.sha256()
+    if model.entry is not None:
+        digest.update(model.entry.sha256.encode())
+    else:
+        with open(model.path, "rb") as file:
+            size = file.seek(0, 2)
+            first = min(tensor.offset for tensor in model.gguf.tensors.values())
+            file.seek(0)
+            digest.update(size.to_bytes(8, "little") + file.read(first))
+            for index in range(64):
+                file.seek(first + (size - first) * index // 64)
+                digest.update(file.read(4096))
+    digest.update(make_executor(options.backend).kernel_set.encode())
+    return "fp_" + digest.hexdigest()[:16]
+
+
+def quantization(model: ModelFile) -> str:
+    """The number formats of the weights, by bytes, most first: "Q4_1 66 MB, Q8_0 30 MB"."""
+    by_type: dict[str, int] = {}
+    for weight in model.plan.weights.values():
+        by_type[weight.type.name] = by_type.get(weight.type.name, 0) + weight.num_bytes
+    large = [(name, count) for name, count in by_type.items() if count >= 0.01 * model.plan.weight_bytes]
+    return ", ".join(f"{name} {count / 1e6:.0f} MB" for name, count in sorted(large, key=lambda item: -item[1]))
+
+
+def set_up_logging(config: ServeConfig) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(make_formatter(config.log_format))
+    root = logging.getLogger("jilju")
+    root.handlers[:] = [handler]
+    root.propagate = False
+    root.setLevel(config.log_level.upper())
