@@ -42,7 +42,7 @@ def embed(table: Floats, token_ids: Ints, scale: float) -> Floats:
 
 def rms_norm(x: Floats, weight: Floats, eps: float) -> Floats:
     """x [rows, groups * n], weight [n] -> like x; each group of n columns is normed by itself"""
-    groups = x.reshape(len(x), -1, len(weight))
+    groups = x.reshape(len(x), x.shape[1] // len(weight), len(weight))
     mean_square = np.square(groups).mean(axis=-1, keepdims=True)
     out: Floats = groups / np.sqrt(mean_square + np.float32(eps)) * weight
     return out.reshape(x.shape)
@@ -57,7 +57,7 @@ def linear(x: Floats, parts: list[Floats], biases: list[Floats]) -> Floats:
 def rope(x: Floats, positions: Ints, head_dim: int, theta: float, style: str) -> Floats:
     """x [tokens, heads * head_dim], positions [tokens] -> like x. Angles in float64, their sine and cosine in float32"""
     half = head_dim // 2
-    heads = x.reshape(len(x), -1, head_dim)
+    heads = x.reshape(len(x), x.shape[1] // head_dim, head_dim)
     angles = positions[:, None] / theta ** (np.arange(half) / half)  # [tokens, half]
     cos = np.cos(angles).astype(np.float32)[:, None, :]
     sin = np.sin(angles).astype(np.float32)[:, None, :]

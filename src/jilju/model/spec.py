@@ -180,7 +180,9 @@ class _SpecReader:
         else:
             head_dim = hidden // num_heads
         if head_dim % 2:
-            self._fail_key("attention.key_length", head_dim, "an even head size, for rotary positions")
+            self._fail_key(
+                "attention.head_count", f"{num_heads}, of size {head_dim}", "an even head size, for rotary positions"
+            )
         for key in ("attention.value_length", "rope.dimension_count"):
             given = self._int(key, default=head_dim)
             if given != head_dim:

@@ -1,0 +1,190 @@
+"""The spec is strict: what a file says is read exactly, and what is not understood is refused by name."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from jilju.errors import ModelFileError
+from jilju.formats.ggml import GgmlType
+from jilju.formats.gguf import GgufFile
+from jilju.model.decoder import build_plan
+from jilju.model.spec import ModelSpec, spec_from_gguf
+from jilju.model.weights import load_weights
+
+from .tiny import SPEC, write
+
+QWEN2 = msgspec.structs.replace(
+    SPEC, family="qwen2", rope_style="halves", attention_bias=True, tied_head=False, num_kv_heads=1, rope_theta=1e6
+)
+BIASED = msgspec.structs.replace(SPEC, attention_bias=True)
+WIDE_HEADS = msgspec.structs.replace(SPEC, head_dim=24, num_kv_heads=1)
+
+
+def read(path: Path) -> ModelSpec:
+    with GgufFile.open(path) as file:
+        return spec_from_gguf(file)
+
+
+@pytest.mark.parametrize("spec", [SPEC, QWEN2], ids=lambda spec: spec.family)
+def test_what_a_file_says_is_what_the_spec_holds(spec: ModelSpec, tmp_path: Path) -> None:
+    assert read(write(tmp_path / "m.gguf", spec)) == spec
+
+
+def test_head_size_of_its_own(tmp_path: Path) -> None:
+    keys = {"llama.attention.key_length": 24, "llama.attention.value_length": 24, "llama.rope.dimension_count": 24}
+    assert read(write(tmp_path / "m.gguf", WIDE_HEADS, keys=keys)) == WIDE_HEADS
+
+
+def test_defaults_of_the_format(tmp_path: Path) -> None:
+    """Without a key for it, every head has its own K and V, and the rotary base is 10,000."""
+    spec = msgspec.structs.replace(SPEC, num_kv_heads=4)
+    keys = {"llama.attention.head_count_kv": None, "llama.rope.freq_base": None, "general.name": None}
+    assert read(write(tmp_path / "m.gguf", spec, keys=keys)) == msgspec.structs.replace(spec, name="llama")
+
+
+NEUTRAL = {
+    "llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 1.0, "llama.expert_count": 0,
+    "llama.attention.sliding_window": 128, "llama.vocab_size": 40, "tokenizer.ggml.tokens": ["a"] * 40,
+}  # fmt: skip
+
+
+def test_values_without_effect_are_accepted(tmp_path: Path) -> None:
+    assert read(write(tmp_path / "m.gguf", keys=NEUTRAL)) == SPEC
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("general.architecture", "mamba"),
+        ("llama.block_count", None),
+        ("llama.block_count", 0),
+        ("llama.block_count", 2**31),
+        ("llama.block_count", 1),  # the second layer's tensors are then unknown
+        ("llama.block_count", 3),  # the third layer's tensors are then missing
+        ("llama.block_count", 2.0),
+        ("llama.block_count", "2"),
+        ("llama.context_length", None),
+        ("llama.context_length", 0),
+        ("llama.embedding_length", 128),
+        ("llama.embedding_length", -64),
+        ("llama.feed_forward_length", 95),
+        ("llama.feed_forward_length", [96, 96]),
+        ("llama.attention.head_count", 3),
+        ("llama.attention.head_count", 64),
+        ("llama.attention.head_count_kv", 3),
+        ("llama.attention.head_count_kv", 4),
+        ("llama.attention.key_length", 15),
+        ("llama.attention.key_length", 32),
+        ("llama.attention.value_length", 32),
+        ("llama.attention.layer_norm_rms_epsilon", None),
+        ("llama.attention.layer_norm_rms_epsilon", 0.0),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan")),
+        ("llama.attention.sliding_window", 127),
+        ("llama.rope.dimension_count", 8),
+        ("llama.rope.freq_base", float("inf")),
+        ("llama.rope.freq_base", -1.0),
+        ("llama.rope.scaling.type", "yarn"),
+        ("llama.rope.scaling.factor", 4.0),
+        ("llama.expert_count", 8),
+        ("llama.attention.causal", False),
+        ("llama.vocab_size", 41),
+        ("llama.logit_softcap", 30.0),
+        ("llama.expert_count", False),
+    ],
+)
+def test_what_contradicts_or_is_not_understood_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", keys={key: value})
+    with pytest.raises(ModelFileError) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    named_by_key = key in caught.value.field or (key.endswith("key_length") and "head_count" in caught.value.field)
+    assert named_by_key or caught.value.field.startswith("tensor '")
+
+
+def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", keys={"tokenizer.ggml.tokens": ["a"] * 39})
+    with pytest.raises(ModelFileError, match=r"tokens', length is 39; allowed: the 40 rows"):
+        read(path)
+
+
+def missing(shapes: dict[str, tuple[int, ...]]) -> None:
+    del shapes["blk.1.ffn_up.weight"]
+
+
+def without_table(shapes: dict[str, tuple[int, ...]]) -> None:
+    del shapes["token_embd.weight"]
+
+
+def flat_table(shapes: dict[str, tuple[int, ...]]) -> None:
+    shapes["token_embd.weight"] = (64,)
+
+
+def transposed(shapes: dict[str, tuple[int, ...]]) -> None:
+    shapes["blk.0.ffn_up.weight"] = (64, 96)
+
+
+def extra(shapes: dict[str, tuple[int, ...]]) -> None:
+    shapes["blk.0.attn_q_norm.weight"] = (16,)
+
+
+def scaled_rope(shapes: dict[str, tuple[int, ...]]) -> None:
+    shapes["rope_freqs.weight"] = (8,)
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "part"),
+    [
+        (missing, "tensor 'blk.1.ffn_up.weight'", "missing"),
+        (without_table, "tensor 'token_embd.weight'", "missing"),
+        (flat_table, "tensor 'token_embd.weight'", "matrix"),
+        (transposed, "tensor 'blk.0.ffn_up.weight', shape", r"\(96, 64\)"),
+        (extra, "tensor 'blk.0.attn_q_norm.weight'", "the 20 tensors"),
+        (scaled_rope, "tensor 'rope_freqs.weight'", "not supported yet"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(
+    change: Callable[[dict[str, tuple[int, ...]]], None], field: str, part: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "m.gguf", tensors=change)
+    with pytest.raises(ModelFileError, match=part) as caught:
+        read(path)
+    assert caught.value.field == field
+
+
+def test_weights_are_views_of_the_file(tmp_path: Path) -> None:
+    def type_of(name: str) -> GgmlType:
+        return GgmlType.Q4_1 if "ffn" in name and "norm" not in name else GgmlType.F32
+
+    with GgufFile.open(write(tmp_path / "m.gguf", QWEN2, type_of=type_of)) as file:
+        plan = build_plan(spec_from_gguf(file), {name: tensor.type for name, tensor in file.tensors.items()})
+        weights = load_weights(file, plan)
+        assert set(weights) == set(file.tensors)
+        for name, weight in weights.items():
+            assert (weight.type, weight.shape) == (file.tensors[name].type, QWEN2.tensor_shapes()[name])
+            assert weight.data.ctypes.data == file.tensor_data(name).ctypes.data, "a copy"
+        assert sum(weight.data.nbytes for weight in weights.values()) == plan.weight_bytes
+
+
+def test_weights_that_differ_from_the_plan_are_refused(tmp_path: Path) -> None:
+    with GgufFile.open(write(tmp_path / "m.gguf")) as file:
+        types = {name: tensor.type for name, tensor in file.tensors.items()}
+        cases = [
+            (build_plan(SPEC, {**types, "blk.0.ffn_up.weight": GgmlType.F16}), "blk.0.ffn_up.weight", "allowed: F16"),
+            (build_plan(msgspec.structs.replace(SPEC, ffn_width=128), types), "blk.0.ffn_gate.weight", r"\(128, 64\)"),
+            (build_plan(BIASED, dict.fromkeys(BIASED.tensor_shapes(), GgmlType.F32)), "bias", "missing"),
+        ]
+        for plan, name, part in cases:
+            with pytest.raises(ModelFileError, match=part) as caught:
+                load_weights(file, plan)
+            assert name in caught.value.field
+
+
+def test_a_vector_in_another_format_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", type_of=lambda name: GgmlType.F16 if "ffn_norm" in name else GgmlType.F32)
+    with GgufFile.open(path) as file:
+        plan = build_plan(spec_from_gguf(file), {name: tensor.type for name, tensor in file.tensors.items()})
+        with pytest.raises(ModelFileError, match="F32 for a vector"):
+            load_weights(file, plan)
