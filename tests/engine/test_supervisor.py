@@ -1,0 +1,421 @@
+"""The supervisor: streams outlive the engine, exactly; what cannot go on ends once, with a reason."""
+
+import asyncio
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from jilju.engine.client import EngineInfo, EngineStatus
+from jilju.engine.events import StepRecord
+from jilju.engine.link import Beat, LinkBroken, Ready, Stepped
+from jilju.engine.request import (
+    PromptScored,
+    Request,
+    RequestAborted,
+    RequestFailed,
+    RequestTimes,
+    TokenEvent,
+    is_terminal,
+)
+from jilju.engine.supervisor import MAX_RESTARTS, STEP_S_MAX, WATCHDOG_S, SupervisedClient, Supervisor
+from jilju.errors import ContextLengthExceeded, EngineUnavailable, NotReady, Overloaded, StartupError
+
+from .fakes import oracle, oracle_scores, request
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "tests.engine.engine_process"]
+ENV = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}
+SECOND = 10**9
+
+# ---- the core, without processes --------------------------------------------------------------------------------------
+
+INFO = EngineInfo(
+    kernel_set="fake", invariant=True, num_threads=1, max_context=100, block_size=4, num_blocks=40, max_rows=8, step_tokens=16,
+    weight_bytes=1, kv_bytes=1, workspace_bytes=1, load_ms=500.0,
+)  # fmt: skip
+STATUS = EngineStatus(
+    state="ready", num_running=1, num_waiting=0, num_blocks_free=1, num_blocks_cached=2, num_blocks_held=3,
+    last_step_age_s=0, num_restarts=0, imbalance=0,
+)  # fmt: skip
+
+
+def record(**fields) -> StepRecord:
+    values = dict.fromkeys(StepRecord.__struct_fields__, 0) | {"num_decode_tokens": 1} | fields
+    return StepRecord(**values)
+
+
+def stepped(*events, started=(), **fields) -> Stepped:
+    return Stepped(list(events), list(started), record(**fields), STATUS, [])
+
+
+def token(request_id: str, index: int, **fields) -> TokenEvent:
+    return TokenEvent(request_id=request_id, index=index, token_id=index + 10, **fields)
+
+
+def ready_core(now_ns: int = 0, **options) -> Supervisor:
+    core = Supervisor(now_ns, **options)
+    core.receive(core.launched(now_ns), Ready(INFO), now_ns)
+    return core
+
+
+def test_a_frame_counts_whole_or_not_at_all():
+    core = ready_core()
+    core.submit(request("a", [1]), 1)
+    core.submit(request("b", [1]), 1)
+    for bad in (token("b", 1), token("nobody", 0), RequestFailed(request_id="nobody", code="x", message="")):
+        with pytest.raises(LinkBroken):
+            core.receive(1, stepped(token("a", 0), bad), 2)
+    core.receive(1, stepped(token("a", 0)), 2)
+    assert [r.output_ids for r in core.resubmissions()] == [[10], []]
+
+
+def test_frames_of_an_older_epoch_are_dropped():
+    core = ready_core()
+    core.submit(request("a", [1]), 1)
+    core.ended(2)
+    core.receive(core.launched(3), Ready(INFO), 3)
+    assert core.receive(1, stepped(token("a", 0)), 4) == []
+    assert core.resubmissions()[0].output_ids == []
+
+
+def test_a_resubmission_carries_on_where_the_stream_is():
+    core = ready_core()
+    core.submit(request("a", [1, 2], score_prompt=True), 1)
+    core.submit(request("b", [3]), 2)
+    core.receive(1, stepped(PromptScored(request_id="a", logprobs=[-1.0]), token("a", 0), token("b", 0)), 3)
+    core.receive(1, stepped(token("b", 1)), 4)
+    core.ended(5)
+    a, b = core.resubmissions()
+    assert (a.id, a.output_ids, a.score_prompt, a.num_prompt_tokens) == ("a", [10], False, 2)
+    assert (b.id, b.output_ids) == ("b", [10, 11])
+
+
+def test_times_span_engines_and_resume_is_the_gap():
+    core = ready_core()
+    core.submit(request("a", [1]), 1)
+    first = RequestTimes(queued_ns=2, scheduled_ns=3, first_token_ns=10)
+    core.receive(1, stepped(token("a", 0), started=[("a", first)]), 11)
+    share = {"begin_ns": 11, "done_ns": 31, "num_prefill_tokens": 3, "num_decode_tokens": 1}
+    core.receive(1, stepped(token("a", 1), **share), 32)
+    core.ended(40)
+    core.receive(core.launched(50), Ready(INFO), 60)
+    core.ended(70)
+    core.receive(core.launched(80), Ready(INFO), 90)
+    core.receive(3, stepped(token("a", 2), begin_ns=100, done_ns=140, num_prefill_tokens=3), 140)
+    of_engine = RequestTimes(
+        queued_ns=90, scheduled_ns=100, first_token_ns=140, last_token_ns=200, stalled_ns=7, num_steps=2
+    )
+    (event,) = core.receive(3, stepped(token("a", 3, finish_reason="length", times=of_engine)), 201)
+    assert event.times == msgspec.structs.replace(
+        of_engine, queued_ns=1, scheduled_ns=3, first_token_ns=10, stalled_ns=15 + 7, resume_ns=100
+    )
+
+
+def test_a_request_that_had_no_token_takes_the_times_of_the_new_engine():
+    core = ready_core()
+    core.submit(request("a", [1]), 1)
+    core.ended(5)
+    core.receive(core.launched(6), Ready(INFO), 7)
+    of_engine = RequestTimes(queued_ns=7, scheduled_ns=8, first_token_ns=9, last_token_ns=9)
+    (event,) = core.receive(2, stepped(token("a", 0, finish_reason="stop", times=of_engine)), 10)
+    assert event.times == msgspec.structs.replace(of_engine, queued_ns=1)
+
+
+def test_back_off_and_giving_up():
+    core = ready_core()
+    core.submit(request("a", [1]), 1)
+    waits = []
+    for _ in range(MAX_RESTARTS):
+        wait_s, events = core.ended(2)
+        assert events == []
+        waits.append(wait_s)
+        with pytest.raises(NotReady) as refusal:
+            core.submit(request("b", [1]), 2)
+        assert refusal.value.retry_after_s >= 0.5
+        core.launched(3)
+    assert waits == [0.1, 0.2, 0.4, 0.8, 1.6]
+    wait_s, events = core.ended(4)
+    assert wait_s is None and [(e.request_id, e.code) for e in events] == [("a", "engine_unavailable")]
+    with pytest.raises(EngineUnavailable):
+        core.submit(request("c", [1]), 5)
+
+
+@pytest.mark.parametrize("recovery", ["a step", "a stable minute"])
+def test_a_sign_of_health_ends_the_row(recovery):
+    core = ready_core()
+    core.submit(request("a", [1]), 1)
+    now = 0
+    for _ in range(4 * MAX_RESTARTS):
+        now += 61 * SECOND if recovery == "a stable minute" else 1
+        if recovery == "a step":
+            core.receive(core.epoch, stepped(), now)
+        wait_s, _ = core.ended(now)
+        assert wait_s == 0.1
+        core.receive(core.launched(now), Ready(INFO), now)
+
+
+def test_abort_in_every_state():
+    core = ready_core()
+    for id in ("told", "dying", "away"):
+        core.submit(request(id, [1]), 1)
+    assert core.abort("told") == (True, []) and core.abort("told") == (False, [])
+    assert core.abort("nobody") == (False, [])
+    aborted = RequestAborted(request_id="told", num_tokens=0, times=RequestTimes(queued_ns=1))
+    assert core.receive(1, stepped(aborted), 2) == [aborted]
+    core.abort("dying")
+    _, events = core.ended(3)
+    assert [(type(e), e.request_id) for e in events] == [(RequestAborted, "dying")]
+    told, events = core.abort("away")
+    assert not told and [(type(e), e.request_id) for e in events] == [(RequestAborted, "away")]
+    assert core.resubmissions() == [] and core.num_live == 0
+
+
+def test_refusals_come_at_submit():
+    core = ready_core(max_requests=1)
+    with pytest.raises(ContextLengthExceeded):
+        core.submit(request("a", [1] * 100, 1), 1)
+    core.submit(request("b", [1]), 1)
+    with pytest.raises(Overloaded):
+        core.submit(request("c", [1]), 1)
+    with pytest.raises(NotReady):
+        Supervisor(0).submit(request("d", [1]), 1)
+
+
+def test_the_watchdog_sees_silence_and_hung_steps_but_not_its_own_sleep():
+    def ticks(core, start_s, end_s):
+        return [r for s in range(start_s, end_s) if (r := core.tick(s * SECOND))]
+
+    core = ready_core()
+    assert ticks(core, 0, int(WATCHDOG_S)) == []
+    assert "no sign of life" in ticks(core, int(WATCHDOG_S), int(WATCHDOG_S) + 2)[0]
+
+    core = ready_core()
+    assert core.tick(0) is None and core.tick(100 * SECOND) is None  # it was we who stood still
+    core.receive(1, Beat(int(STEP_S_MAX - 1) * SECOND), 100 * SECOND)
+    assert core.tick(100 * SECOND) is None
+    core.receive(1, Beat(int(STEP_S_MAX + 1) * SECOND), 100 * SECOND)
+    assert "a step is in flight" in core.tick(100 * SECOND)
+
+
+# ---- with real processes ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path
+
+
+def make_client(folder: Path, step_ms: float = 1.0) -> SupervisedClient:
+    return SupervisedClient([*COMMAND, str(folder), str(step_ms)], env=ENV)
+
+
+async def collect(stream) -> list:
+    return [event async for event in stream]
+
+
+def assert_like_alone(r: Request, events: list) -> None:
+    assert [is_terminal(e) for e in events] == [False] * (len(events) - 1) + [True]
+    tokens = [e for e in events if isinstance(e, TokenEvent)]
+    assert [e.token_id for e in tokens] == oracle(r)[0]
+    assert [e.index for e in tokens] == list(range(len(tokens)))
+
+
+async def wait_until(condition, limit_s: float = 10.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def test_streams_outlive_kills_at_random_moments(folder):
+    async def main():
+        rng = random.Random(7)
+        client = make_client(folder, step_ms=2)
+        await client.start()
+        requests = [
+            request(f"r{i}", [i] * (3 + 2 * i), 120, seed=i, repetition_penalty=1.1, score_prompt=i == 3)
+            for i in range(8)
+        ]
+        answers = [asyncio.create_task(collect(client.submit(r))) for r in requests]
+        num_kills = 0
+        while not all(a.done() for a in answers) and num_kills < 5:
+            num_steps = len(client.log.steps) + rng.randrange(30)
+            await wait_until(lambda: len(client.log.steps) > num_steps or all(a.done() for a in answers))
+            pid, epoch = client.process_id, client.status().num_restarts
+            if pid is not None and client.status().state == "ready":
+                os.kill(pid, signal.SIGKILL)
+                num_kills += 1
+                await wait_until(lambda: client.status().state == "ready" and client.status().num_restarts > epoch)
+        for r, events in zip(requests, await asyncio.gather(*answers), strict=True):
+            assert_like_alone(r, events)
+            times = events[-1].times
+            assert times.queued_ns < times.scheduled_ns < times.first_token_ns < times.last_token_ns
+            assert 0 < times.resume_ns < times.last_token_ns - times.first_token_ns
+            scored = [e for e in events if isinstance(e, PromptScored)]
+            assert scored == ([PromptScored(request_id=r.id, logprobs=oracle_scores(r))] if r.score_prompt else [])
+        status = client.status()
+        assert status.num_restarts == num_kills == 5 and status.num_resumed >= 8 and status.imbalance == 0
+        assert status.num_blocks_held == 0
+        await client.stop()
+
+    asyncio.run(main())
+
+
+def test_damage_on_the_link_restarts_the_engine_and_loses_nothing(folder):
+    async def main():
+        client = make_client(folder, step_ms=2)
+        await client.start()
+        r = request("a", [1, 2], 60)
+        stream = client.submit(r)
+        events = [await anext(stream)]
+        client._process.writer.write(b"\xff" * 8)  # the engine cannot trust that, and ends
+        events += await collect(stream)
+        assert_like_alone(r, events)
+        assert client.status().num_restarts == 1
+        await client.stop()
+
+    asyncio.run(main())
+
+
+def test_a_load_failure_is_told_in_the_engines_own_words(folder):
+    (folder / "load_error").write_text("model.gguf: 3 blocks are missing")
+
+    async def main():
+        client = make_client(folder)
+        with pytest.raises(StartupError, match=r"^model.gguf: 3 blocks are missing$"):
+            await client.start()
+        await client.stop()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("command", [["/nowhere/python"], [sys.executable, "-c", "raise SystemExit(3)"]])
+def test_a_command_that_fails_is_a_startup_error(command):
+    async def main():
+        client = SupervisedClient(command)
+        with pytest.raises(StartupError, match=r"the engine's process (cannot be started|ended with exit status 3)"):
+            await client.start()
+        await client.stop()
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_cannot_come_back_is_given_up(folder, monkeypatch):
+    monkeypatch.setattr("jilju.engine.supervisor.BACKOFF_S", 0.01)
+
+    async def main():
+        client = make_client(folder, step_ms=20)
+        await client.start()
+        stream = client.submit(request("a", [1], 150))
+        await anext(stream)
+        (folder / "crash_at_load").touch()
+        os.kill(client.process_id, signal.SIGKILL)
+        await wait_until(lambda: client.status().state == "restarting")
+        with pytest.raises(NotReady):
+            client.submit(request("b", [1]))
+        last = (await collect(stream))[-1]
+        assert isinstance(last, RequestFailed) and last.code == "engine_unavailable"
+        assert client.status().state == "gone" and client.status().num_restarts == MAX_RESTARTS
+        with pytest.raises(EngineUnavailable):
+            client.submit(request("c", [1]))
+        await client.stop()
+
+    asyncio.run(main())
+
+
+def test_abort_running_restarting_and_by_leaving(folder):
+    async def main():
+        client = make_client(folder, step_ms=2)
+        await client.start()
+        running, away, left = (client.submit(request(id, [1], 40)) for id in ("running", "away", "left"))
+        await anext(running)
+        client.abort("running")
+        assert isinstance((await collect(running))[-1], RequestAborted)
+        await left.aclose()
+        os.kill(client.process_id, signal.SIGKILL)
+        await wait_until(lambda: client.status().state == "restarting")
+        client.abort("away")
+        assert isinstance((await collect(away))[-1], RequestAborted)
+        await wait_until(lambda: client.status().state == "ready")
+        r = request("after", [5, 6], 10)
+        assert_like_alone(r, await collect(client.submit(r)))
+        assert client.status().num_blocks_held == 0
+        await client.stop()
+
+    asyncio.run(main())
+
+
+def test_stop_ends_the_process_and_what_is_live(folder):
+    async def main():
+        client = make_client(folder, step_ms=20)
+        await client.start()
+        stream = client.submit(request("a", [1], 150))
+        await anext(stream)
+        pid = client.process_id
+        await client.stop()
+        last = (await collect(stream))[-1]
+        assert isinstance(last, RequestFailed) and last.code == "not_ready"
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+    asyncio.run(main())
+
+
+def test_signals_from_the_terminal_leave_the_engine_alone(folder):
+    async def main():
+        client = make_client(folder)
+        await client.start()
+        os.kill(client.process_id, signal.SIGINT)
+        os.kill(client.process_id, signal.SIGTERM)
+        r = request("a", [1], 20)
+        assert_like_alone(r, await collect(client.submit(r)))
+        assert client.status().num_restarts == 0
+        await client.stop()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("phase", ["serving", "slow_load"])
+def test_the_engine_dies_with_its_server(folder, phase):
+    if phase == "slow_load":
+        (folder / phase).touch()
+    server = textwrap.dedent(
+        """
+        import asyncio, sys
+        from jilju.engine.supervisor import SupervisedClient
+        from tests.engine.fakes import request
+        async def main():
+            client = SupervisedClient(sys.argv[1:])
+            await client.start()
+            async for event in client.submit(request("a", [1], 150)):
+                print("token", flush=True)
+        asyncio.run(main())
+        """
+    )
+    command = [sys.executable, "-c", server, *COMMAND, str(folder), "20"]
+    with subprocess.Popen(command, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        if phase == "serving":
+            assert process.stdout.readline() == b"token\n"
+
+        async def main():
+            await wait_until(lambda: (folder / "pid").exists() and (folder / "pid").read_text())
+            pid = int((folder / "pid").read_text())
+            assert Path(f"/proc/{pid}").exists()
+            process.kill()
+            await wait_until(lambda: not is_running(pid), limit_s=2.0)
+
+        asyncio.run(main())
+
+
+def is_running(pid: int) -> bool:
+    """A zombie, which only its new parent can clear away, does not run."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
