@@ -57,20 +57,18 @@ export function createAnswerView({ words, now, retry }) {
     return balanced ? [bar] : [bar, h("p", { class: "note fault-text" }, label)];
   }
 
-  function figureLine(list, label, extra) {
+  function figureLine(name, list) {
     const items = list.map((figure) =>
       h("li", { class: figure.kind ? `figure kind-${figure.kind}` : "figure" }, t(figure.key, params(figure))),
     );
-    return h("ul", { class: `figures ${extra}`, "aria-label": t(label) }, ...items);
+    return h("ul", { class: `figures figures-${name}`, "aria-label": t(`figures_${name}`) }, ...items);
   }
 
   function figureLines(message) {
-    const lines = [
-      figureLine(tokenFigures(message), "figures_tokens", "figures-tokens"),
-      figureLine(timeFigures(message), "figures_time", "figures-time"),
-    ];
-    if (!message.timings) lines[1].append(h("li", { class: "figure" }, t("measured_here")));
-    return lines;
+    const tokens = figureLine("tokens", tokenFigures(message));
+    if (message.timings) return [tokens, figureLine("time", timeFigures(message.timings))];
+    tokens.append(h("li", { class: "figure" }, t("measured_here")));
+    return [tokens];
   }
 
   function copyButton() {

@@ -24,7 +24,7 @@ export function ledger(timings) {
   return { parts, totalMs: timings.total_ms, balanced: Math.abs(sum - timings.total_ms) <= ROUNDING_MS };
 }
 
-/** Tokens and pace: [{key, params, kind}]. key names a string, params are numbers; what is not known is left out. */
+/** Tokens, pace and the whole: [{key, params, kind}]. key names a string, params are numbers; what is not known is left out. */
 export function tokenFigures({ usage, timings, measured }) {
   const list = [];
   const add = (key, params, kind = null) => list.push({ key, params, kind });
@@ -40,12 +40,12 @@ export function tokenFigures({ usage, timings, measured }) {
   if (ttftMs != null) add("figure_ttft", { ms: ttftMs });
   const tokensPerSecond = rate({ timings, measured });
   if (tokensPerSecond !== null) add("figure_rate", { rate: tokensPerSecond });
+  add("figure_total", { ms: timings?.total_ms ?? measured.totalMs });
   return list;
 }
 
-/** The ledger in words, same form: the parts, in the order of the way, then their sum. */
-export function timeFigures({ timings, measured }) {
-  if (!timings) return [{ key: "figure_total", params: { ms: measured.totalMs }, kind: null }];
+/** The parts that make up the total, same form, in the order of the way. */
+export function timeFigures(timings) {
   const hostMs = ledger(timings).parts.reduce((sum, { kind, ms }) => sum + (kind === "host" ? ms : 0), 0);
   const always = (key, ms, kind) => ({ key, params: { ms }, kind });
   const ifAny = (key, ms, kind) => (ms > 0 ? [always(key, ms, kind)] : []);
@@ -56,7 +56,6 @@ export function timeFigures({ timings, measured }) {
     always("figure_decode", timings.decode_ms, "decode"),
     ...ifAny("figure_resume", timings.resume_ms, "resume"),
     always("figure_host", hostMs, "host"),
-    always("figure_total", timings.total_ms, null),
   ];
 }
 
