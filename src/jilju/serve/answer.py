@@ -42,6 +42,7 @@ class Head:
     continuous_usage: bool
     logprobs: int | None
     return_token_ids: bool
+    skip_special_tokens: bool
 
 
 class Renderer(Protocol):
@@ -129,8 +130,13 @@ def finite(logprob: float | None) -> float:
 class TokenTexts:
     """Texts and bytes of ids, as logprobs show them."""
 
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
+        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+
+    def shown_bytes(self, token_id: int) -> bytes:
+        """What the token adds to the answer's text."""
+        skipped = self._skip and token_id in self._tokenizer.special_ids
+        return b"" if skipped else self._tokenizer.token_bytes(token_id)
 
     def bytes_of(self, token_id: int) -> bytes:
         return self._tokenizer.token_bytes(token_id)

@@ -11,8 +11,8 @@ import ipaddress
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
+from jilju.config import ApiKey
 from jilju.errors import ConfigError
-from jilju.serve.context import ApiKey
 
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 

@@ -12,16 +12,10 @@ from importlib.resources.abc import Traversable
 import msgspec
 
 from jilju.clock import Clock, WallClock
+from jilju.config import ApiKey
 from jilju.engine.client import EngineClient
 from jilju.text.template import ChatTemplate
 from jilju.text.tokenizer import Tokenizer
-
-
-class ApiKey(msgspec.Struct, frozen=True):
-    """`name` is logged and labels, `secret` is compared and never shown."""
-
-    name: str
-    secret: str
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from jilju.config import ApiKey
 from jilju.errors import Forbidden, InternalError, InvalidApiKey, JiljuError
 from jilju.serve.auth import LOOPBACK_HOSTS, host_name, match_key, presented_keys, same_origin
 from jilju.serve.body import ClientLeft
-from jilju.serve.context import ApiKey, ServerContext
+from jilju.serve.context import ServerContext
 from jilju.serve.errors import error_body, retry_headers, shown
 from jilju.serve.ledger import Ledger
 from jilju.serve.request_log import log_arrival

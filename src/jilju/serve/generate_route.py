@@ -137,6 +137,7 @@ class GenerateRoute:
             continuous_usage=continuous,
             logprobs=self._api.logprobs(fields),
             return_token_ids=fields.return_token_ids,
+            skip_special_tokens=fields.skip_special_tokens,
         )
         generation = Generation(
             client=context.client,

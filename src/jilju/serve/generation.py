@@ -95,11 +95,13 @@ class Generation:
     async def deltas(self, silence_s: Callable[[], float | None]) -> AsyncIterator[list[Delta]]:
         """What came since the last turn, in order; an empty list after `silence_s()` seconds without anything."""
         while not all(choice.ended for choice in self.choices):
+            silence = silence_s()
             try:
-                items = [await self._next(silence_s())]
+                items = [await self._next(silence)]
             except TimeoutError:
-                yield []
-                continue
+                if silence is not None:
+                    yield []
+                continue  # or the deadline has passed: the next turn says so
             while not self._queue.empty():
                 items.append(self._queue.get_nowait())
             deltas: list[Delta] = []

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from jilju.clock import Clock
 from jilju.errors import ConflictingParameters, EmptyPrompt, InvalidValue, TemplateFailed, UnsupportedContent
 from jilju.serve.answer import (
     Head,
@@ -29,6 +30,7 @@ from jilju.serve.generation import Choice, Delta
 from jilju.serve.sampling import LATER, NO_OPS, Count, GenerationFields, fit_max_tokens, take_generation_fields
 from jilju.serve.timings import Marks, Timings
 from jilju.text.template import encode_chat
+from jilju.text.tokenizer import Tokenizer
 
 MAX_MESSAGES = 2048
 OFF_LOOP_CHARS = 4096  # longer texts are rendered and tokenized in a thread: about 1 ms of work
@@ -181,6 +183,24 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return rendered
 
 
+class TimedTokenizer:
+    """A tokenizer that adds up the time its encoding takes, for rendering and encoding a chat are one call."""
+
+    def __init__(self, tokenizer: Tokenizer, clock: Clock):
+        self._tokenizer, self._clock = tokenizer, clock
+        self.vocab_size, self.bos_id, self.eos_ids = tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_ids
+        self.add_bos, self.special_ids = tokenizer.add_bos, tokenizer.special_ids
+        self.special_texts = tokenizer.special_texts
+        self.token_bytes, self.token_text, self.decode = tokenizer.token_bytes, tokenizer.token_text, tokenizer.decode
+        self.encode_ns = 0
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+        begin_ns = self._clock.now_ns()
+        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens, parse_special=parse_special)
+        self.encode_ns += self._clock.now_ns() - begin_ns
+        return ids
+
+
 async def encode_messages(
     messages: Sequence[Message], context: ServerContext, marks: Marks | None = None, *, add_special_tokens: bool = False
 ) -> list[int]:
@@ -188,13 +208,17 @@ async def encode_messages(
     if template is None:
         raise TemplateFailed(f"{context.model_name} has no chat template; use /v1/completions", param="messages")
     entries = template_messages(messages)
+    tokenizer = TimedTokenizer(context.tokenizer, context.clock)
     begin_ns = context.clock.now_ns()
     if sum(len(entry["content"]) for entry in entries) > OFF_LOOP_CHARS:
-        ids = await asyncio.to_thread(encode_chat, template, context.tokenizer, entries)
+        ids = await asyncio.to_thread(encode_chat, template, tokenizer, entries)
     else:
-        ids = encode_chat(template, context.tokenizer, entries)
+        ids = encode_chat(template, tokenizer, entries)
     if marks is not None:
-        marks.tokenize_ns = context.clock.now_ns() - begin_ns
+        marks.tokenize_ns = tokenizer.encode_ns
+        marks.render_ns = context.clock.now_ns() - begin_ns - tokenizer.encode_ns
+    if add_special_tokens and tokenizer.add_bos and tokenizer.bos_id is not None:
+        ids = [tokenizer.bos_id, *ids]
     if not ids:
         raise EmptyPrompt("the messages render to no token at all; send some content", param="messages")
     return ids
@@ -217,10 +241,13 @@ class ChatApi:
 
     def max_tokens(self, fields: ChatFields, num_prompt_tokens: int, context: ServerContext) -> int:
         asked = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
-        return fit_max_tokens(num_prompt_tokens, asked, context.context_tokens(), param="messages")
+        name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
+        return fit_max_tokens(
+            num_prompt_tokens, asked, context.context_tokens(), prompt="messages", max_tokens_name=name
+        )
 
     def renderer(self, head: Head, choices: Sequence[Choice], context: ServerContext) -> "ChatRenderer":
-        return ChatRenderer(head, choices, TokenTexts(context.tokenizer))
+        return ChatRenderer(head, choices, TokenTexts(context.tokenizer, head.skip_special_tokens))
 
 
 class ChatRenderer:

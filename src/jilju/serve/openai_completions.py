@@ -113,10 +113,10 @@ class CompletionApi:
 
     def max_tokens(self, fields: CompletionFields, num_prompt_tokens: int, context: ServerContext) -> int:
         asked = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
-        return fit_max_tokens(num_prompt_tokens, asked, context.context_tokens(), param="prompt")
+        return fit_max_tokens(num_prompt_tokens, asked, context.context_tokens(), prompt="prompt")
 
     def renderer(self, head: Head, choices: Sequence[Choice], context: ServerContext) -> "CompletionRenderer":
-        return CompletionRenderer(head, choices, TokenTexts(context.tokenizer))
+        return CompletionRenderer(head, choices, TokenTexts(context.tokenizer, head.skip_special_tokens))
 
 
 class CompletionRenderer:
@@ -185,7 +185,7 @@ class CompletionRenderer:
         if self._head.logprobs is None or token is None:
             return None
         index = delta.choice.index
-        token_bytes = self._texts.bytes_of(token.token_id)
+        token_bytes = self._texts.shown_bytes(token.token_id)
         inside = bool(token_bytes) and _continues(token_bytes[0]) and self._offsets[index] > 0
         offset = self._offsets[index] - inside
         self._offsets[index] += sum(not _continues(byte) for byte in token_bytes)

@@ -181,21 +181,28 @@ def end_ids(params: SamplingParams, eos_ids: tuple[int, ...]) -> tuple[int, ...]
     return tuple(dict.fromkeys((() if params.ignore_eos else eos_ids) + params.stop_token_ids))
 
 
-def fit_max_tokens(num_prompt_tokens: int, max_tokens: int | None, context_tokens: int, *, param: str) -> int:
-    """`max_tokens`, or what is left of the context; refuses what does not fit, never cuts."""
+def fit_max_tokens(
+    num_prompt_tokens: int,
+    max_tokens: int | None,
+    context_tokens: int,
+    *,
+    prompt: str,
+    max_tokens_name: str = "max_tokens",
+) -> int:
+    """`max_tokens`, or what is left of the context; refuses what does not fit, never cuts. Fields' names are for the error."""
     if max_tokens is None:
         if num_prompt_tokens >= context_tokens:
             raise ContextLengthExceeded(
                 f"the prompt has {num_prompt_tokens} tokens and the context holds {context_tokens}, "
                 "prompt and output together; send a shorter prompt",
-                param=param,
+                param=prompt,
             )
         return context_tokens - num_prompt_tokens
     if num_prompt_tokens + max_tokens > context_tokens:
         raise ContextLengthExceeded(
-            f"the prompt has {num_prompt_tokens} tokens and max_tokens is {max_tokens}, together "
+            f"the prompt has {num_prompt_tokens} tokens and {max_tokens_name} is {max_tokens}, together "
             f"{num_prompt_tokens + max_tokens}; the context holds {context_tokens}; send a shorter prompt or ask for less",
-            param=param,
+            param=prompt if num_prompt_tokens > context_tokens else max_tokens_name,
         )
     return max_tokens
 

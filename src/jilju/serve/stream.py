@@ -15,11 +15,11 @@ from jilju.serve.answer import event
 from jilju.serve.body import ClientLeft
 from jilju.serve.errors import error_object
 
-EVENT_STREAM = [
+EVENT_STREAM = (
     (b"content-type", b"text/event-stream"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # proxies: pass each event on at once
-]
+)
 DONE = b"data: [DONE]\n\n"
 WAIT = b": wait\n\n"
 
