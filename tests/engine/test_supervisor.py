@@ -419,3 +419,17 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def test_stop_during_the_load_ends_start(folder):
+    (folder / "slow_load").touch()
+
+    async def main():
+        client = make_client(folder)
+        start = asyncio.create_task(client.start())
+        await wait_until(lambda: (folder / "pid").exists())
+        await client.stop()
+        with pytest.raises(StartupError, match="stopped before it was loaded"):
+            await start
+
+    asyncio.run(main())

@@ -57,5 +57,9 @@ class EventLog:
         for listener in self._listeners:
             listener(record)
 
+    def resize(self, ring: int) -> None:
+        """Keep the newest `ring` records from now on."""
+        self.steps = deque(self.steps, maxlen=ring)
+
     def listen(self, listener: Callable[[StepRecord], None]) -> None:
         self._listeners.append(listener)

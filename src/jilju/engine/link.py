@@ -185,6 +185,7 @@ def serve_engine(engine_factory: Callable[[], Engine], sock: socket.socket) -> N
 def _run_steps(engine: Engine, server: "_ServerEnd") -> None:
     records: list[StepRecord] = []
     engine.log.listen(records.append)
+    engine.log.resize(1)  # the server keeps them
     events: list[EngineEvent] = []  # of the last step, not sent yet
     while True:
         messages = server.receive(wait=not engine.has_work() and not events)

@@ -381,6 +381,8 @@ class SupervisedClient:
         if self._life is not None:
             self._life.cancel()
             await asyncio.gather(self._life, return_exceptions=True)
+        if self._is_loaded is not None and not self._is_loaded.done():
+            self._is_loaded.set_exception(StartupError("the engine was stopped before it was loaded"))
         self._deliver(self._core.fail_all(NotReady.code, "the engine was stopped"))
 
     def _send(self, message: ToEngine) -> None:
