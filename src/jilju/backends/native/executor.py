@@ -64,7 +64,9 @@ class NativeExecutor:
         except self._kernels.NoMemory as error:
             raise StartupError(f"{error}; lower the KV cache, the tokens of a step or the threads") from error
         except self._kernels.Unsupported as error:
-            raise StartupError(f"the native backend does not run this model: {error}; use the reference backend") from error
+            raise StartupError(
+                f"the native backend does not run this model: {error}; use the reference backend"
+            ) from error
         self._model.set_profiling(self._profile)
 
     def launch(self, batch: Batch) -> None:
@@ -106,7 +108,9 @@ class NativeExecutor:
         try:
             needs: tuple[int, int] = self._kernels.memory_needs(encoded.ints, encoded.reals, _flat(limits), self._isa)
         except self._kernels.Unsupported as error:
-            raise StartupError(f"the native backend does not run this model: {error}; use the reference backend") from error
+            raise StartupError(
+                f"the native backend does not run this model: {error}; use the reference backend"
+            ) from error
         return needs
 
 
@@ -139,7 +143,9 @@ def _check_limits(limits: Limits) -> None:
 def _checked_data(plan: Plan, weights: Mapping[str, WeightTensor], name: str) -> np.ndarray:
     spec = plan.weights[name]
     if name not in weights:
-        raise StartupError(f"weight {name} is missing; the plan needs {spec.num_outputs} x {spec.num_inputs} of {spec.type.name}")
+        raise StartupError(
+            f"weight {name} is missing; the plan needs {spec.num_outputs} x {spec.num_inputs} of {spec.type.name}"
+        )
     tensor = weights[name]
     data = tensor.data
     if tensor.type != spec.type or data.dtype != np.uint8 or data.size != spec.num_bytes or not data.flags.c_contiguous:

@@ -1,0 +1,134 @@
+"""The same bits for a row whatever its neighbours, its chunks, its cache and the number of threads."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jilju.formats.ggml import GgmlType
+from jilju.plan import Executor, StepResult
+from tests.model.batches import BatchRow, Logit, chunks_of, make_batch, run
+from tests.native.plans import Shape, decoder, loaded
+
+PROMPT = (
+    np.random.default_rng(1).integers(0, 20, 530).tolist()
+)  # beyond two splits of 256 keys and two tiles of 256 tokens
+OTHERS = np.random.default_rng(2).integers(0, 20, 400).tolist()
+SHAPE = Shape(type=GgmlType.Q4_1)
+
+
+def executor_of(num_threads: int = 2, **changes: int) -> Executor:
+    return loaded(*decoder(SHAPE), num_threads=num_threads, **changes)
+
+
+@pytest.fixture(scope="module")
+def executor() -> Executor:
+    return executor_of()
+
+
+def sampled(token: int, position: int) -> Logit:
+    return Logit(
+        token, position=position, seed=position + 7, temperature=0.8, top_k=15, top_p=0.95, min_p=0.01, num_top=20
+    )
+
+
+def bits(result: StepResult, rows: slice = slice(None)) -> bytes:
+    fields = (result.token_ids, result.logprobs, result.top_ids, result.top_logprobs, result.finite)
+    return b"".join(field[rows].tobytes() for field in fields)
+
+
+def alone(executor: Executor, num_tokens: int, blocks: range) -> bytes:
+    """The prompt in one piece: the draw after its last token."""
+    batch = make_batch([BatchRow(PROMPT[:num_tokens], 0, blocks)], [sampled(num_tokens - 1, num_tokens)])
+    return bits(run(executor, batch))
+
+
+BLOCKS, OTHER_BLOCKS = range(40, 80), range(0, 40)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    num_tokens=st.integers(1, 530),
+    sizes=st.lists(st.integers(1, 300), max_size=8),
+    neighbours=st.lists(st.tuples(st.integers(1, 40), st.booleans()), max_size=6),
+    row_index=st.integers(0, 6),
+)
+def test_a_chunked_prompt_among_neighbours_draws_what_it_draws_alone(
+    executor: Executor, num_tokens: int, sizes: list[int], neighbours: list[tuple[int, bool]], row_index: int
+) -> None:
+    want = alone(executor, num_tokens, BLOCKS)
+    for start, count in chunks_of(num_tokens, sizes):
+        rows = [BatchRow(OTHERS[:n], 0, OTHER_BLOCKS[3 * i : 3 * i + 3]) for i, (n, _) in enumerate(neighbours)]
+        if sum(len(row.token_ids) for row in rows) + count > 600:
+            rows = rows[:1]
+        if sum(len(row.token_ids) for row in rows) + count > 600:
+            rows = []
+        at = min(row_index, len(rows))
+        rows.insert(at, BatchRow(PROMPT[start : start + count], start, BLOCKS))
+        ends = np.cumsum([len(row.token_ids) for row in rows]) - 1
+        logits = [sampled(int(end), start + count) for end in ends]
+        result = run(executor, make_batch(rows, logits))
+    assert bits(result, slice(at, at + 1)) == want
+
+
+@pytest.mark.parametrize("num_threads", [1, 3, 4])
+def test_threads_change_nothing(executor: Executor, num_threads: int) -> None:
+    other = executor_of(num_threads)
+    rows = [BatchRow(PROMPT[:n], 0, BLOCKS[first : first + 20]) for n, first in ((300, 0), (1, 20), (33, 24))]
+    batch = make_batch(rows, [sampled(299, 300), sampled(300, 1), sampled(333, 33)])
+    assert bits(run(other, batch)) == bits(run(executor, batch))
+    for position in range(300, 304):  # decode: keys split over threads, or not
+        batch = make_batch([BatchRow([position % 20], position, BLOCKS[:20])], [sampled(0, position + 1)])
+        assert bits(run(other, batch)) == bits(run(executor, batch))
+    other.free()
+
+
+def test_decode_gives_the_bits_of_prefill(executor: Executor) -> None:
+    """One token at a time against all at once: a cached prefix is nothing but a chunk."""
+    for position in range(290):
+        decoded = run(
+            executor,
+            make_batch([BatchRow(PROMPT[position : position + 1], position, BLOCKS)], [sampled(0, position + 1)]),
+        )
+        if position in (0, 15, 16, 31, 32, 100, 255, 256, 289):
+            assert bits(decoded) == alone(executor, position + 1, OTHER_BLOCKS), f"position {position}"
+
+
+@pytest.mark.parametrize("block_size", [32, 48, 256])
+def test_the_block_size_changes_nothing(executor: Executor, block_size: int) -> None:
+    other = executor_of(block_size=block_size)
+    table = range(5, 5 + -(-530 // block_size))
+    batch = make_batch([BatchRow(PROMPT, 0, table)], [sampled(529, 530)])
+    assert bits(run(other, batch)) == alone(executor, 530, BLOCKS)
+
+
+def test_scored_logits_do_not_depend_on_their_number(executor: Executor) -> None:
+    """More logit rows than the 32 that run together."""
+    scores = [Logit(t, target=PROMPT[t + 1], num_top=3) for t in range(299)]
+    together = run(executor, make_batch([BatchRow(PROMPT[:300], 0, BLOCKS)], scores))
+    for t in (0, 31, 32, 255, 256, 298):
+        single = run(executor, make_batch([BatchRow(PROMPT[:300], 0, BLOCKS)], [scores[t]]))
+        assert bits(single) == bits(together, slice(t, t + 1)), f"token {t}"
+
+
+def test_a_row_of_nans_is_flagged_and_hurts_nobody() -> None:
+    """Token 0 embeds to NaN. Its neighbours, and a later owner of its blocks, see the bits they see without it."""
+    plan, weights = decoder(Shape())
+    broken = dict(weights)
+    table = plan.ops[0].table
+    poisoned = weights[table.name].data.copy()
+    poisoned[: 4 * table.num_inputs] = np.full(table.num_inputs, np.nan, np.float32).view(np.uint8)
+    broken[table.name] = type(weights[table.name])(table.name, table.type, weights[table.name].shape, poisoned)
+    clean, sick = loaded(plan, weights), loaded(plan, broken)
+    healthy = [t % 19 + 1 for t in range(50)]
+
+    rows = [BatchRow(healthy, 0, range(4)), BatchRow([0] * 40, 0, range(4, 8)), BatchRow(healthy[:20], 0, range(8, 12))]
+    result = run(sick, make_batch(rows, [sampled(49, 50), sampled(89, 40), sampled(109, 20)]))
+    assert result.finite.tolist() == [True, False, True]
+    rows[1] = BatchRow(healthy[:40], 0, range(4, 8))
+    want = run(clean, make_batch(rows, [sampled(49, 50), sampled(89, 40), sampled(109, 20)]))
+    assert bits(result, slice(0, 1)) == bits(want, slice(0, 1))
+    assert bits(result, slice(2, 3)) == bits(want, slice(2, 3))
+
+    heir = make_batch([BatchRow(healthy[:10], 0, range(4, 8))], [sampled(9, 10)])  # 10 keys where 40 NaNs were
+    assert bits(run(sick, heir)) == bits(run(clean, heir))

@@ -1,0 +1,130 @@
+"""Each op and whole small models, native against reference, within the bounds that rounding allows."""
+
+import numpy as np
+import pytest
+
+from jilju.formats.ggml import BLOCK_LAYOUTS, GgmlType
+from jilju.formats.quants import dequantize
+from jilju.plan import KvSpec, PlanBuilder
+from tests.model.batches import BatchRow, Logit, make_batch, run
+from tests.native.plans import FLOATS, Shape, Weights, decoder, loaded
+
+EPSILON = 2.0**-24  # of one float32 rounding
+HALF_EPSILON = 2.0**-11  # of one float16 rounding: the cache's
+
+
+def logprobs_of(executor, rows, logits, vocab: int) -> np.ndarray:
+    """All logprobs of each logit row, by id: float32 [num_logits, vocab <= 20]"""
+    result = run(executor, make_batch(rows, [logit._replace(num_top=vocab) for logit in logits]))
+    assert result.finite.all()
+    out = np.empty((len(logits), vocab), np.float32)
+    np.put_along_axis(out, result.top_ids[:, :vocab], result.top_logprobs[:, :vocab], axis=1)
+    return out
+
+
+def assert_within(got: np.ndarray, want: np.ndarray, bound: np.ndarray) -> None:
+    worst = np.unravel_index(np.argmax(abs(got - want) - bound), got.shape)
+    assert (abs(got - want) <= bound).all(), f"at {worst}: {got[worst]}, reference {want[worst]}, bound {bound[worst]}"
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 4, 5, 7, 31, 32, 33, 150])
+@pytest.mark.parametrize("type_", list(GgmlType), ids=lambda t: t.name)
+def test_linear_stays_within_the_rounding_bound(type_: GgmlType, num_tokens: int) -> None:
+    """logits = table[token] @ head.T + bias; K is odd for floats, two blocks for K formats; 19 outputs end in half a strip."""
+    num_inputs = 77 if type_ in FLOATS else max(96, 2 * BLOCK_LAYOUTS[type_].block_elements)
+    vocab = 19
+    w = Weights(seed=num_tokens)
+    table = w.matrix(vocab, num_inputs)
+    parts = (w.matrix(12, num_inputs, type_), w.matrix(7, num_inputs, GgmlType.F32))
+    biases = (w.vector(12), w.vector(7))
+    b = PlanBuilder(KvSpec(0, 1, 8), vocab)
+    b.sample(b.linear(b.take_rows(b.embed(table)), *parts, biases=biases))
+    plan = b.build()
+
+    tokens = [(5 * t + 3) % vocab for t in range(num_tokens)]
+    rows, logits = [BatchRow(tokens, 0, range(10))], [Logit(t) for t in range(num_tokens)]
+    got = logprobs_of(loaded(plan, w.tensors), rows, logits, vocab)
+    x = dequantize(w.tensors[table.name].data, GgmlType.F32, num_inputs).reshape(vocab, -1)[tokens].astype(np.float64)
+    matrix = np.concatenate(
+        [dequantize(w.tensors[p.name].data, p.type, num_inputs).reshape(-1, num_inputs) for p in parts]
+    )
+    bias = np.concatenate([dequantize(w.tensors[p.name].data, p.type, p.num_inputs).reshape(-1) for p in biases])
+    exact = x @ matrix.T.astype(np.float64) + bias
+    largest = exact.max(axis=1, keepdims=True)
+    want = exact - largest - np.log(np.exp(exact - largest).sum(axis=1, keepdims=True))
+    # a logit: K products and their sum; a logprob: a logit less the worst of them, and the sum of vocab exps
+    one = (num_inputs / 8 + 12) * EPSILON * (abs(x) @ abs(matrix.T) + abs(bias))
+    assert_within(got, want, one + one.max(axis=1, keepdims=True) + (vocab + 8) * EPSILON * (1 + abs(want)))
+
+
+@pytest.mark.parametrize("num_inputs", [1024, 1536, 2080])
+def test_linear_with_a_long_k_keeps_one_chain(num_inputs: int) -> None:
+    """K longer than a block of the GEMM: many rows give the bits of one row, which has no blocks."""
+    w = Weights(seed=1)
+    table, head = w.matrix(17, num_inputs), w.matrix(17, num_inputs, GgmlType.Q4_1)
+    b = PlanBuilder(KvSpec(0, 1, 8), 17)
+    b.sample(b.linear(b.take_rows(b.embed(table)), head))
+    executor = loaded(b.build(), w.tensors)
+    tokens = [t % 17 for t in range(40)]
+    together = logprobs_of(executor, [BatchRow(tokens, 0, range(3))], [Logit(t) for t in range(40)], 17)
+    alone = np.concatenate([logprobs_of(executor, [BatchRow([t], 0, [0])], [Logit(0)], 17) for t in tokens])
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("style", ["halves", "interleaved"])
+@pytest.mark.parametrize(("head_dim", "num_heads", "num_kv_heads"), [(16, 6, 2), (64, 3, 1), (20, 2, 2), (80, 8, 1)])
+def test_a_decoder_stays_near_the_reference(style: str, head_dim: int, num_heads: int, num_kv_heads: int) -> None:
+    """Whole models with a prompt beyond a split of 256 keys. Keys and values are rounded to float16, once a layer: each
+    moves a logit by at most a few roundings of its size, which is what the tolerance counts."""
+    shape = Shape(head_dim=head_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, style=style)
+    plan, weights = decoder(shape, seed=head_dim)
+    rng = np.random.default_rng(7)
+    tokens = rng.integers(0, shape.vocab, 300).tolist()
+    rows, logits = [BatchRow(tokens, 0, range(5, 24))], [Logit(t) for t in (0, 1, 17, 31, 32, 255, 256, 299)]
+    got, want = (
+        logprobs_of(loaded(plan, weights, name), rows, logits, shape.vocab) for name in ("native", "reference")
+    )
+    spread = want.max(axis=1, keepdims=True) - want.min(axis=1, keepdims=True)
+    assert_within(got, want, 4 * shape.num_layers * HALF_EPSILON * np.broadcast_to(1 + spread, got.shape))
+
+
+@pytest.mark.parametrize("type_", [t for t in GgmlType if BLOCK_LAYOUTS[t].block_elements <= 32], ids=lambda t: t.name)
+def test_a_decoder_of_each_format_stays_near_the_reference(type_: GgmlType) -> None:
+    shape = Shape(type=type_, bias=False)
+    plan, weights = decoder(shape, seed=3)
+    rows = [BatchRow([1, 2, 3, 4, 5, 6, 7], 0, [3]), BatchRow([9], 0, [4]), BatchRow(list(range(20)), 0, [5, 6])]
+    logits = [Logit(t) for t in (0, 6, 7, 8, 27)]
+    got, want = (
+        logprobs_of(loaded(plan, weights, name), rows, logits, shape.vocab) for name in ("native", "reference")
+    )
+    spread = want.max(axis=1, keepdims=True) - want.min(axis=1, keepdims=True)
+    assert_within(got, want, 4 * shape.num_layers * HALF_EPSILON * np.broadcast_to(1 + spread, got.shape))
+
+
+def test_norms_of_single_heads_and_half_precision_vectors() -> None:
+    """rms_norm whose weight is narrower than the row norms each head by itself."""
+    w = Weights(seed=5)
+    table, weight = w.matrix(20, 20), w.vector(10, GgmlType.F16)
+    b = PlanBuilder(KvSpec(0, 1, 8), 20)
+    b.sample(b.rms_norm(b.take_rows(b.embed(table)), weight, 1e-3))
+    plan = b.build()
+    rows, logits = [BatchRow(range(20), 0, [0, 1])], [Logit(t) for t in range(20)]
+    got, want = (logprobs_of(loaded(plan, w.tensors, name), rows, logits, 20) for name in ("native", "reference"))
+    assert_within(got, want, 20 * EPSILON * (1 + abs(want)) * 4)
+
+
+def test_generic_and_avx2_agree_within_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(type=GgmlType.Q5_1)
+    plan, weights = decoder(shape, seed=11)
+    rows, logits = [BatchRow([t % 20 for t in range(280)], 0, range(18))], [Logit(t) for t in (0, 100, 279)]
+    got = {}
+    for isa in ("generic", ""):
+        monkeypatch.setenv("JILJU_ISA", isa)
+        executor = loaded(plan, weights)
+        got[executor.kernel_set] = logprobs_of(executor, rows, logits, shape.vocab)
+    assert "native-generic" in got
+    if len(got) == 1:
+        pytest.skip("this CPU has no other instruction set than generic")
+    one, other = got.values()
+    spread = one.max(axis=1, keepdims=True) - one.min(axis=1, keepdims=True)
+    assert_within(other, one, 4 * shape.num_layers * HALF_EPSILON * np.broadcast_to(1 + spread, one.shape))
