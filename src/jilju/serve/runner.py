@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import uvicorn
 
+from jilju.engine.client import EngineClient
 from jilju.errors import ConfigError
 from jilju.serve.app import app_of
 from jilju.serve.context import ServerContext
@@ -22,6 +23,8 @@ from jilju.serve.server import Server, make_server
 logger = logging.getLogger("jilju.serve")
 
 HURRY_S = 0.8  # from a second signal to the end, whatever hangs
+LOOK_S = 1.0  # between two looks at the engine's state
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 BACKLOG = 2048
 MAX_CONNECTIONS = 4096
 
@@ -99,11 +102,12 @@ async def serve(
     )
     ending = _Ending()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         loop.add_signal_handler(number, ending.signal, loop)
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     starting = asyncio.create_task(context.client.start())
     stop = asyncio.create_task(ending.wanted.wait())
+    lost = asyncio.create_task(_lost(context.client))
     address = address_of(listener)
     try:
         if on_listening is not None:
@@ -113,19 +117,28 @@ async def serve(
             starting.result()
             if on_ready is not None:
                 on_ready(address)
-            await asyncio.wait({stop, serving}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({stop, serving, lost}, return_when=asyncio.FIRST_COMPLETED)
+            if lost.done():
+                logger.error("the engine was given up; ending")
         await _drain(server, ending)
     finally:
-        starting.cancel()
-        stop.cancel()
-        await asyncio.gather(starting, stop, return_exceptions=True)
+        for task in (starting, stop, lost):
+            task.cancel()
+        await asyncio.gather(starting, stop, lost, return_exceptions=True)
         await context.client.stop()
         http.should_exit = True
         http.force_exit = ending.hurry.is_set()
         await serving
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             loop.remove_signal_handler(number)
-    return 0
+        ending.done()
+    return 0 if ending.wanted.is_set() else 1
+
+
+async def _lost(client: EngineClient) -> None:
+    """Returns when the engine, once ready, is given up."""
+    while client.info is None or client.status().state != "gone":
+        await asyncio.sleep(LOOK_S)
 
 
 async def _drain(server: Server, ending: "_Ending") -> None:
@@ -150,9 +163,14 @@ class _Ending:
     def __init__(self) -> None:
         self.wanted = asyncio.Event()
         self.hurry = asyncio.Event()
+        self._exit: asyncio.TimerHandle | None = None
 
     def signal(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self.wanted.is_set():
+        if self.wanted.is_set() and not self.hurry.is_set():
             self.hurry.set()
-            loop.call_later(HURRY_S, os._exit, 1)
+            self._exit = loop.call_later(HURRY_S, os._exit, 1)
         self.wanted.set()
+
+    def done(self) -> None:
+        if self._exit is not None:
+            self._exit.cancel()
