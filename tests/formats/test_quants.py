@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jilju.formats.ggml import BLOCK_LAYOUTS, GgmlType, row_bytes
-from jilju.formats.quants import CHUNK_ELEMENTS, dequantize, quantize
+from jilju.formats.quants import CHUNK_ELEMENTS, dequantize, first_block_not_finite, quantize
 
 PACKED = (
     GgmlType.F32, GgmlType.F16, GgmlType.BF16, GgmlType.Q4_0, GgmlType.Q4_1, GgmlType.Q5_0, GgmlType.Q5_1, GgmlType.Q8_0,
@@ -99,3 +99,17 @@ def test_bf16_rounds_to_even_and_keeps_nan() -> None:
     assert back[:3].tolist() == [1.0, 1.0, 1 + 2**-6]
     assert np.isnan(back[3])
     assert back[4:].tolist() == [np.inf, -np.inf, np.inf]
+
+
+@pytest.mark.parametrize("type_", GgmlType)
+@given(seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_a_number_that_is_not_finite_is_found(type_: GgmlType, seed: int) -> None:
+    """Found exactly where unpacking meets one; random bytes have a bad scale in about one block of 32 or none at all."""
+    layout = BLOCK_LAYOUTS[type_]
+    raw = np.random.default_rng(seed).integers(0, 256, 8 * layout.block_bytes, np.uint8)
+    bad = ~np.isfinite(dequantize(raw, type_, layout.block_elements)).all(axis=1)
+    assert first_block_not_finite(raw, type_) == (int(bad.argmax()) if bad.any() else None)
+    raw[: 4 * layout.block_bytes] = 0  # zero scales are finite
+    bad[:4] = False
+    assert first_block_not_finite(raw, type_) == (int(bad.argmax()) if bad.any() else None)

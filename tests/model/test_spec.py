@@ -188,3 +188,16 @@ def test_a_vector_in_another_format_is_refused(tmp_path: Path) -> None:
         plan = build_plan(spec_from_gguf(file), {name: tensor.type for name, tensor in file.tensors.items()})
         with pytest.raises(ModelFileError, match="F32 for a vector"):
             load_weights(file, plan)
+
+
+def test_a_scale_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", type_of=lambda name: GgmlType.Q4_0 if "ffn_up" in name else GgmlType.F32)
+    with GgufFile.open(path) as file:
+        offset = file.tensors["blk.1.ffn_up.weight"].offset
+    raw = bytearray(path.read_bytes())
+    raw[offset + 5 * 18 + 1] = 0x7E
+    path.write_bytes(raw)
+    with GgufFile.open(path) as file:
+        plan = build_plan(spec_from_gguf(file), {name: tensor.type for name, tensor in file.tensors.items()})
+        with pytest.raises(ModelFileError, match=r"'blk.1.ffn_up.weight' is a NaN or an infinity in block 5 of Q4_0"):
+            load_weights(file, plan)

@@ -33,6 +33,34 @@ def dequantize(data: Bytes, type_: GgmlType, num_columns: int) -> Floats:
     return out.reshape(-1, num_columns)
 
 
+# The high byte of each float16 in a block (d, and m or dmin): its exponent is all ones if the number is NaN or infinite.
+_SCALE_HIGH_BYTES: dict[GgmlType, tuple[int, ...]] = {
+    GgmlType.Q4_0: (1,),
+    GgmlType.Q4_1: (1, 3),
+    GgmlType.Q5_0: (1,),
+    GgmlType.Q5_1: (1, 3),
+    GgmlType.Q8_0: (1,),
+    GgmlType.Q4_K: (1, 3),
+    GgmlType.Q5_K: (1, 3),
+    GgmlType.Q6_K: (209,),
+}
+
+
+def first_block_not_finite(data: Bytes, type_: GgmlType) -> int | None:
+    """Index of the first block (of plain formats: element) with a NaN or an infinity; fast, as it looks at scales only."""
+    bad = np.zeros(data.size // BLOCK_LAYOUTS[type_].block_bytes, np.bool_)
+    if type_ is GgmlType.F32:
+        bad |= ~np.isfinite(data.view("<f4"))
+    elif type_ in (GgmlType.F16, GgmlType.BF16):
+        exponent = 0x7C00 if type_ is GgmlType.F16 else 0x7F80
+        bad |= data.view("<u2") & exponent == exponent
+    else:
+        blocks = data.reshape(-1, BLOCK_LAYOUTS[type_].block_bytes)
+        for high_byte in _SCALE_HIGH_BYTES[type_]:
+            bad |= blocks[:, high_byte] & 0x7C == 0x7C
+    return int(bad.argmax()) if bad.any() else None
+
+
 def quantize(x: Floats, type_: GgmlType) -> Bytes:
     """float32 [rows, columns] -> uint8 bytes, rounded as ggml's reference quantizers do."""
     assert type_ in _PACK, f"no packing into {type_.name}; there is {', '.join(t.name for t in _PACK)}"

@@ -1,12 +1,13 @@
 """Weights: the tensors of a file, checked against the plan that will use them.
 
-Owns the check that a file holds exactly what a plan needs, in formats that the ops take. Copies nothing: the views lie in
-the file's mapping and keep it alive. Knows nothing of what backends make of them.
+Owns the check that a file holds exactly what a plan needs, in formats that the ops take and without a NaN in them. Copies
+nothing: the views lie in the file's mapping and keep it alive. Knows nothing of what backends make of them.
 """
 
 from jilju.errors import ModelFileError
 from jilju.formats.ggml import GgmlType
 from jilju.formats.gguf import GgufFile
+from jilju.formats.quants import first_block_not_finite
 from jilju.plan import Plan, WeightTensor
 
 
@@ -33,5 +34,9 @@ def load_weights(gguf: GgufFile, plan: Plan) -> dict[str, WeightTensor]:
             raise ModelFileError(gguf.path, f"tensor '{name}', type", tensor.type.name, wanted.type.name)
         if len(shape) == 1 and tensor.type is not GgmlType.F32:
             raise ModelFileError(gguf.path, f"tensor '{name}', type", tensor.type.name, "F32 for a vector")
-        weights[name] = WeightTensor(name, tensor.type, tensor.shape, gguf.tensor_data(name))
+        data = gguf.tensor_data(name)
+        if (block := first_block_not_finite(data, tensor.type)) is not None:
+            where = f"a NaN or an infinity in block {block} of {tensor.type.name}"
+            raise ModelFileError(gguf.path, f"tensor '{name}'", where, "finite numbers; the file is damaged")
+        weights[name] = WeightTensor(name, tensor.type, tensor.shape, data)
     return weights
