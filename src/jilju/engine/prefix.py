@@ -1,8 +1,8 @@
 """Prefix cache: which full block holds which tokens.
 
 Owns the index from a chained keyed hash over (salt, parent, tokens) to the block with that content. Only full, computed
-blocks are in it; a hit compares the tokens and the parent, so that a collision is a miss and never a wrong answer. Knows
-nothing of who holds a block or when it is evicted; that is `blocks`.
+blocks are in it. A hit compares the tokens and the entry that it continues, back to the salt, so a collision of hashes is a
+miss and never a wrong answer. Knows nothing of who holds a block or when it is evicted; that is `blocks`.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,9 @@ Hash = Callable[[bytes], bytes]
 
 
 class _Entry(NamedTuple):
+    id: int  # never used again, unlike the block's
     key: bytes
-    parent: bytes
+    parent: bytes | int  # id of the entry that it continues; the salt, if it is the first block
     tokens: bytes  # int32 [block_size]
 
 
@@ -28,6 +29,7 @@ class PrefixIndex:
         self._digest: Hash = digest or (lambda data: blake2b(data, digest_size=KEY_BYTES, key=hash_key).digest())
         self._block_of: dict[bytes, int] = {}
         self._entry_of: dict[int, _Entry] = {}
+        self._num_entered = 0
 
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._entry_of
@@ -38,22 +40,33 @@ class PrefixIndex:
     def match(self, sequence: Sequence, max_tokens: int) -> list[int]:
         """Blocks that hold the longest known prefix of the sequence within its first max_tokens tokens, in order."""
         block_ids: list[int] = []
+        sequence.prefix_ids = []
         for index in range(max_tokens // self._block_size):
-            parent, tokens, key = self._content(sequence, index)
-            block_id = self._block_of.get(key)
-            if block_id is None or not self._holds(block_id, parent, tokens):
+            block_id = self._find(sequence, index)
+            if block_id is None:
                 break
             block_ids.append(block_id)
+            sequence.prefix_ids.append(self._entry_of[block_id].id)
         return block_ids
 
     def add(self, sequence: Sequence, index: int) -> None:
-        """Enter block `index` of the sequence, which is full and computed. A content that is known keeps its first block."""
-        parent, tokens, key = self._content(sequence, index)
-        if key not in self._block_of:
+        """Enter block `index` of the sequence, which is full and computed. A content that is known keeps its first block.
+
+        After a block that could not be entered, because another content has its key, no later one can be.
+        """
+        if len(sequence.prefix_ids) < index:
+            return
+        known = self._find(sequence, index)
+        if known is not None:
+            sequence.prefix_ids.append(self._entry_of[known].id)
+        elif (key := self._key(sequence, index)) not in self._block_of:
             block_id = sequence.block_ids[index]
             assert block_id not in self._entry_of, f"block {block_id} is entered for a second content"
+            entry = _Entry(self._num_entered, key, self._parent(sequence, index), self._tokens(sequence, index))
+            self._num_entered += 1
             self._block_of[key] = block_id
-            self._entry_of[block_id] = _Entry(key, parent, tokens)
+            self._entry_of[block_id] = entry
+            sequence.prefix_ids.append(entry.id)
 
     def remove(self, block_id: int) -> None:
         entry = self._entry_of.pop(block_id, None)
@@ -66,21 +79,27 @@ class PrefixIndex:
         for block_id, entry in self._entry_of.items():
             assert self._block_of[entry.key] == block_id, f"block {block_id} is not the one of its key"
             assert len(entry.tokens) == 4 * self._block_size, f"block {block_id} is entered but not full"
-            assert self._digest(entry.parent + entry.tokens) == entry.key, (
-                f"block {block_id}: key differs from its content"
-            )
 
-    def _content(self, sequence: Sequence, index: int) -> tuple[bytes, bytes, bytes]:
-        """Parent key, tokens and key of a full block; keys are made once a sequence and kept, its tokens never change."""
+    def _find(self, sequence: Sequence, index: int) -> int | None:
+        """The block with the content of block `index` of the sequence, whose blocks before it are entered."""
+        block_id = self._block_of.get(self._key(sequence, index))
+        if block_id is None:
+            return None
+        entry = self._entry_of[block_id]
+        is_same = entry.tokens == self._tokens(sequence, index) and entry.parent == self._parent(sequence, index)
+        return block_id if is_same else None
+
+    def _tokens(self, sequence: Sequence, index: int) -> bytes:
+        return sequence.tokens[index * self._block_size : (index + 1) * self._block_size].tobytes()
+
+    def _parent(self, sequence: Sequence, index: int) -> bytes | int:
+        return sequence.prefix_ids[index - 1] if index else sequence.request.salt
+
+    def _key(self, sequence: Sequence, index: int) -> bytes:
+        """Made once a sequence and kept: the tokens of a sequence never change."""
         keys = sequence.block_keys
         assert index <= len(keys), f"block {index} is asked for before block {len(keys)}"
-        start = index * self._block_size
-        tokens = sequence.tokens[start : start + self._block_size].tobytes()
-        parent = keys[index - 1] if index else self._digest(b"salt" + sequence.request.salt)
         if index == len(keys):
-            keys.append(self._digest(parent + tokens))
-        return parent, tokens, keys[index]
-
-    def _holds(self, block_id: int, parent: bytes, tokens: bytes) -> bool:
-        entry = self._entry_of[block_id]
-        return entry.tokens == tokens and entry.parent == parent
+            parent = keys[index - 1] if index else self._digest(b"salt" + sequence.request.salt)
+            keys.append(self._digest(parent + self._tokens(sequence, index)))
+        return keys[index]

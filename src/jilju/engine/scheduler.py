@@ -206,7 +206,7 @@ class Scheduler:
         while self.waiting and draft.budget > 0 and len(self.running) < self._max_running:
             sequence = self.waiting[0]
             # The newest token is always computed, its logits are wanted; a prompt that is scored needs all of its own.
-            hits = [] if sequence.scores is not None else self.prefix.match(sequence, sequence.num_wanted - 1)
+            hits = self.prefix.match(sequence, sequence.num_wanted - 1 if sequence.scores is None else 0)
             num_new = self.pool.blocks_for(sequence.num_wanted) - len(hits)
             num_revived = sum(self.pool.is_cached(block_id) for block_id in hits)
             if num_new + num_revived + owed > self.pool.num_available:

@@ -19,7 +19,7 @@ MAX_PREEMPTIONS = 4  # after so many a sequence is let in only when its whole le
 class Sequence:
     __slots__ = (
         "block_ids", "block_keys", "end_ids", "first_token_ns", "is_running", "last_token_ns", "max_computed", "num_cached",
-        "num_computed", "num_preemptions", "num_prompt_tokens", "num_steps", "num_tokens", "number", "queued_ns", "request",
+        "num_computed", "num_preemptions", "num_prompt_tokens", "num_steps", "num_tokens", "number", "prefix_ids", "queued_ns", "request",
         "scheduled_ns", "scores", "stalled_ns", "tokens",
     )  # fmt: skip
 
@@ -39,6 +39,7 @@ class Sequence:
         self.max_computed = self.num_tokens - 1 if request.output_ids else 0  # below it, computing is computing again
         self.block_ids: list[int] = []
         self.block_keys: list[bytes] = []  # chained hashes of the leading full blocks, as far as they were needed
+        self.prefix_ids: list[int] = []  # entries of the prefix index with the content of its leading full blocks
         # Logprobs of prompt tokens 1, 2, ... until the last is known; None: none asked for, or sent already. An earlier
         # engine that made a token has sent them.
         self.scores: list[float] | None = [] if request.score_prompt and not request.output_ids else None

@@ -414,8 +414,9 @@ class SupervisedClient:
                     logger.critical("%s; the engine is given up", cause)
                     return
                 logger.error(
-                    "the engine died: %s; %d requests wait, the next starts in %.1f s",
+                    "%s; in its step: %s; %d requests wait, the next engine starts in %.1f s",
                     cause,
+                    ", ".join(self._core.suspects) or "nothing",
                     self._core.num_live,
                     wait_s,
                 )
