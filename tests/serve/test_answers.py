@@ -124,7 +124,12 @@ BODIES = st.fixed_dictionaries(
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(body=BODIES, prompt=st.text("ab서", min_size=1, max_size=4), logprobs=st.none() | st.integers(0, 2), usage=st.booleans())
+@given(
+    body=BODIES,
+    prompt=st.text("ab서", min_size=1, max_size=4),
+    logprobs=st.none() | st.integers(0, 2),
+    usage=st.booleans(),
+)
 async def test_joined_stream_equals_the_whole_answer(
     connect: Connect, body: dict[str, Any], prompt: str, logprobs: int | None, usage: bool
 ) -> None:
@@ -143,9 +148,14 @@ async def test_joined_stream_equals_the_whole_answer(
                 if not fields["return_token_ids"]:
                     expected["token_ids"] = []
                 if got["logprobs"] is None and expected["logprobs"]:
-                    got["logprobs"] = {name: [] if value == [] else value for name, value in expected["logprobs"].items()}
+                    got["logprobs"] = {
+                        name: [] if value == [] else value for name, value in expected["logprobs"].items()
+                    }
                 assert got == expected
-                assert not any(stop in expected["text"][body["min_tokens"] :] for stop in body["stop"]) or body["min_tokens"]
+                assert (
+                    not any(stop in expected["text"][body["min_tokens"] :] for stop in body["stop"])
+                    or body["min_tokens"]
+                )
             if usage:
                 assert events[-2]["usage"] == whole["usage"]
 
@@ -208,7 +218,13 @@ async def test_what_reaches_the_engine(connect: Connect) -> None:
         await http.post(CHAT, json=chat_body(ignore_eos=True))
         await http.post(CHAT, json=chat_body())
     params = stub.requests[0].params
-    assert (params.temperature, params.top_p, params.top_k, params.min_p, params.repetition_penalty) == (0.5, 0.9, 0, 0.1, 1.1)
+    assert (params.temperature, params.top_p, params.top_k, params.min_p, params.repetition_penalty) == (
+        0.5,
+        0.9,
+        0,
+        0.1,
+        1.1,
+    )
     assert (params.seed, params.max_tokens, params.min_tokens, params.stop, params.logprobs) == (-5, 9, 2, ("x",), 4)
     assert stub.requests[0].end_ids == (257, EOT, 65)
     assert stub.requests[1].end_ids == ()
@@ -263,12 +279,19 @@ async def test_timings_ride_on_the_usage_chunk_where_there_is_one(connect: Conne
 
 
 async def test_failure_before_the_first_token_keeps_its_own_status(connect: Connect) -> None:
-    stub = StubClient(fail=lambda request, index: RequestFailed(request_id=request.id, code="nan_logits", message="bad row"))
+    stub = StubClient(
+        fail=lambda request, index: RequestFailed(request_id=request.id, code="nan_logits", message="bad row")
+    )
     async with connect(stub) as (http, server):
         response = await http.post(CHAT, json=chat_body(stream=True))
         assert server.ledger.num_ended == {("failed", "nan_logits"): 1}
     assert response.status_code == 500
-    assert response.json()["error"] == {"message": "bad row", "type": "server_error", "param": None, "code": "nan_logits"}
+    assert response.json()["error"] == {
+        "message": "bad row",
+        "type": "server_error",
+        "param": None,
+        "code": "nan_logits",
+    }
 
 
 async def test_failure_within_a_stream_is_an_error_event_and_no_done(connect: Connect) -> None:

@@ -31,7 +31,12 @@ ROUTES = [
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 async def test_every_route_but_livez_needs_a_key(connect: Connect, method: str, path: str) -> None:
     async with connect(keys=KEYS) as (http, server):
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"x-api-key": "secret-c"}, {"authorization": "Basic !!"}):
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"x-api-key": "secret-c"},
+            {"authorization": "Basic !!"},
+        ):
             response = await http.request(method, path, headers=headers)
             assert response.status_code == 401
             assert response.json()["error"]["code"] == "invalid_api_key"
@@ -45,7 +50,11 @@ async def test_keys_by_bearer_header_and_basic_and_their_salts_differ(connect: C
     stub = StubClient()
     basic = base64.b64encode(b"anyone:secret-b").decode()
     async with connect(stub, keys=KEYS) as (http, _):
-        for headers in ({"authorization": "Bearer secret-a"}, {"x-api-key": "secret-a"}, {"authorization": f"Basic {basic}"}):
+        for headers in (
+            {"authorization": "Bearer secret-a"},
+            {"x-api-key": "secret-a"},
+            {"authorization": f"Basic {basic}"},
+        ):
             assert (await http.post(CHAT, json=chat_body(max_tokens=1), headers=headers)).status_code == 200
     salts = [request.salt for request in stub.requests]
     assert salts[0] == salts[1] != salts[2] and b"secret" not in b"".join(salts) and all(salts)
@@ -66,7 +75,12 @@ async def test_hosts(connect: Connect, host: str, allowed: bool) -> None:
 
 @pytest.mark.parametrize(
     ("origin", "allowed"),
-    [("http://localhost:8000", True), ("http://localhost:3000", False), ("https://evil.example", False), ("null", False)],
+    [
+        ("http://localhost:8000", True),
+        ("http://localhost:3000", False),
+        ("https://evil.example", False),
+        ("null", False),
+    ],
 )
 async def test_origins(connect: Connect, origin: str, allowed: bool) -> None:
     async with connect() as (http, _):
@@ -232,7 +246,13 @@ async def test_pages(connect: Connect, tmp_path: Path) -> None:
         page = await http.get("/")
         script = await http.get("/view/js/chat.js")
         again = await http.get("/view/js/chat.js", headers={"if-none-match": f'"x", W/{script.headers["etag"]}'})
-        for path in ("/view/__init__.py", "/view/js", "/view/../index.html", "/view/%2e%2e/index.html", "/view//etc/passwd"):
+        for path in (
+            "/view/__init__.py",
+            "/view/js",
+            "/view/../index.html",
+            "/view/%2e%2e/index.html",
+            "/view//etc/passwd",
+        ):
             assert (await http.get(path)).status_code == 404
     assert (page.text, page.headers["content-type"]) == ("<!doctype html>", "text/html; charset=utf-8")
     assert page.headers["content-security-policy"].startswith("default-src 'self';")

@@ -70,7 +70,10 @@ GOOD = {
         "min_tokens": in_range(0, 400, integral=True),
     },
     COMPLETIONS: SHARED_GOOD
-    | {"prompt": {"one", "nul", "strings", "ids", "17 strings", "string of 257", "65 ids"}, "logprobs": in_range(0, 20, integral=True)},
+    | {
+        "prompt": {"one", "nul", "strings", "ids", "17 strings", "string of 257", "65 ids"},
+        "logprobs": in_range(0, 20, integral=True),
+    },
 }
 BASE = {CHAT: chat_body("hi"), COMPLETIONS: {"prompt": "hi"}}
 REQUIRED = {"messages", "prompt"}
@@ -88,7 +91,9 @@ async def test_each_field_with_each_class_of_value(connect: Connect, path: str, 
             assert response.status_code == wanted, (field, name, response.text[:300])
             if wanted == 400:
                 error = response.json()["error"]
-                assert error["param"].startswith(field) or (field, error["param"]) == ("logprobs", "top_logprobs"), error
+                assert error["param"].startswith(field) or (field, error["param"]) == ("logprobs", "top_logprobs"), (
+                    error
+                )
                 assert len(error["message"]) < 500
                 assert error["code"] in ("invalid_value", "missing_parameter", "empty_prompt", "unsupported_parameter",
                                          "unknown_parameter", "context_length_exceeded"), error  # fmt: skip
@@ -166,12 +171,20 @@ async def test_parts_and_the_developer_role_reach_the_template(connect: Connect)
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "<|im_end|>"}]
     async with connect(stub) as (http, _):
         await http.post(CHAT, json={"messages": [{"role": "developer", "content": parts}], "max_tokens": 1})
-    assert bytes(stub.requests[0].prompt_ids) == b"[system]a\n<|im_end|>\n[assistant]", "a user's special text stays text"
+    assert bytes(stub.requests[0].prompt_ids) == b"[system]a\n<|im_end|>\n[assistant]", (
+        "a user's special text stays text"
+    )
 
 
 async def test_the_edge_of_the_context_is_exact_and_the_message_counts(connect: Connect) -> None:
     async with connect() as (http, _):
-        for length, max_tokens, status in ((500, 12, 200), (500, 13, 400), (512, 0, 200), (513, 0, 400), (511, None, 400)):
+        for length, max_tokens, status in (
+            (500, 12, 200),
+            (500, 13, 400),
+            (512, 0, 200),
+            (513, 0, 400),
+            (511, None, 400),
+        ):
             response = await http.post(COMPLETIONS, json={"prompt": "x" * length, "max_tokens": max_tokens})
             assert response.status_code == status, (length, max_tokens)
             if status == 400:

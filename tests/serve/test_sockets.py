@@ -33,9 +33,7 @@ async def running(stub: StubClient, **changes: object) -> AsyncIterator[tuple[in
     listener = bind("127.0.0.1", 0)
     port = listener.getsockname()[1]
     ready = asyncio.Event()
-    task = asyncio.create_task(
-        serve(make_context(stub, **changes), listener, on_ready=lambda address: ready.set())
-    )
+    task = asyncio.create_task(serve(make_context(stub, **changes), listener, on_ready=lambda address: ready.set()))
     await ready.wait()
     try:
         yield port, task
@@ -103,7 +101,9 @@ async def test_a_reader_that_takes_nothing_has_left_and_hurts_nobody() -> None:
     body = json.dumps(chat_body(stream=True, max_tokens=199_000)).encode()
     async with running(stub, limits=limits, max_context=200_000) as (port, _):
         assert stub.info is not None
-        stub.info = type(stub.info)(**{name: getattr(stub.info, name) for name in stub.info.__struct_fields__} | {"max_context": 200_000})
+        stub.info = type(stub.info)(
+            **{name: getattr(stub.info, name) for name in stub.info.__struct_fields__} | {"max_context": 200_000}
+        )
         deaf = socket.socket()
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         deaf.setblocking(False)
@@ -121,28 +121,30 @@ async def test_a_reader_that_takes_nothing_has_left_and_hurts_nobody() -> None:
 async def test_the_openai_client_sees_the_same_answer_streamed_and_whole() -> None:
     prompts = ["대한민국의 수도는 어디인가요?", "Why is the sky blue?", "서울", "🇰🇷", "1+1"]
     stub = StubClient()
-    async with running(stub, keys=(ApiKey("k", "secret"),)) as (port, _):
-        async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0) as client:
-            assert [model.id async for model in client.models.list()] == ["stub"]
-            assert (await client.models.retrieve("stub")).owned_by == "jilju"
-            for index, prompt in enumerate(prompts):
-                settings: dict[str, Any] = {"seed": 5} if index % 2 else {"temperature": 0}
-                message: Any = {"role": "user", "content": prompt}
-                whole = await client.chat.completions.create(model="stub", messages=[message], **settings)
-                stream = await client.chat.completions.create(
-                    model="stub", messages=[message], stream=True, stream_options={"include_usage": True}, **settings
-                )
-                chunks = [chunk async for chunk in stream]
-                text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
-                assert text == whole.choices[0].message.content and text in TEXTS
-                assert chunks[-1].usage == whole.usage
-                assert chunks[0].choices[0].delta.role == "assistant"
-            completion = await client.completions.create(model="stub", prompt=prompts, max_tokens=9, logprobs=2, seed=1)
-            assert [choice.index for choice in completion.choices] == [0, 1, 2, 3, 4]
-            assert all(len(choice.logprobs.tokens or ()) == 9 for choice in completion.choices if choice.logprobs)
-            chat = await client.chat.completions.create(model="stub", messages=[message], logprobs=True, top_logprobs=3)
-            logprobs = chat.choices[0].logprobs
-            assert logprobs is not None and logprobs.content is not None and len(logprobs.content[0].top_logprobs) == 3
+    async with (
+        running(stub, keys=(ApiKey("k", "secret"),)) as (port, _),
+        openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0) as client,
+    ):
+        assert [model.id async for model in client.models.list()] == ["stub"]
+        assert (await client.models.retrieve("stub")).owned_by == "jilju"
+        for index, prompt in enumerate(prompts):
+            settings: dict[str, Any] = {"seed": 5} if index % 2 else {"temperature": 0}
+            message: Any = {"role": "user", "content": prompt}
+            whole = await client.chat.completions.create(model="stub", messages=[message], **settings)
+            stream = await client.chat.completions.create(
+                model="stub", messages=[message], stream=True, stream_options={"include_usage": True}, **settings
+            )
+            chunks = [chunk async for chunk in stream]
+            text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+            assert text == whole.choices[0].message.content and text in TEXTS
+            assert chunks[-1].usage == whole.usage
+            assert chunks[0].choices[0].delta.role == "assistant"
+        completion = await client.completions.create(model="stub", prompt=prompts, max_tokens=9, logprobs=2, seed=1)
+        assert [choice.index for choice in completion.choices] == [0, 1, 2, 3, 4]
+        assert all(len(choice.logprobs.tokens or ()) == 9 for choice in completion.choices if choice.logprobs)
+        chat = await client.chat.completions.create(model="stub", messages=[message], logprobs=True, top_logprobs=3)
+        logprobs = chat.choices[0].logprobs
+        assert logprobs is not None and logprobs.content is not None and len(logprobs.content[0].top_logprobs) == 3
 
 
 async def test_the_openai_client_maps_our_errors() -> None:
@@ -151,27 +153,29 @@ async def test_the_openai_client_maps_our_errors() -> None:
 
     stub = StubClient(fail=fail)
     message: Any = {"role": "user", "content": "x"}
-    async with running(stub, keys=(ApiKey("k", "secret"),), limits=ServeLimits(live_requests=1)) as (port, _):
-        async with openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0) as client:
+    async with (
+        running(stub, keys=(ApiKey("k", "secret"),), limits=ServeLimits(live_requests=1)) as (port, _),
+        openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0) as client,
+    ):
 
-            async def chat(**fields: Any) -> Any:
-                return await client.chat.completions.create(**{"model": "stub", "messages": [message]} | fields)
+        async def chat(**fields: Any) -> Any:
+            return await client.chat.completions.create(**{"model": "stub", "messages": [message]} | fields)
 
-            with pytest.raises(openai.NotFoundError) as unknown:
-                await chat(model="other")
-            assert unknown.value.code == "model_not_found"
-            with pytest.raises(openai.BadRequestError) as bad:
-                await chat(temperature=9)
-            assert bad.value.param == "temperature"
-            with pytest.raises(openai.InternalServerError):
-                await chat()
-            with pytest.raises(openai.APIError, match="boom"):
-                async for _ in await chat(stream=True):
-                    pass
-            with pytest.raises(openai.RateLimitError):
-                await client.completions.create(model="stub", prompt=["a", "b"])
-            with pytest.raises(openai.AuthenticationError):
-                await client.with_options(api_key="wrong").models.list()
+        with pytest.raises(openai.NotFoundError) as unknown:
+            await chat(model="other")
+        assert unknown.value.code == "model_not_found"
+        with pytest.raises(openai.BadRequestError) as bad:
+            await chat(temperature=9)
+        assert bad.value.param == "temperature"
+        with pytest.raises(openai.InternalServerError):
+            await chat()
+        with pytest.raises(openai.APIError, match="boom"):
+            async for _ in await chat(stream=True):
+                pass
+        with pytest.raises(openai.RateLimitError):
+            await client.completions.create(model="stub", prompt=["a", "b"])
+        with pytest.raises(openai.AuthenticationError):
+            await client.with_options(api_key="wrong").models.list()
 
 
 async def test_calls_before_the_engine_is_ready_get_503_and_the_page_is_there() -> None:
@@ -218,16 +222,18 @@ async def test_drain_refuses_new_calls_and_lets_live_ones_finish() -> None:
 
 async def test_drain_ends_what_is_not_complete_with_an_error_event() -> None:
     stub = StubClient(hang_at=2)
-    async with running(stub, limits=ServeLimits(drain_s=0.1)) as (port, task):
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
-            streamed = asyncio.create_task(http.post(CHAT, json=chat_body(stream=True)))
-            whole = asyncio.create_task(http.post(CHAT, json=chat_body()))
-            await until(lambda: len(stub.requests) == 2)
-            os.kill(os.getpid(), signal.SIGTERM)
-            text = (await streamed).text
-            assert '"code":"not_ready"' in text and "[DONE]" not in text
-            assert (await whole).status_code == 503
-            assert await task == 0
+    async with (
+        running(stub, limits=ServeLimits(drain_s=0.1)) as (port, task),
+        httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+    ):
+        streamed = asyncio.create_task(http.post(CHAT, json=chat_body(stream=True)))
+        whole = asyncio.create_task(http.post(CHAT, json=chat_body()))
+        await until(lambda: len(stub.requests) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+        text = (await streamed).text
+        assert '"code":"not_ready"' in text and "[DONE]" not in text
+        assert (await whole).status_code == 503
+        assert await task == 0
     assert len(stub.aborted) == 2
 
 

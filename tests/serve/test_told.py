@@ -82,7 +82,11 @@ def test_a_histograms_edge_belongs_below_and_its_buckets_add_up() -> None:
         histogram.observe(observed)
     family = HistogramMetricFamily("x", "x", labels=[])
     histogram.add_to(family, [])
-    assert [(sample.labels.get("le"), sample.value) for sample in family.samples][:3] == [("1.0", 2), ("2.5", 4), ("+Inf", 5)]
+    assert [(sample.labels.get("le"), sample.value) for sample in family.samples][:3] == [
+        ("1.0", 2),
+        ("2.5", 4),
+        ("+Inf", 5),
+    ]
     assert token_edges(300) == (1, 2, 5, 10, 20, 50, 100, 200, 300)
 
 
@@ -117,7 +121,13 @@ async def test_models_are_read_by_every_kind_of_client(connect: Connect) -> None
         one = (await http.get("/v1/models/stub")).json()
     assert data["object"] == "list" and data["has_more"] is False and data["first_id"] == data["last_id"] == "stub"
     assert data["data"] == [one]
-    assert (one["object"], one["type"], one["owned_by"], one["root"], one["parent"]) == ("model", "model", "jilju", "stub", None)
+    assert (one["object"], one["type"], one["owned_by"], one["root"], one["parent"]) == (
+        "model",
+        "model",
+        "jilju",
+        "stub",
+        None,
+    )
     assert one["max_model_len"] == 512
     assert one["jilju"]["quantization"] == "Q4_K_M" and one["jilju"]["deterministic"] is True
     assert one["jilju"]["defaults"]["temperature"] == 1.0
@@ -147,7 +157,9 @@ def test_json_lines_carry_messages_and_exceptions() -> None:
     try:
         raise ValueError("x\ny")
     except ValueError as error:
-        record = logging.LogRecord("jilju", logging.ERROR, "f", 1, "a %s", ("b",), (ValueError, error, error.__traceback__))
+        record = logging.LogRecord(
+            "jilju", logging.ERROR, "f", 1, "a %s", ("b",), (ValueError, error, error.__traceback__)
+        )
     entry = json.loads(JsonFormatter().format(record))
     assert entry["message"] == "a b" and "ValueError: x" in entry["exception"]
 
@@ -243,7 +255,15 @@ async def test_timings_of_a_stream_whose_engine_died_name_the_gap(connect: Conne
 
 
 def test_waiting_for_another_engine_before_the_first_token_is_resume_and_not_queue() -> None:
-    marks = Marks(received_ns=0, parsed_ns=1, submitted_ns=2, first_token_ns=110, last_token_ns=120, last_event_ns=121, num_resumes=1)
+    marks = Marks(
+        received_ns=0,
+        parsed_ns=1,
+        submitted_ns=2,
+        first_token_ns=110,
+        last_token_ns=120,
+        last_event_ns=121,
+        num_resumes=1,
+    )
     times = RequestTimes(queued_ns=90, scheduled_ns=95, first_token_ns=108, last_token_ns=119)
     timings = make_timings(marks, times, first_sent_ns=0, num_tokens=3, seed=1, now_ns=130)
     assert (timings.resume_ms, timings.queue_ms, timings.prefill_ms, timings.decode_ms) == (88e-6, 5e-6, 13e-6, 11e-6)
