@@ -1,14 +1,15 @@
 """Writes what llama.cpp's tokenizer makes of the corpus: tests/golden/tokenizer/<model>.json, one file a model.
 
-Runs under an environment that has llama-cpp-python. Arguments: pairs NAME=FILE of a model's name and its GGUF file. For every
+Runs under an environment that has llama-cpp-python, on the named models in jilju's cache (`jilju pull` puts them there). For every
 line of corpus.json the ids with special tokens as text and as tokens, and the ids that end a generation. The vocabulary of
-smollm2-135m is also read under each other pre-tokenizer that jilju knows; one that cuts as an earlier one names that one.
+smollm2-135m, with two numbers in it, is also read under each pre-tokenizer that jilju knows; one that cuts as an earlier one
+did names that one.
 """
 
 import json
+import os
 import shutil
 import struct
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,19 +18,12 @@ from llama_cpp import Llama
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden" / "tokenizer"
-PRE_TOKENIZERS = [
-    "default",
-    "gpt-2",
-    "llama-bpe",
-    "llama3",
-    "llama-v3",
-    "qwen2",
-    "deepseek-r1-qwen",
-    "smollm",
-    "starcoder",
-    "refact",
-    "command-r",
-]
+MODELS = ("smollm2-135m", "qwen2.5-coder-0.5b")
+PRE_TOKENIZERS = ("default", "gpt-2", "llama-bpe", "llama3", "llama-v3", "qwen2", "deepseek-r1-qwen", "smollm")
+PRE_TOKENIZERS += ("starcoder", "refact", "command-r")
+# Tokens and merges of smollm2-135m that nothing else is built from, as numbers of the same length: its own vocabulary has
+# single digits only, and patterns that cut numbers differently would not show.
+RESPELLED = {"np": "23", "n p": "2 3", "Lif": "123", "L if": "1 23"}
 STRING = 8  # GGUF's number of a string value
 
 
@@ -46,9 +40,13 @@ def end_ids(llm: Llama) -> list[int]:
     return [id_ for id_ in range(llm.n_vocab()) if llama_cpp.llama_vocab_is_eog(vocab, id_)]
 
 
+def string(text: str) -> bytes:
+    """As it lies in the file."""
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
 def pair(key: str, value: str) -> bytes:
-    """A string of the metadata as it lies in the file."""
-    return b"".join((struct.pack("<Q", len(key)), key.encode(), struct.pack("<IQ", STRING, len(value)), value.encode()))
+    return string(key) + struct.pack("<I", STRING) + string(value)
 
 
 def with_pre(path: Path, metadata: dict[str, str], pre: str, to: Path) -> None:
@@ -58,9 +56,11 @@ def with_pre(path: Path, metadata: dict[str, str], pre: str, to: Path) -> None:
     room = len(name) + len(old_pre) - len(pre)
     with path.open("rb") as file:
         header = file.read(16 << 20)
-    for key, old, new in (("tokenizer.ggml.pre", old_pre, pre), ("general.name", name, "x" * room)):
-        assert header.count(pair(key, old)) == 1, f"{path}: {key} is not where it should be"
-        header = header.replace(pair(key, old), pair(key, new))
+    swaps = {pair("tokenizer.ggml.pre", old_pre): pair("tokenizer.ggml.pre", pre)}
+    swaps[pair("general.name", name)] = pair("general.name", "x" * room)
+    for old, new in {**swaps, **{string(old): string(new) for old, new in RESPELLED.items()}}.items():
+        assert header.count(old) == 1, f"{path}: {old!r} is there {header.count(old)} times"
+        header = header.replace(old, new)
     with to.open("wb") as file:
         file.write(header)
         file.truncate(path.stat().st_size)
@@ -91,7 +91,7 @@ def main(models: dict[str, Path]) -> None:
             "special_ids": tokenize(llm, lines, special=True),
         }
         if name == "smollm2-135m":
-            golden["pre"] = {}
+            golden["respelled"], golden["pre"] = RESPELLED, {}
             scratch = Path(tempfile.mkdtemp())
             for pre in PRE_TOKENIZERS:
                 with_pre(path, llm.metadata, pre, scratch / f"{pre}.gguf")
@@ -106,5 +106,13 @@ def main(models: dict[str, Path]) -> None:
         print(f"{name}: {len(lines)} lines, {len(chats)} chats")
 
 
+def cache() -> Path:
+    """Where `jilju pull` puts models: model/sources.py has the rule, and cannot be imported here."""
+    if os.environ.get("JILJU_CACHE"):
+        return Path(os.environ["JILJU_CACHE"]).expanduser() / "models"
+    base = Path(os.environ["XDG_CACHE_HOME"]) if os.environ.get("XDG_CACHE_HOME") else Path.home() / ".cache"
+    return base / "jilju" / "models"
+
+
 if __name__ == "__main__":
-    main({name: Path(path) for name, _, path in (argument.partition("=") for argument in sys.argv[1:])})
+    main({name: cache() / f"{name}.gguf" for name in MODELS})

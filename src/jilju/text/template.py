@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from jinja2.exceptions import SecurityError
+
 from jilju.clock import Clock, WallClock
 from jilju.errors import InvalidValue, JiljuError, ModelFileError, TemplateFailed
 from jilju.text.sandbox import METER, Meter, MeteredEnvironment, TemplateRefusal
@@ -20,7 +22,7 @@ Message = Mapping[str, Any]  # role, content: a string or None, and whatever els
 MAX_SOURCE_CHARS = 256 * 1024
 MAX_RENDER_NS = 1_000_000_000
 # What one rendering may cost: a template of some 100 operations a message that copies the content 32 times.
-FREE_UNITS, UNITS_PER_CHAR = 4 << 20, 32
+FREE_UNITS, UNITS_PER_CHAR = 1 << 20, 32
 FREE_OUTPUT_CHARS, OUTPUT_PER_CHAR = 64 * 1024, 4
 
 # Roles that reach the template as they are: templates build control tokens from them, as in '<|' + role + '|>'.
@@ -101,7 +103,7 @@ class ChatTemplate:
             for piece in self._template.generate({**variables, METER: meter}):
                 length += len(piece)
                 if length > max_output:
-                    raise TemplateRefusal(f"it writes more than {max_output} characters for {num_chars} of input")
+                    raise SecurityError(f"it writes more than {max_output} characters for {num_chars} of input")
                 pieces.append(piece)
         except JiljuError:
             raise
