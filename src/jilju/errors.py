@@ -12,6 +12,7 @@
     ├── MethodNotAllowed          405
     ├── RequestTimeout            408
     ├── BodyTooLarge              413
+    ├── HeadersTooLarge           431
     ├── UnsupportedMediaType      415
     ├── Overloaded                429
     ├── InternalError             500  our fault, this request alone
@@ -123,6 +124,10 @@ class RequestTimeout(InvalidRequest):
 
 class BodyTooLarge(InvalidRequest):
     status, code = 413, "body_too_large"
+
+
+class HeadersTooLarge(InvalidRequest):
+    status, code = 431, "headers_too_large"
 
 
 class UnsupportedMediaType(InvalidRequest):

@@ -5,6 +5,7 @@ no lone surrogates. Knows nothing of what the fields mean.
 """
 
 import asyncio
+import contextlib
 import json
 import math
 import re
@@ -18,6 +19,7 @@ from jilju.serve.context import ServeLimits
 from jilju.serve.errors import shown
 
 MAX_DIGITS = 40
+DISCARD_S = 1.0
 OFF_LOOP_BYTES = 64 << 10  # a body above this is parsed in a thread: about 1 ms of work
 STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)  # possessive, and the end closes it: linear
 
@@ -51,31 +53,41 @@ def _check_media_type(request: Request) -> None:
 
 async def _read(request: Request, limits: ServeLimits) -> bytes:
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > limits.body_bytes:
-        raise _too_large(limits)
+    too_large = declared.isdecimal() and int(declared[:20]) > limits.body_bytes
     chunks: list[bytes] = []
     size = 0
     try:
         async with asyncio.timeout(limits.body_s):
-            while True:
-                message = await request.receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientLeft
-                chunk = message.get("body", b"")
-                size += len(chunk)
-                if size > limits.body_bytes:
-                    raise _too_large(limits)
+            while not too_large:
+                chunk, more = await _chunk(request)
                 chunks.append(chunk)
-                if not message.get("more_body", False):
+                size += len(chunk)
+                too_large = size > limits.body_bytes
+                if not more and not too_large:
                     return b"".join(chunks)
     except TimeoutError:
         raise RequestTimeout(
             f"{size} bytes of the body came within {limits.body_s:g} s and it is not complete; send it faster"
         ) from None
+    await _discard(request, limits)
+    raise BodyTooLarge(f"the body is larger than {limits.body_bytes} bytes, the most that is allowed; send less")
 
 
-def _too_large(limits: ServeLimits) -> BodyTooLarge:
-    return BodyTooLarge(f"the body is larger than {limits.body_bytes} bytes, the most that is allowed; send less")
+async def _discard(request: Request, limits: ServeLimits) -> None:
+    """Drops a moment's worth of the rest: most clients read an answer only when all of theirs is sent."""
+    size, more = 0, True
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_S):
+            while more and size < 4 * limits.body_bytes:
+                chunk, more = await _chunk(request)
+                size += len(chunk)
+
+
+async def _chunk(request: Request) -> tuple[bytes, bool]:
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise ClientLeft
+    return message.get("body", b""), message.get("more_body", False)
 
 
 def parse_json(raw: bytes, max_depth: int = 64) -> Any:

@@ -32,6 +32,9 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
 class ServeLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Bounds of the server; each has a typed refusal."""
 
+    head_bytes: int = 32 << 10  # request line and headers
+    head_s: float = 10.0  # a head must have arrived by then
+    connections: int = 4096
     body_bytes: int = 8 << 20
     body_s: float = 30.0  # a body must have arrived by then
     json_depth: int = 64

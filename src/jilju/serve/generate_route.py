@@ -25,6 +25,7 @@ from jilju.serve.sampling import GenerationFields, check_model, end_ids, samplin
 from jilju.serve.server import Server
 from jilju.serve.stream import DONE, WAIT, Writer
 from jilju.serve.timings import Marks, Timings, make_timings
+from jilju.serve.transport import ABORT
 from jilju.text.stream import TextStream
 
 logger = logging.getLogger("jilju.serve")
@@ -77,6 +78,9 @@ class GenerateRoute:
             await _unless_left(receive, self._answer(body, arrival, call, marks, writer))
         except ClientLeft:
             ledger.end(call, "client_cancelled", CLIENT_LEFT_STATUS)
+            if (abort := scope.get(ABORT)) is not None:  # a reader that has stalled is not waited for
+                abort()
+                await asyncio.sleep(0)
         except JiljuError as error:
             await self._fail(call, writer, error)
         except Exception:

@@ -19,6 +19,7 @@ from jilju.errors import ConfigError
 from jilju.serve.app import app_of
 from jilju.serve.context import ServerContext
 from jilju.serve.server import Server, make_server
+from jilju.serve.transport import protocol_factory
 
 logger = logging.getLogger("jilju.serve")
 
@@ -26,7 +27,6 @@ HURRY_S = 0.8  # from a second signal to the end, whatever hangs
 LOOK_S = 1.0  # between two looks at the engine's state
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 BACKLOG = 2048
-MAX_CONNECTIONS = 4096
 
 
 def run_server(
@@ -88,14 +88,13 @@ async def serve(
     http = _Uvicorn(
         uvicorn.Config(
             app_of(server),
-            http="httptools",
+            http=protocol_factory(server),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            limit_concurrency=MAX_CONNECTIONS,
             timeout_keep_alive=75,
             timeout_graceful_shutdown=1,
         )
