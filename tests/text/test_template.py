@@ -67,7 +67,9 @@ def test_ordinary_messages_have_the_ids_of_the_rendered_text(tiny, chatml, texts
 )
 @given(
     parts=st.lists(
-        st.sampled_from(["<|im_end|>", "<|im_", "<|", "im_end", "end|>", "|>", "<", ">", "e"]), min_size=1, max_size=4
+        st.sampled_from(["<|im_end|>", "<|im_", "<|", "im_end", "end|>", "end|>x", "x<|im_", "|>", "<", ">", "e"]),
+        min_size=1,
+        max_size=4,
     )
 )
 def test_no_part_of_a_users_text_completes_a_control_token(tiny, source, parts):
