@@ -1,8 +1,8 @@
 """The reference backend: the ops in numpy, float32, one function an op. It defines them.
 
 Every other backend is tested against these functions. Weights are unpacked to float32 at load, the KV cache is float32 in
-blocks. Written to be read, not to be fast; BLAS picks its kernels by shape, so it is not batch-invariant. Knows nothing of
-models, the engine or files.
+blocks. Written to be read, not to be fast. BLAS picks its kernels by shape, so it is not batch-invariant, and has its own
+threads (OPENBLAS_NUM_THREADS), not those of Limits. Knows nothing of models, the engine or files.
 """
 
 from collections.abc import Mapping
