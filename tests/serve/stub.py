@@ -103,6 +103,7 @@ class StubClient:
     aborted: list[str] = field(default_factory=list)
     live: dict[str, asyncio.Event] = field(default_factory=dict)
     num_restarts: int = 0
+    resume_ns: int = 0  # reported with every answer
     step_age_s: float = 0.0
     stopped: bool = False
 
@@ -139,7 +140,7 @@ class StubClient:
 
         def times() -> RequestTimes:
             return RequestTimes(
-                queued_ns=queued, scheduled_ns=scheduled, first_token_ns=first, last_token_ns=last,
+                queued_ns=queued, resume_ns=self.resume_ns, scheduled_ns=scheduled, first_token_ns=first, last_token_ns=last,
                 num_steps=num_made, num_cached_tokens=min(self.num_cached, request.num_prompt_tokens),
             )  # fmt: skip
 

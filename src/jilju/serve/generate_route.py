@@ -71,7 +71,7 @@ class GenerateRoute:
         )
         marks = Marks(received_ns=arrival.received_ns)
         limits = self._server.context.limits
-        writer = Writer(send, self._server.context.clock, limits.stall_s, lambda a, b: marks.sends.append((a, b)))
+        writer = Writer(send, self._server.context.clock, limits.stall_s, marks.note_send)
         try:
             self._check_open()
             body = await read_json_object(HttpRequest(scope, receive), limits)

@@ -145,7 +145,6 @@ class Generation:
         if isinstance(event, BaseException):
             raise event
         assert choice is not None, "only an error comes without a choice"
-        self._note_restart(at_ns)
         delta: Delta | None = None
         if choice.finish_reason is None:
             if isinstance(event, TokenEvent):
@@ -164,6 +163,7 @@ class Generation:
         if is_terminal(event):
             self._end(choice, None if isinstance(event, RequestFailed) else event.times)  # type: ignore[union-attr]
             self.marks.last_event_ns = at_ns
+            self.marks.num_resumes = self.client.status().num_restarts - self._num_restarts
             delta, choice.held = choice.held or delta, None
         elif delta is not None and delta.finish_reason is not None:  # a stop string: nothing more of it is wanted
             self.client.abort(choice.request.id)
@@ -175,7 +175,7 @@ class Generation:
         assert event.index == choice.num_tokens, f"token {event.index} came where {choice.num_tokens} was next"
         choice.num_tokens += 1
         self.ledger.token(self.call, at_ns - choice.last_token_ns if choice.last_token_ns else None)
-        choice.last_token_ns = self.marks.last_token_ns = at_ns
+        choice.last_token_ns = at_ns
         self.marks.first_token_ns = self.marks.first_token_ns or at_ns
         params = choice.request.params
         if event.finish_reason == "stop":  # an end id: it shows no text, but what was held back can be shown now
@@ -192,15 +192,6 @@ class Generation:
         if stop is not None:
             choice.finish_reason, choice.stop_reason = "stop", stop
         return Delta(choice, piece_text, event, choice.finish_reason, choice.stop_reason)
-
-    def _note_restart(self, at_ns: int) -> None:
-        """A restart of the engine since the last event: after a first token, the gap up to this event is the resume."""
-        num_restarts = self.client.status().num_restarts
-        if num_restarts != self._num_restarts:
-            self.marks.num_resumes += num_restarts - self._num_restarts
-            self._num_restarts = num_restarts
-            if self.marks.last_token_ns:
-                self.marks.resume_ns += at_ns - self.marks.last_token_ns
 
     def _end(self, choice: Choice, times: RequestTimes | None) -> None:
         assert not choice.ended, f"{choice.request.id} ended twice"

@@ -152,6 +152,7 @@ class Metrics:
             ("preemptions", "Sequences put back to wait", self.num_preemptions),
             ("recomputed_tokens", "Tokens computed again", self.num_recomputed_tokens),
             ("engine_restarts", "Engines started after one died", status.num_restarts),
+            ("resumed_streams", "Started sequences that an engine took over from a dead one", status.num_resumed),
         ):
             counter = CounterMetricFamily(f"jilju_{name}", text, labels=["model"])
             counter.add_metric(model, value)

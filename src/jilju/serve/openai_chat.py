@@ -32,6 +32,7 @@ from jilju.serve.timings import Marks, Timings
 from jilju.text.template import encode_chat
 from jilju.text.tokenizer import Tokenizer
 
+CHUNK = "chat.completion.chunk"
 MAX_MESSAGES = 2048
 OFF_LOOP_CHARS = 4096  # longer texts are rendered and tokenized in a thread: about 1 ms of work
 
@@ -261,44 +262,27 @@ class ChatRenderer:
 
     def opening(self, usage: Usage | None) -> bytes:
         first = prompt_ids_field(self._choices) if self._head.return_token_ids else {}
-        return b"".join(
-            self._chunk(choice.index, {"role": "assistant", "content": ""}, None, None, None, usage, None, first)
-            for choice in self._choices
-        )
+        roles = [self._choice(choice.index, {"role": "assistant", "content": ""}) for choice in self._choices]
+        return b"".join(chunk_event(self._head, CHUNK, [role], usage, None, first) for role in roles)
 
     def chunk(self, delta: Delta, usage: Usage | None, timings: Timings | None) -> bytes:
         ended = delta.finish_reason is not None
-        content = {} if ended and not delta.text else {"content": delta.text}
-        return self._chunk(
-            delta.choice.index, content, self._logprobs(delta), delta.finish_reason, delta.stop_reason, usage, timings, {},
-            None if delta.token is None else delta.token.token_id,
-        )  # fmt: skip
-
-    def _chunk(
-        self,
-        index: int,
-        content: dict[str, str],
-        logprobs: dict[str, Any] | None,
-        finish_reason: str | None,
-        stop_reason: str | int | None,
-        usage: Usage | None,
-        timings: Timings | None,
-        first: dict[str, Any],
-        token_id: int | None = None,
-    ) -> bytes:
-        choice: dict[str, Any] = {
-            "index": index,
-            "delta": content,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-            "stop_reason": stop_reason,
+        choice = self._choice(delta.choice.index, {} if ended and not delta.text else {"content": delta.text})
+        choice |= {
+            "logprobs": self._logprobs(delta),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
         }
-        if self._head.return_token_ids:
-            choice["token_ids"] = [] if token_id is None else [token_id]
-        return chunk_event(self._head, "chat.completion.chunk", [choice], usage, timings, first)
+        if self._head.return_token_ids and delta.token is not None:
+            choice["token_ids"] = [delta.token.token_id]
+        return chunk_event(self._head, CHUNK, [choice], usage, timings, {})
+
+    def _choice(self, index: int, delta: dict[str, str]) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None, "stop_reason": None}
+        return choice | ({"token_ids": []} if self._head.return_token_ids else {})
 
     def usage_chunk(self, usage: Usage, timings: Timings | None) -> bytes:
-        return chunk_event(self._head, "chat.completion.chunk", [], usage, timings, {})
+        return chunk_event(self._head, CHUNK, [], usage, timings, {})
 
     def add(self, delta: Delta) -> None:
         self._content.append(delta.text)

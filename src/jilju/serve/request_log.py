@@ -15,6 +15,7 @@ from jilju.serve.ledger import Call
 access_log = logging.getLogger("jilju.access")
 
 LogFormat = Literal["text", "json"]
+WATCHED = frozenset({"/readyz", "/health"})
 FIELDS = "jilju_fields"  # attribute of a record that carries its fields
 
 
@@ -46,7 +47,7 @@ class CallLog:
 
 
 def log_arrival(*, call_id: str, method: str, path: str, key_name: str | None, status: int, ms: float) -> None:
-    """A call that generates nothing: at info when it was refused, else at debug."""
+    """A call that generates nothing: at info when it was refused, else at debug, as is the "not yet" that watchers ask for."""
     fields = {
         "id": call_id,
         "method": method,
@@ -55,7 +56,8 @@ def log_arrival(*, call_id: str, method: str, path: str, key_name: str | None, s
         "ms": round(ms, 3),
         "status": status,
     }
-    access_log.log(logging.INFO if status >= 400 else logging.DEBUG, _line(fields), extra={FIELDS: fields})
+    refused = status >= 400 and not (status == 503 and path in WATCHED)
+    access_log.log(logging.INFO if refused else logging.DEBUG, _line(fields), extra={FIELDS: fields})
 
 
 def _line(fields: dict[str, Any]) -> str:

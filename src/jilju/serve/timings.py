@@ -10,6 +10,8 @@ import msgspec
 
 from jilju.engine.request import RequestTimes
 
+SLOW_SEND_NS = 1_000_000  # a write into a socket's buffer takes some 0.05 ms; above this it waited for room
+
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
     total_ms: float
@@ -42,12 +44,14 @@ class Marks:
     render_ns: int = 0  # lengths
     tokenize_ns: int = 0
     submitted_ns: int = 0
-    first_token_ns: int = 0  # at hand, as are those below
-    last_token_ns: int = 0
-    last_event_ns: int = 0  # the engine's terminal event
-    resume_ns: int = 0  # gaps between two tokens in which the engine was started again
+    first_token_ns: int = 0  # at hand
+    last_event_ns: int = 0  # the engine's terminal event at hand
     num_resumes: int = 0
-    sends: list[tuple[int, int]] = field(default_factory=list)  # begin and end of each write to the socket
+    waits: list[tuple[int, int]] = field(default_factory=list)  # begin and end of writes that the reader held up
+
+    def note_send(self, begin_ns: int, end_ns: int) -> None:
+        if end_ns - begin_ns >= SLOW_SEND_NS:
+            self.waits.append((begin_ns, end_ns))
 
 
 def make_timings(
@@ -60,22 +64,13 @@ def make_timings(
     times = times or RequestTimes(queued_ns=marks.submitted_ns)
     total = now_ns - marks.received_ns
     parse = marks.parsed_ns - marks.received_ns
-    queue = prefill = decode = 0
-    resume = marks.resume_ns
-    if resume:  # the first engine took its marks along; the server has its own
-        prefill = marks.first_token_ns - marks.submitted_ns
-        decode = marks.last_token_ns - marks.first_token_ns - resume
-    elif times.first_token_ns:
-        queue = times.scheduled_ns - times.queued_ns
-        prefill = times.first_token_ns - times.scheduled_ns
-        decode = times.last_token_ns - times.first_token_ns
-    elif times.scheduled_ns:
-        queue = times.scheduled_ns - times.queued_ns
-    if marks.num_resumes and not resume:  # the engine died before the first token: all that was waited for an engine
-        resume = times.queued_ns - marks.submitted_ns
-    stalled = min(times.stalled_ns, decode)
+    queue = times.scheduled_ns - times.queued_ns if times.scheduled_ns else 0
+    prefill = times.first_token_ns - times.scheduled_ns if times.first_token_ns else 0
+    decode = times.last_token_ns - times.first_token_ns if times.first_token_ns else 0
+    resume = min(times.resume_ns, decode)
+    stalled = min(times.stalled_ns, decode - resume)
     tail_ns = marks.last_event_ns or now_ns
-    client = sum(max(0, end - max(begin, tail_ns)) for begin, end in marks.sends)
+    client = sum(max(0, end - max(begin, tail_ns)) for begin, end in marks.waits)
     write = now_ns - tail_ns - client
     parts = {
         "parse_ms": parse,
@@ -85,7 +80,7 @@ def make_timings(
         "queue_ms": queue,
         "prefill_ms": prefill,
         "stalled_ms": stalled,
-        "decode_ms": decode - stalled,
+        "decode_ms": decode - stalled - resume,
         "resume_ms": resume,
         "write_ms": write,
         "client_ms": client,
@@ -94,7 +89,7 @@ def make_timings(
     first_ns = first_sent_ns or marks.first_token_ns
     ttft = first_ns - marks.received_ns if first_ns else None
     gaps = num_tokens - 1
-    tpot = (times.last_token_ns - times.first_token_ns) / gaps if gaps > 0 and times.first_token_ns else None
+    tpot = decode / gaps if gaps > 0 else None
     return Timings(
         total_ms=total / 1e6,
         **{name: ns / 1e6 for name, ns in parts.items()},
