@@ -1,8 +1,11 @@
 """Fields: every served field against every class of bad value, and the rule that nothing is accepted and ignored."""
 
+import json
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from jilju.serve.openai_chat import CHAT as CHAT_RULES
 from jilju.serve.openai_completions import COMPLETION as COMPLETION_RULES
@@ -18,6 +21,15 @@ HUGE = "x" * 100_000
 DEEP: Any = 1
 for _ in range(50):
     DEEP = [DEEP]
+NAMES = st.sampled_from(
+    sorted(
+        CHAT_RULES.fields
+        | COMPLETION_RULES.fields
+        | set(LATER)
+        | set(NO_OPS)
+        | {"type", "text", "role", "tokens", "n\0"}
+    )
+)
 VALUES: dict[str, Any] = {
     "null": None, "true": True, "false": False, "empty": "", "one": "1", "huge": HUGE, "nul": "\0", "list": [], "object": {},
     "deep": DEEP, "list of null": [None], "list of list": [[]], "object of null": {"a": None},
@@ -164,6 +176,28 @@ async def test_unknown_fields_at_every_depth(connect: Connect) -> None:
         parts = [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}, {"type": "text", "text": "b"}]
         good = await http.post(CHAT, json={"messages": [{"role": "developer", "content": parts, "name": "n"}]})
         assert good.status_code == 200
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=8,
+)
+MESSAGE = st.fixed_dictionaries({}, optional={name: JSON | st.sampled_from(["user", "system", "text"]) for name in
+                                              ("role", "content", "name", "type", "text", "tool_calls", "x")})  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    body=st.dictionaries(NAMES, JSON, max_size=4),
+    messages=st.lists(MESSAGE | JSON, max_size=3) | JSON,
+    path=st.sampled_from([CHAT, COMPLETIONS, "/tokenize", "/detokenize"]),
+)
+async def test_no_json_is_a_fault_of_the_server(connect: Connect, body: Any, messages: Any, path: str) -> None:
+    raw = json.dumps(body | {"messages": messages}).encode()  # with NaN and lone surrogates where they come up
+    async with connect() as (http, _):
+        response = await http.post(path, content=raw, headers={"content-type": "application/json"})
+    assert response.status_code in (200, 400, 404), (raw, response.text)
 
 
 async def test_parts_and_the_developer_role_reach_the_template(connect: Connect) -> None:

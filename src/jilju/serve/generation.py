@@ -67,9 +67,7 @@ class Generation:
     marks: Marks
     choices: Sequence[Choice]
     deadline_ns: int
-    hold_last: bool = (
-        False  # give the last delta of a sequence only with its terminal event, so that its times are known
-    )
+    hold_last: bool = False  # a sequence's last delta comes only with its terminal event, so that its times are known
     _queue: "asyncio.Queue[tuple[Choice | None, EngineEvent | BaseException, int]]" = field(
         default_factory=asyncio.Queue
     )
@@ -137,7 +135,8 @@ class Generation:
     async def _next(self, silence_s: float | None) -> "tuple[Choice | None, EngineEvent | BaseException, int]":
         left_s = (self.deadline_ns - self.clock.now_ns()) / 1e9
         if left_s <= 0:
-            raise DeadlineExceeded("the answer was not complete in time; ask for fewer tokens")
+            allowed_s = (self.deadline_ns - self.call.received_ns) / 1e9
+            raise DeadlineExceeded(f"the answer was not complete within {allowed_s:g} s; ask for fewer tokens")
         async with asyncio.timeout(left_s if silence_s is None else min(left_s, silence_s)):
             return await self._queue.get()
 
