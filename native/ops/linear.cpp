@@ -14,6 +14,7 @@ constexpr int64_t kMaxBlockK = 1024; // a longer K runs in blocks of kBlockK, th
 constexpr int64_t kBlockK = 512;     // a multiple of every format's block; a strip of it is 8 KiB, a quarter of L1
 constexpr int64_t kMaxTileRows = 144;
 constexpr int64_t kTileBytes = 288 << 10;    // of activations: with the chains (1 KiB a row) they fit an L2 of 512 KiB
+constexpr int64_t kMaxGemvRows = 4;
 constexpr int64_t kGemvBytes = 32 << 10;     // of weights in a GEMV work unit: some microseconds
 
 // The results of 4 outputs for one row, joined with bias and residual, in this order.
@@ -33,36 +34,57 @@ struct Output {
     bool add_to;
 };
 
-// --- one row: unpack in registers ---------------------------------------------------------------------------------
+// --- few rows: unpack in registers --------------------------------------------------------------------------------
 
-template <class F>
-void gemv(const Weight& w, int64_t first, int64_t count, const float* x, const Output& out) {
+// kOutputs * kRows chains at a time: at least four, to hide the FMA's latency, and at most eight, to leave registers to
+// the unpacking. A weight is unpacked once for all rows.
+template <class F, int kOutputs, int kRows>
+void gemv(const Weight& w, int64_t first, int64_t count, const float* x, int64_t x_stride, const Output& out) {
     const int64_t num_blocks = w.num_inputs / F::kElements;
     const int tail = static_cast<int>(w.num_inputs % F::kElements);
-    for (int64_t n = 0; n < count; n += kStrip) {
-        const int rows = static_cast<int>(min_int(kStrip, count - n));
-        const uint8_t* row[kStrip];
-        for (int r = 0; r < kStrip; ++r) row[r] = w.data + (first + n + min_int(r, rows - 1)) * w.row_bytes;
-        const uint8_t* next = row[0] + kStrip * w.row_bytes;
-        F32 acc[kStrip] = {zero(), zero(), zero(), zero()};
+    for (int64_t n = 0; n < count; n += kOutputs) {
+        const int outputs = static_cast<int>(min_int(kOutputs, count - n));
+        const uint8_t* weights[kOutputs];
+        for (int r = 0; r < kOutputs; ++r) weights[r] = w.data + (first + n + min_int(r, outputs - 1)) * w.row_bytes;
+        const uint8_t* next = weights[0] + kOutputs * w.row_bytes;
+        F32 acc[kStrip][kRows];
+        for (auto& chains : acc)
+            for (F32& chain : chains) chain = zero();
         for (int64_t b = 0; b < num_blocks; ++b) {
             const float* xb = x + b * F::kElements;
-#pragma GCC unroll 8
-            for (int64_t line = 0; line < kStrip * F::kBytes; line += 64) prefetch(next + b * kStrip * F::kBytes + line);
+#pragma GCC unroll 16
+            for (int64_t line = 0; line < kOutputs * F::kBytes; line += 64) prefetch(next + b * kOutputs * F::kBytes + line);
 #pragma GCC unroll 4
-            for (int r = 0; r < kStrip; ++r)
-                F::unpack(row[r] + b * F::kBytes, [&](int i, F32 v) { acc[r] = fma(v, load(xb + 8 * i), acc[r]); });
-        }
-        if constexpr (F::kElements == 8) {
-            if (tail) {
-                const F32 xt = load_n(x + num_blocks * 8, tail);
-                for (int r = 0; r < kStrip; ++r)
-                    F::unpack(TailBlock<F>(row[r], w.num_inputs).bytes, [&](int, F32 v) { acc[r] = fma(v, xt, acc[r]); });
+            for (int r = 0; r < kOutputs; ++r) {
+                F::unpack(weights[r] + b * F::kBytes, [&](int i, F32 v) {
+#pragma GCC unroll 4
+                    for (int c = 0; c < kRows; ++c) acc[r][c] = fma(v, load(xb + c * x_stride + 8 * i), acc[r][c]);
+                });
             }
         }
-        float sums[kStrip];
-        sum4(acc[0], acc[1], acc[2], acc[3], sums);
-        finish(sums, rows, out.bias ? out.bias + first + n : nullptr, out.add_to, out.data + first + n);
+        if constexpr (F::kElements == 8) {
+            for (int r = 0; r < kOutputs && tail; ++r) {
+                F::unpack(TailBlock<F>(weights[r], w.num_inputs).bytes, [&](int, F32 v) {
+                    for (int c = 0; c < kRows; ++c) acc[r][c] = fma(v, load_n(x + c * x_stride + num_blocks * 8, tail), acc[r][c]);
+                });
+            }
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < kRows; ++c) {
+            float sums[kStrip];
+            sum4(acc[0][c], acc[1][c], acc[2][c], acc[3][c], sums);
+            finish(sums, outputs, out.bias ? out.bias + first + n : nullptr, out.add_to, out.data + c * out.stride + first + n);
+        }
+    }
+}
+
+template <class F>
+void gemv_rows(const Weight& w, int64_t first, int64_t count, const float* x, int64_t x_stride, int64_t num_rows, const Output& out) {
+    switch (num_rows) {
+        case 1: return gemv<F, 4, 1>(w, first, count, x, x_stride, out);
+        case 2: return gemv<F, 4, 2>(w, first, count, x, x_stride, out);
+        case 3: return gemv<F, 2, 3>(w, first, count, x, x_stride, out);
+        case 4: return gemv<F, 2, 4>(w, first, count, x, x_stride, out);
     }
 }
 
@@ -76,6 +98,8 @@ void unpack_strip(const Weight& w, int64_t first, int64_t count, int64_t begin, 
         float* to = strip + 8 * r;
         int64_t k = begin;
         for (; k + F::kElements <= end; k += F::kElements) {
+#pragma GCC unroll 4
+            for (int line = 0; line < F::kBytes; line += 64) prefetch(row + kStrip * w.row_bytes + k / F::kElements * F::kBytes + line);
             F::unpack(row + k / F::kElements * F::kBytes, [&](int i, F32 v) { store(to + 8 * kStrip * i, v); });
             to += kStrip * F::kElements;
         }
@@ -173,16 +197,16 @@ int64_t linear_scratch_floats() { return kStrip * (kMaxBlockK + 8) + kGroup * kM
 void linear(const LinearOp& op, Step& step, Worker& worker) {
     const Program& program = *step.program;
     const int64_t num_rows = step.rows(op.x);
-    const bool one_row = num_rows == 1;
+    const bool few = num_rows <= kMaxGemvRows;
 
     int64_t rows_per_tile = num_rows;
-    if (!one_row) {
+    if (!few) {
         const int64_t block = op.x.width <= kMaxBlockK ? op.x.width : kBlockK;
         const int64_t fit = max_int(12, min_int(kMaxTileRows, kTileBytes / (4 * block)));
         rows_per_tile = ceil_div(ceil_div(num_rows, ceil_div(num_rows, fit)), 3) * 3;
     }
     const int64_t num_tiles = ceil_div(num_rows, rows_per_tile);
-    const auto group_of = [&](const Weight& w) { return one_row ? max_int(1, kGemvBytes / (w.row_bytes * kStrip)) * kStrip : kGroup; };
+    const auto group_of = [&](const Weight& w) { return few ? max_int(1, kGemvBytes / (w.row_bytes * kStrip)) * kStrip : kGroup; };
     int64_t num_groups = 0;
     for (const int part : op.parts) num_groups += ceil_div(program.weights[part].num_outputs, group_of(program.weights[part]));
 
@@ -201,8 +225,8 @@ void linear(const LinearOp& op, Step& step, Worker& worker) {
         const int64_t size = group_of(w), first = group * size, count = min_int(size, w.num_outputs - first);
         const float* bias = op.biases.empty() ? nullptr : program.vectors[op.biases[part]].data();
         const Output out{step.at(op.out, row) + offset, step.stride(op.out), bias, op.add_to};
-        if (one_row) {
-            with_format(w.format, [&]<class F>() { gemv<F>(w, first, count, step.at(op.x, 0), out); });
+        if (few) {
+            with_format(w.format, [&]<class F>() { gemv_rows<F>(w, first, count, step.at(op.x, 0), step.stride(op.x), num_rows, out); });
         } else {
             gemm(w, first, count, step.at(op.x, row), step.stride(op.x), min_int(rows_per_tile, num_rows - row), out, worker.scratch);
         }

@@ -10,17 +10,12 @@
 
 namespace jilju::JILJU_ISA {
 
-// d * q for 16 signed bytes: two sinks.
+// d * q + m for 16 unsigned bytes: two sinks. A symmetric format's d * (q - z) is d * q + (-z * d): z is a power of two, so
+// that -z * d is exact and the result is rounded once, as the product would be.
 template <class Sink>
-JILJU_INLINE void scaled(int i, B16 q, F32 d, Sink&& sink) {
-    sink(i, mul(low_i8(q), d));
-    sink(i + 1, mul(high_i8(q), d));
-}
-// d * q + m for 16 bytes below 128.
-template <class Sink>
-JILJU_INLINE void scaled_and_moved(int i, B16 q, F32 d, F32 m, Sink&& sink) {
-    sink(i, fma(low_i8(q), d, m));
-    sink(i + 1, fma(high_i8(q), d, m));
+JILJU_INLINE void affine(int i, B16 q, F32 d, F32 m, Sink&& sink) {
+    sink(i, fma(low_u8(q), d, m));
+    sink(i + 1, fma(high_u8(q), d, m));
 }
 
 struct FormatF32 {
@@ -42,62 +37,70 @@ struct FormatQ4_0 {  // d, nibbles; columns 0..15 in the low ones, 16..31 in the
     static constexpr int kElements = 32, kBytes = 18;
     template <class Sink>
     JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        const F32 d = set1(half(p));
+        const F32 d = set1_half(p), m = mul(d, set1(-8.0f));
         const B16 q = load_b16(p + 2);
-        scaled(0, sub_b16(and_b16(q, 15), 8), d, sink);
-        scaled(2, sub_b16(field_b16(q, 4, 15, 0), 8), d, sink);
+        affine(0, and_b16(q, 15), d, m, sink);
+        affine(2, field_b16(q, 4, 15, 0), d, m, sink);
     }
 };
 struct FormatQ4_1 {  // d, m, nibbles; d * q + m
     static constexpr int kElements = 32, kBytes = 20;
     template <class Sink>
     JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        const F32 d = set1(half(p)), m = set1(half(p + 2));
+        F32 d, m;
+        set1_halves(p, &d, &m);
         const B16 q = load_b16(p + 4);
-        scaled_and_moved(0, and_b16(q, 15), d, m, sink);
-        scaled_and_moved(2, field_b16(q, 4, 15, 0), d, m, sink);
+        affine(0, and_b16(q, 15), d, m, sink);
+        affine(2, field_b16(q, 4, 15, 0), d, m, sink);
     }
 };
 struct FormatQ5_0 {  // d, 32 fifth bits, nibbles; d * (q - 16)
     static constexpr int kElements = 32, kBytes = 22;
     template <class Sink>
     JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        const F32 d = set1(half(p));
+        const F32 d = set1_half(p), m = mul(d, set1(-16.0f));
         const B16 q = load_b16(p + 6);
-        scaled(0, sub_b16(or_b16(and_b16(q, 15), bits_b16(p + 2, 16)), 16), d, sink);
-        scaled(2, sub_b16(or_b16(field_b16(q, 4, 15, 0), bits_b16(p + 4, 16)), 16), d, sink);
+        affine(0, or_b16(and_b16(q, 15), bits_b16(p + 2, 16)), d, m, sink);
+        affine(2, or_b16(field_b16(q, 4, 15, 0), bits_b16(p + 4, 16)), d, m, sink);
     }
 };
 struct FormatQ5_1 {  // d, m, 32 fifth bits, nibbles; d * q + m
     static constexpr int kElements = 32, kBytes = 24;
     template <class Sink>
     JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        const F32 d = set1(half(p)), m = set1(half(p + 2));
+        F32 d, m;
+        set1_halves(p, &d, &m);
         const B16 q = load_b16(p + 8);
-        scaled_and_moved(0, or_b16(and_b16(q, 15), bits_b16(p + 4, 16)), d, m, sink);
-        scaled_and_moved(2, or_b16(field_b16(q, 4, 15, 0), bits_b16(p + 6, 16)), d, m, sink);
+        affine(0, or_b16(and_b16(q, 15), bits_b16(p + 4, 16)), d, m, sink);
+        affine(2, or_b16(field_b16(q, 4, 15, 0), bits_b16(p + 6, 16)), d, m, sink);
     }
 };
 struct FormatQ8_0 {  // d, signed bytes; d * q
     static constexpr int kElements = 32, kBytes = 34;
     template <class Sink>
     JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        const F32 d = set1(half(p));
-        scaled(0, load_b16(p + 2), d, sink);
-        scaled(2, load_b16(p + 18), d, sink);
+        const F32 d = set1_half(p);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sink(i, mul(load_i8(p + 2 + 8 * i), d));
     }
 };
 
-// The eight 6-bit scales and mins of Q4_K and Q5_K: 12 bytes, four plain pairs and four whose top bits lie in the first.
+// Of Q4_K and Q5_K, per 32 columns: d * scale, and -dmin * min. Twelve bytes hold eight 6-bit pairs: four plain ones, and
+// four whose low four bits lie in the last four bytes and whose top bits lie above the first eight.
 struct ScalesK {
-    uint8_t scale[8], min[8];
+    alignas(32) float d[8], m[8];
     JILJU_INLINE explicit ScalesK(const uint8_t* p) {
-        for (int j = 0; j < 4; ++j) {
-            scale[j] = p[j] & 63;
-            min[j] = p[j + 4] & 63;
-            scale[j + 4] = static_cast<uint8_t>((p[j + 8] & 15) | (p[j] >> 6) << 4);
-            min[j + 4] = static_cast<uint8_t>(p[j + 8] >> 4 | (p[j + 4] >> 6) << 4);
-        }
+        uint32_t a, b, c;
+        std::memcpy(&a, p + 4, 4);
+        std::memcpy(&b, p + 8, 4);
+        std::memcpy(&c, p + 12, 4);
+        constexpr uint32_t k6 = 0x3f3f3f3f, k4 = 0x0f0f0f0f, k2 = 0x03030303;
+        const uint32_t scales[2] = {a & k6, (c & k4) | (a >> 6 & k2) << 4};
+        const uint32_t mins[2] = {b & k6, (c >> 4 & k4) | (b >> 6 & k2) << 4};
+        F32 scale, min;
+        set1_halves(p, &scale, &min);
+        store(d, mul(load_u8(reinterpret_cast<const uint8_t*>(scales)), scale));
+        store(m, mul(load_u8(reinterpret_cast<const uint8_t*>(mins)), mul(min, set1(-1.0f))));
     }
 };
 
@@ -105,39 +108,31 @@ struct FormatQ4_K {  // d, dmin, scales, nibbles; per 64 columns 32 bytes, low n
     static constexpr int kElements = 256, kBytes = 144;
     template <class Sink>
     JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        const float d = half(p), dmin = half(p + 2);
-        const ScalesK s(p + 4);
+        const ScalesK s(p);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) {
             const B16 a = load_b16(p + 16 + 32 * j), b = load_b16(p + 32 + 32 * j);
-            const F32 d0 = set1(d * s.scale[2 * j]), m0 = set1(-(dmin * s.min[2 * j]));
-            const F32 d1 = set1(d * s.scale[2 * j + 1]), m1 = set1(-(dmin * s.min[2 * j + 1]));
-            scaled_and_moved(8 * j, and_b16(a, 15), d0, m0, sink);
-            scaled_and_moved(8 * j + 2, and_b16(b, 15), d0, m0, sink);
-            scaled_and_moved(8 * j + 4, field_b16(a, 4, 15, 0), d1, m1, sink);
-            scaled_and_moved(8 * j + 6, field_b16(b, 4, 15, 0), d1, m1, sink);
+            const F32 d0 = set1(s.d[2 * j]), m0 = set1(s.m[2 * j]), d1 = set1(s.d[2 * j + 1]), m1 = set1(s.m[2 * j + 1]);
+            affine(8 * j, and_b16(a, 15), d0, m0, sink);
+            affine(8 * j + 2, and_b16(b, 15), d0, m0, sink);
+            affine(8 * j + 4, field_b16(a, 4, 15, 0), d1, m1, sink);
+            affine(8 * j + 6, field_b16(b, 4, 15, 0), d1, m1, sink);
         }
     }
 };
-template <int kShift>
-JILJU_INLINE B16 fifth_bit(B16 high) {  // bit kShift of each byte, moved to bit 4
-    return field_b16(high, kShift, 1, 4);
-}
 struct FormatQ5_K {  // as Q4_K, with 32 bytes whose bit i is the fifth bit of the i-th 32 columns
     static constexpr int kElements = 256, kBytes = 176;
     template <class Sink>
     JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        const float d = half(p), dmin = half(p + 2);
-        const ScalesK s(p + 4);
+        const ScalesK s(p);
         const B16 h0 = load_b16(p + 16), h1 = load_b16(p + 32);
         const auto part = [&]<int j>() {
             const B16 a = load_b16(p + 48 + 32 * j), b = load_b16(p + 64 + 32 * j);
-            const F32 d0 = set1(d * s.scale[2 * j]), m0 = set1(-(dmin * s.min[2 * j]));
-            const F32 d1 = set1(d * s.scale[2 * j + 1]), m1 = set1(-(dmin * s.min[2 * j + 1]));
-            scaled_and_moved(8 * j, or_b16(and_b16(a, 15), fifth_bit<2 * j>(h0)), d0, m0, sink);
-            scaled_and_moved(8 * j + 2, or_b16(and_b16(b, 15), fifth_bit<2 * j>(h1)), d0, m0, sink);
-            scaled_and_moved(8 * j + 4, or_b16(field_b16(a, 4, 15, 0), fifth_bit<2 * j + 1>(h0)), d1, m1, sink);
-            scaled_and_moved(8 * j + 6, or_b16(field_b16(b, 4, 15, 0), fifth_bit<2 * j + 1>(h1)), d1, m1, sink);
+            const F32 d0 = set1(s.d[2 * j]), m0 = set1(s.m[2 * j]), d1 = set1(s.d[2 * j + 1]), m1 = set1(s.m[2 * j + 1]);
+            affine(8 * j, or_b16(and_b16(a, 15), field_b16(h0, 2 * j, 1, 4)), d0, m0, sink);
+            affine(8 * j + 2, or_b16(and_b16(b, 15), field_b16(h1, 2 * j, 1, 4)), d0, m0, sink);
+            affine(8 * j + 4, or_b16(field_b16(a, 4, 15, 0), field_b16(h0, 2 * j + 1, 1, 4)), d1, m1, sink);
+            affine(8 * j + 6, or_b16(field_b16(b, 4, 15, 0), field_b16(h1, 2 * j + 1, 1, 4)), d1, m1, sink);
         };
         part.template operator()<0>();
         part.template operator()<1>();
@@ -149,8 +144,10 @@ struct FormatQ6_K {  // 128 bytes of nibbles, 64 of bit pairs, 16 signed scales,
     static constexpr int kElements = 256, kBytes = 210;
     template <class Sink>
     JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        const float d = half(p + 208);
-        const int8_t* s = reinterpret_cast<const int8_t*>(p + 192);
+        alignas(32) float scales[16];
+        const F32 d = set1_half(p + 208);
+        store(scales, mul(load_i8(p + 192), d));
+        store(scales + 8, mul(load_i8(p + 200), d));
 #pragma GCC unroll 2
         for (int n = 0; n < 2; ++n) {  // 128 columns: four runs of 32, each from 32 nibbles and one pair of bits
             const uint8_t* low = p + 64 * n;
@@ -158,12 +155,14 @@ struct FormatQ6_K {  // 128 bytes of nibbles, 64 of bit pairs, 16 signed scales,
 #pragma GCC unroll 2
             for (int h = 0; h < 2; ++h) {  // the first or second 16 columns of each run
                 const B16 a = load_b16(low + 16 * h), b = load_b16(low + 32 + 16 * h), top = load_b16(high + 16 * h);
-                const auto scale = [&](int run) { return set1(d * s[8 * n + 2 * run + h]); };
-                const int i = 16 * n + 2 * h;
-                scaled(i, sub_b16(or_b16(and_b16(a, 15), field_b16(top, 0, 3, 4)), 32), scale(0), sink);
-                scaled(i + 4, sub_b16(or_b16(and_b16(b, 15), field_b16(top, 2, 3, 4)), 32), scale(1), sink);
-                scaled(i + 8, sub_b16(or_b16(field_b16(a, 4, 15, 0), field_b16(top, 4, 3, 4)), 32), scale(2), sink);
-                scaled(i + 12, sub_b16(or_b16(field_b16(b, 4, 15, 0), field_b16(top, 6, 3, 4)), 32), scale(3), sink);
+                const auto run = [&](int i, B16 q) {
+                    const F32 scale = set1(scales[8 * n + 2 * i + h]);
+                    affine(16 * n + 4 * i + 2 * h, q, scale, mul(scale, set1(-32.0f)), sink);
+                };
+                run(0, or_b16(and_b16(a, 15), field_b16(top, 0, 3, 4)));
+                run(1, or_b16(and_b16(b, 15), field_b16(top, 2, 3, 4)));
+                run(2, or_b16(field_b16(a, 4, 15, 0), field_b16(top, 4, 3, 4)));
+                run(3, or_b16(field_b16(b, 4, 15, 0), field_b16(top, 6, 3, 4)));
             }
         }
     }

@@ -13,7 +13,7 @@ namespace jilju::avx2 {
 inline constexpr const char* kName = "native-avx2";
 
 struct F32 { __m256 v; };   // 8 lanes
-struct B16 { __m128i v; };  // 16 bytes
+struct B16 { __m256i v; };  // 16 bytes, in both halves: then one shuffle widens any 8 of them
 
 #define JILJU_INLINE [[gnu::always_inline]] inline
 
@@ -75,25 +75,45 @@ JILJU_INLINE float half(const uint8_t* p) {
     std::memcpy(&h, p, 2);
     return _cvtsh_ss(h);
 }
+JILJU_INLINE F32 set1_half(const uint8_t* p) {
+    uint16_t h;
+    std::memcpy(&h, p, 2);
+    return {_mm256_cvtph_ps(_mm_set1_epi16(static_cast<short>(h)))};
+}
+JILJU_INLINE void set1_halves(const uint8_t* p, F32* a, F32* b) {  // two neighbours
+    int32_t pair;
+    std::memcpy(&pair, p, 4);
+    const __m256 both = _mm256_cvtph_ps(_mm_set1_epi32(pair));  // a b a b a b a b
+    *a = {_mm256_moveldup_ps(both)};
+    *b = {_mm256_movehdup_ps(both)};
+}
 
-JILJU_INLINE B16 load_b16(const uint8_t* p) { return {_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))}; }
-JILJU_INLINE B16 and_b16(B16 a, int mask) { return {_mm_and_si128(a.v, _mm_set1_epi8(static_cast<char>(mask)))}; }
-JILJU_INLINE B16 or_b16(B16 a, B16 b) { return {_mm_or_si128(a.v, b.v)}; }
-JILJU_INLINE B16 sub_b16(B16 a, int n) { return {_mm_sub_epi8(a.v, _mm_set1_epi8(static_cast<char>(n)))}; }
-// Bits [shift, shift + bits(mask)) of each byte, moved to bit `to`: (byte >> shift & mask) << to.
+JILJU_INLINE B16 load_b16(const uint8_t* p) { return {_mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))}; }
+JILJU_INLINE B16 and_b16(B16 a, int mask) { return {_mm256_and_si256(a.v, _mm256_set1_epi8(static_cast<char>(mask)))}; }
+JILJU_INLINE B16 or_b16(B16 a, B16 b) { return {_mm256_or_si256(a.v, b.v)}; }
+// Some bits of each byte, moved to bit `to`: (byte >> shift & mask) << to.
 JILJU_INLINE B16 field_b16(B16 a, int shift, int mask, int to) {
-    const __m128i down = _mm_and_si128(_mm_srli_epi16(a.v, shift), _mm_set1_epi8(static_cast<char>(mask)));
-    return {_mm_slli_epi16(down, to)};  // the mask leaves room: nothing crosses into the next byte
+    // one shift of 16-bit lanes, then a mask: what crossed from the next byte is masked away
+    const __m256i moved = shift >= to ? _mm256_srli_epi16(a.v, shift - to) : _mm256_slli_epi16(a.v, to - shift);
+    return {_mm256_and_si256(moved, _mm256_set1_epi8(static_cast<char>(mask << to)))};
 }
 JILJU_INLINE B16 bits_b16(const uint8_t* p, int value) {  // byte i is value where bit i of the 16 at p is set, else 0
     uint16_t bits;
     std::memcpy(&bits, p, 2);
-    const __m128i spread = _mm_shuffle_epi8(_mm_set1_epi16(static_cast<short>(bits)), _mm_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1));
-    const __m128i select = _mm_set1_epi64x(static_cast<long long>(0x8040201008040201));
-    return {_mm_and_si128(_mm_cmpeq_epi8(_mm_and_si128(spread, select), select), _mm_set1_epi8(static_cast<char>(value)))};
+    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi16(static_cast<short>(bits)), _mm256_set_epi64x(0x0101010101010101, 0, 0x0101010101010101, 0));
+    const __m256i select = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
+    return {_mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, select), select), _mm256_set1_epi8(static_cast<char>(value)))};
 }
-JILJU_INLINE F32 low_i8(B16 a) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(a.v))}; }  // bytes 0..7, signed, as floats
-JILJU_INLINE F32 high_i8(B16 a) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_unpackhi_epi64(a.v, a.v)))}; }
+JILJU_INLINE F32 low_u8(B16 a) {  // bytes 0..7 as floats
+    const __m256i at = _mm256_setr_epi8(0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3, -1, -1, -1, 4, -1, -1, -1, 5, -1, -1, -1, 6, -1, -1, -1, 7, -1, -1, -1);
+    return {_mm256_cvtepi32_ps(_mm256_shuffle_epi8(a.v, at))};
+}
+JILJU_INLINE F32 high_u8(B16 a) {  // bytes 8..15 as floats
+    const __m256i at = _mm256_setr_epi8(8, -1, -1, -1, 9, -1, -1, -1, 10, -1, -1, -1, 11, -1, -1, -1, 12, -1, -1, -1, 13, -1, -1, -1, 14, -1, -1, -1, 15, -1, -1, -1);
+    return {_mm256_cvtepi32_ps(_mm256_shuffle_epi8(a.v, at))};
+}
+JILJU_INLINE F32 load_u8(const uint8_t* p) { return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))}; }
+JILJU_INLINE F32 load_i8(const uint8_t* p) { return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))}; }
 
 JILJU_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 

@@ -128,15 +128,21 @@ JILJU_INLINE float half(const uint8_t* p) {
     std::memcpy(&h, p, 2);
     return half_to_float(h);
 }
+JILJU_INLINE F32 set1_half(const uint8_t* p) { return set1(half(p)); }
+JILJU_INLINE void set1_halves(const uint8_t* p, F32* a, F32* b) {
+    *a = set1_half(p);
+    *b = set1_half(p + 2);
+}
 
 JILJU_INLINE B16 load_b16(const uint8_t* p) { return bytes([=](int i) { return p[i]; }); }
 JILJU_INLINE B16 and_b16(B16 a, int mask) { return bytes([&](int i) { return a.v[i] & mask; }); }
 JILJU_INLINE B16 or_b16(B16 a, B16 b) { return bytes([&](int i) { return a.v[i] | b.v[i]; }); }
-JILJU_INLINE B16 sub_b16(B16 a, int n) { return bytes([&](int i) { return a.v[i] - n; }); }
 JILJU_INLINE B16 field_b16(B16 a, int shift, int mask, int to) { return bytes([&](int i) { return (a.v[i] >> shift & mask) << to; }); }
 JILJU_INLINE B16 bits_b16(const uint8_t* p, int value) { return bytes([=](int i) { return p[i / 8] >> (i % 8) & 1 ? value : 0; }); }
-JILJU_INLINE F32 low_i8(B16 a) { return lanes([&](int i) { return static_cast<float>(static_cast<int8_t>(a.v[i])); }); }
-JILJU_INLINE F32 high_i8(B16 a) { return lanes([&](int i) { return static_cast<float>(static_cast<int8_t>(a.v[i + 8])); }); }
+JILJU_INLINE F32 low_u8(B16 a) { return lanes([&](int i) { return static_cast<float>(a.v[i]); }); }
+JILJU_INLINE F32 high_u8(B16 a) { return lanes([&](int i) { return static_cast<float>(a.v[i + 8]); }); }
+JILJU_INLINE F32 load_u8(const uint8_t* p) { return lanes([=](int i) { return static_cast<float>(p[i]); }); }
+JILJU_INLINE F32 load_i8(const uint8_t* p) { return lanes([=](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); }); }
 
 JILJU_INLINE void prefetch(const void*) {}
 

@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests.model.batches import BatchRow, Logit, make_batch, run
-from tests.native.plans import LIMITS, Shape, decoder, loaded
 
 from jilju.backends.native import NativeExecutor
 from jilju.errors import ConfigError, PlatformError, StartupError
 from jilju.formats.ggml import GgmlType
+from tests.model.batches import BatchRow, Logit, make_batch, run
+from tests.native.plans import LIMITS, Shape, decoder, loaded
 
 PLAN, WEIGHTS = decoder(Shape())
 GOOD = make_batch([BatchRow([1, 2, 3], 0, [0])], [Logit(2)])

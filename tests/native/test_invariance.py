@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.model.batches import BatchRow, Logit, chunks_of, make_batch, run
-from tests.native.plans import Shape, decoder, loaded
 
 from jilju.formats.ggml import GgmlType
 from jilju.plan import Executor, StepResult
+from tests.model.batches import BatchRow, Logit, chunks_of, make_batch, run
+from tests.native.plans import Shape, decoder, loaded
 
 PROMPT = (
     np.random.default_rng(1).integers(0, 20, 530).tolist()

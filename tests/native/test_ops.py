@@ -2,12 +2,12 @@
 
 import numpy as np
 import pytest
-from tests.model.batches import BatchRow, Logit, make_batch, run
-from tests.native.plans import FLOATS, Shape, Weights, decoder, loaded
 
 from jilju.formats.ggml import BLOCK_LAYOUTS, GgmlType
 from jilju.formats.quants import dequantize
 from jilju.plan import KvSpec, PlanBuilder
+from tests.model.batches import BatchRow, Logit, make_batch, run
+from tests.native.plans import FLOATS, Shape, Weights, decoder, loaded
 
 EPSILON = 2.0**-24  # of one float32 rounding
 HALF_EPSILON = 2.0**-11  # of one float16 rounding: the cache's

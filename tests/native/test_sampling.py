@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.model.batches import BatchRow, Logit, make_batch, run
-from tests.native.plans import loaded, table_of_logits
 
 from jilju.plan import Executor
 from jilju.plan.batch import MAX_TOP
+from tests.model.batches import BatchRow, Logit, make_batch, run
+from tests.native.plans import loaded, table_of_logits
 
 VOCAB = 1003  # no multiple of 8 or 64
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 import pytest
-from tests.native.plans import FLOATS, random_blocks
 
 from jilju.backends.native import _kernels
 from jilju.formats.ggml import BLOCK_LAYOUTS, GgmlType
 from jilju.formats.quants import dequantize
+from tests.native.plans import FLOATS, random_blocks
 
 ISAS = ("generic", "avx2")
 
