@@ -20,7 +20,9 @@ def start_to_first_token(model: str) -> tuple[float, float]:
         url = next(m[0] for line in server.stdout if (m := re.search(r"http://127\.0\.0\.1:\d+", line)))
         ready = time.monotonic()
         body = {"messages": [{"role": "user", "content": "Hello"}], "stream": True, "max_tokens": 1}
-        request = urllib.request.Request(url + "/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"})
+        request = urllib.request.Request(
+            url + "/v1/chat/completions", json.dumps(body).encode(), {"content-type": "application/json"}
+        )
         with urllib.request.urlopen(request) as answer:
             answer.readline()
             return ready - begin, time.monotonic() - begin

@@ -15,7 +15,9 @@ from llama_cpp import Llama
 
 def main(model: str, num_threads: int) -> None:
     # n_batch and n_ubatch of 512: the whole prompt in one pass, llama.cpp's own default for prompt processing
-    llm = Llama(model, n_ctx=2048, n_batch=512, n_ubatch=512, n_threads=num_threads, n_threads_batch=num_threads, verbose=False)
+    llm = Llama(
+        model, n_ctx=2048, n_batch=512, n_ubatch=512, n_threads=num_threads, n_threads_batch=num_threads, verbose=False
+    )
     print(json.dumps({"name": f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"}), flush=True)
 
     def newest_token() -> int:

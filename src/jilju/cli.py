@@ -51,7 +51,9 @@ def main() -> None:
 
 def check_platform() -> None:
     if sys.platform != "linux":
-        raise PlatformError(f"jilju runs on Linux; this is {platform.system()}. On Windows use WSL 2, on a Mac a Linux container.")
+        raise PlatformError(
+            f"jilju runs on Linux; this is {platform.system()}. On Windows use WSL 2, on a Mac a Linux container."
+        )
 
 
 @click.group(context_settings=CONTEXT)
@@ -76,7 +78,14 @@ def _option(option: Option) -> Callable[[Any], Any]:
         return click.option(option.flag, option.name, is_flag=True, default=None, help=text)
     metavar = {"int": "N", "tokens": "N|auto", "bytes": "SIZE|auto", "list": "NAME", "keys": "KEY"}.get(option.kind)
     metavar = "|".join(option.choices) if option.choices else metavar
-    return click.option(option.flag, option.name, default=None, multiple=option.kind in ("list", "keys"), metavar=metavar or "TEXT", help=text)
+    return click.option(
+        option.flag,
+        option.name,
+        default=None,
+        multiple=option.kind in ("list", "keys"),
+        metavar=metavar or "TEXT",
+        help=text,
+    )
 
 
 def _fields() -> Any:
@@ -116,7 +125,10 @@ def serve(model: str | None, **flags: Any) -> None:
             model_file,
             config,
             announce=lambda resolved, memory: _announce(console, model_file, resolved, memory),
-            on_ready=lambda url: console.print(f"\nready: {url}  (chat in a browser, or point an OpenAI client at {url}/v1; Ctrl-C ends)", soft_wrap=True),
+            on_ready=lambda url: console.print(
+                f"\nready: {url}  (chat in a browser, or point an OpenAI client at {url}/v1; Ctrl-C ends)",
+                soft_wrap=True,
+            ),
         )
     )
 
@@ -131,7 +143,10 @@ def _open_or_fall_back(config: ServeConfig, progress: Callable[[int, int, str], 
         if config.origins["model"] != "default":
             raise
         click.echo(f"jilju: {error.message}", err=True)
-        click.echo(f"jilju: {config.model} cannot be had; serving {FALLBACK_MODEL} instead, a smaller model that knows English only", err=True)
+        click.echo(
+            f"jilju: {config.model} cannot be had; serving {FALLBACK_MODEL} instead, a smaller model that knows English only",
+            err=True,
+        )
         return open_model(FALLBACK_MODEL, progress)
 
 
@@ -158,10 +173,14 @@ def _announce(console: Console, model: "ModelFile", config: ServeConfig, memory:
     plan.add_column("part")
     plan.add_column("bytes", justify="right")
     plan.add_column("what it is")
-    plan.add_row("weights", show_bytes(memory.weight_bytes), f"{len(model.plan.weights)} tensors, mapped from {model.path}")
+    plan.add_row(
+        "weights", show_bytes(memory.weight_bytes), f"{len(model.plan.weights)} tensors, mapped from {model.path}"
+    )
     kv = f"{memory.pool_tokens:,} tokens of {show_bytes(memory.kv_bytes_per_token)}, in {memory.num_blocks:,} blocks"
     plan.add_row("KV cache", show_bytes(memory.kv_bytes), kv)
-    plan.add_row("workspace", show_bytes(memory.workspace_bytes), f"activations of a step of {config.step_tokens} tokens, logits")
+    plan.add_row(
+        "workspace", show_bytes(memory.workspace_bytes), f"activations of a step of {config.step_tokens} tokens, logits"
+    )
     plan.add_row("in all", show_bytes(memory.total_bytes), f"of {show_bytes(memory.available_bytes)} available")
     fits = f"{memory.pool_tokens / memory.context:.1f} sequences of {memory.context:,} tokens at once, or {config.max_rows} of {memory.pool_tokens // config.max_rows:,}"
     plan.add_row("fits", "", fits)
@@ -172,10 +191,25 @@ def _announce(console: Console, model: "ModelFile", config: ServeConfig, memory:
 @click.argument("model", required=False)
 @click.option("--system", default=None, metavar="TEXT", help="System prompt.")
 @click.option("--temperature", type=click.FloatRange(0, 2), default=None, help="0 is greedy. Default: the model's own.")
-@click.option("--max-tokens", type=click.IntRange(1), default=None, help="Longest answer in tokens. Default: the rest of the context.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(1),
+    default=None,
+    help="Longest answer in tokens. Default: the rest of the context.",
+)
 @click.option("--seed", type=int, default=None, help="Same seed, same answer.")
-@click.option("--context", type=click.IntRange(16), default=None, help="Longest conversation in tokens. Default: the model's own maximum.")
-@click.option("--threads", type=click.IntRange(1, 256), default=None, help="Threads that compute. Default: the cores this process may use.")
+@click.option(
+    "--context",
+    type=click.IntRange(16),
+    default=None,
+    help="Longest conversation in tokens. Default: the model's own maximum.",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 256),
+    default=None,
+    help="Threads that compute. Default: the cores this process may use.",
+)
 def chat(model: str | None, system: str | None, context: int | None, threads: int | None, **sampling: Any) -> None:
     """Chat with MODEL in the terminal. An empty line or Ctrl-D ends it; Ctrl-C stops an answer; /new starts over.
 
@@ -234,8 +268,16 @@ def _params(defaults: "SamplingParams", given: dict[str, Any]) -> "SamplingParam
 
 @commands.command()
 @click.argument("prompt")
-@click.option("--model", "-m", default=DEFAULT_MODEL, show_default=True, help="A name of `jilju models`, or the path of a GGUF file.")
-@click.option("--chat", "as_chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template.")
+@click.option(
+    "--model",
+    "-m",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help="A name of `jilju models`, or the path of a GGUF file.",
+)
+@click.option(
+    "--chat", "as_chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template."
+)
 @click.option("--max-tokens", type=click.IntRange(0), default=128, show_default=True)
 @click.option("--temperature", type=click.FloatRange(0, 2), default=None, help="0 is greedy. Default: the model's own.")
 @click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=None)
@@ -244,8 +286,15 @@ def _params(defaults: "SamplingParams", given: dict[str, Any]) -> "SamplingParam
 @click.option("--seed", type=int, default=None, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Go on past the model's end of text.")
-@click.option("--threads", type=click.IntRange(1, 256), default=None, help="Threads that compute. Default: the cores this process may use.")
-def generate(prompt: str, model: str, as_chat: bool, threads: int | None, stop: tuple[str, ...], **sampling: Any) -> None:
+@click.option(
+    "--threads",
+    type=click.IntRange(1, 256),
+    default=None,
+    help="Threads that compute. Default: the cores this process may use.",
+)
+def generate(
+    prompt: str, model: str, as_chat: bool, threads: int | None, stop: tuple[str, ...], **sampling: Any
+) -> None:
     """Complete PROMPT and print the text as it comes. `-` reads the prompt from standard input.
 
     \b
@@ -265,12 +314,21 @@ def generate(prompt: str, model: str, as_chat: bool, threads: int | None, stop: 
         done = _print_pieces(llm.chat_stream(messages, params) if as_chat else llm.stream(text, params))
         if done is None:
             sys.exit(130)
-        click.echo(f"[{len(done.prompt_ids)} tokens in, {len(done.token_ids)} out, ended by {done.finish_reason}, seed {done.seed}]", err=True)
+        click.echo(
+            f"[{len(done.prompt_ids)} tokens in, {len(done.token_ids)} out, ended by {done.finish_reason}, seed {done.seed}]",
+            err=True,
+        )
 
 
 @commands.command()
 @click.argument("text")
-@click.option("--model", "-m", default=DEFAULT_MODEL, show_default=True, help="A name of `jilju models`, or the path of a GGUF file.")
+@click.option(
+    "--model",
+    "-m",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help="A name of `jilju models`, or the path of a GGUF file.",
+)
 @click.option("--special", is_flag=True, help="Read the text of special tokens, such as <|im_end|>, as these tokens.")
 def tokenize(text: str, model: str, special: bool) -> None:
     """Print the tokens of TEXT: piece, id and bytes. `-` reads the text from standard input.
@@ -307,7 +365,11 @@ def _piece(raw: bytes) -> str:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         return "‹" + raw.hex(" ") + "›"
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") if text.isprintable() or text.isspace() else repr(text)[1:-1]
+    return (
+        text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
+        if text.isprintable() or text.isspace()
+        else repr(text)[1:-1]
+    )
 
 
 @commands.command()
@@ -343,7 +405,9 @@ def models() -> None:
         entry, d = listed.entry, listed.entry.defaults
         settings = f"temperature {d.temperature:g}, top_p {d.top_p:g}, top_k {d.top_k}, repetition_penalty {d.repetition_penalty:g}"
         name = entry.name + (" (default)" if entry.name == DEFAULT_MODEL else "")
-        table.add_row(name, show_bytes(entry.num_bytes), entry.licence, "yes" if listed.cached else "no", settings, d.source)
+        table.add_row(
+            name, show_bytes(entry.num_bytes), entry.licence, "yes" if listed.cached else "no", settings, d.source
+        )
     Console(highlight=False).print(table)
     click.echo(f"cache: {sources.cache_dir()}  (JILJU_CACHE names another)\nAny other GGUF file is given by its path.")
 
@@ -355,8 +419,20 @@ def bench() -> None:
 
 @bench.command("quality")
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option("--text", "text_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="UTF-8 text to score.")
-@click.option("--window", type=click.IntRange(4), default=512, show_default=True, help="Tokens of a window; the second half of each is scored.")
+@click.option(
+    "--text",
+    "text_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="UTF-8 text to score.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(4),
+    default=512,
+    show_default=True,
+    help="Tokens of a window; the second half of each is scored.",
+)
 @click.option("--threads", type=click.IntRange(1, 256), default=None)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def bench_quality(model: str, text_file: Path, window: int, threads: int | None, as_json: bool) -> None:
@@ -381,18 +457,33 @@ def bench_quality(model: str, text_file: Path, window: int, threads: int | None,
     if as_json:
         click.echo(msgspec.json.encode({"model": llm.name, "text": text_file.name, **msgspec.to_builtins(quality)}))
     else:
-        click.echo(f"{llm.name}: perplexity {quality.perplexity:.3f} over {quality.num_scored} tokens in {quality.num_windows} windows of {window}")
+        click.echo(
+            f"{llm.name}: perplexity {quality.perplexity:.3f} over {quality.num_scored} tokens in {quality.num_windows} windows of {window}"
+        )
 
 
 @bench.command("speed")
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option("--peer", type=click.Path(exists=True, path_type=Path), required=True, help="Python of an environment with llama-cpp-python.")
+@click.option(
+    "--peer",
+    type=click.Path(exists=True, path_type=Path),
+    required=True,
+    help="Python of an environment with llama-cpp-python.",
+)
 @click.option("--prompt-tokens", type=click.IntRange(2, 2000), default=512, show_default=True)
 @click.option("--output-tokens", type=click.IntRange(1, 1000), default=128, show_default=True)
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True, help="Counted pairs of runs, after one warm-up pair.")
+@click.option(
+    "--repeats",
+    type=click.IntRange(1),
+    default=5,
+    show_default=True,
+    help="Counted pairs of runs, after one warm-up pair.",
+)
 @click.option("--threads", type=click.IntRange(1, 256), default=None)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def bench_speed(model: str, peer: Path, prompt_tokens: int, output_tokens: int, repeats: int, threads: int | None, as_json: bool) -> None:
+def bench_speed(
+    model: str, peer: Path, prompt_tokens: int, output_tokens: int, repeats: int, threads: int | None, as_json: bool
+) -> None:
     """Prefill and one-stream decode of MODEL beside llama.cpp: same file, same threads, runs in turn.
 
     \b
@@ -410,7 +501,14 @@ def bench_speed(model: str, peer: Path, prompt_tokens: int, output_tokens: int, 
     if not script.exists():
         raise JiljuError(f"{script} is not here; run this in the project's folder")
     with _fetching() as progress:
-        llm = LLM(model, context=prompt_tokens + output_tokens + 1, kv_memory="512MiB", step_tokens=512, threads=threads, progress=progress)
+        llm = LLM(
+            model,
+            context=prompt_tokens + output_tokens + 1,
+            kv_memory="512MiB",
+            step_tokens=512,
+            threads=threads,
+            progress=progress,
+        )
     with llm, _counting("pairs", quiet=as_json) as count:
         assert llm.config.threads is not None
         other = Peer(peer, script, Path(llm.path), llm.config.threads)
@@ -424,22 +522,39 @@ def bench_speed(model: str, peer: Path, prompt_tokens: int, output_tokens: int, 
         return
     import statistics
 
-    table = Table(box=None, pad_edge=False, title=f"{llm.name}, {llm.config.threads} threads, medians of {repeats} pairs", title_justify="left")
+    table = Table(
+        box=None,
+        pad_edge=False,
+        title=f"{llm.name}, {llm.config.threads} threads, medians of {repeats} pairs",
+        title_justify="left",
+    )
     for heading in ("tokens/s", "jilju", result.peer_name, "ratio"):
         table.add_column(heading, justify="left" if heading == "tokens/s" else "right")
-    for label, field in ((f"prefill {prompt_tokens}", "prefill_tok_s"), (f"decode {output_tokens}, one stream", "decode_tok_s")):
+    for label, field in (
+        (f"prefill {prompt_tokens}", "prefill_tok_s"),
+        (f"decode {output_tokens}, one stream", "decode_tok_s"),
+    ):
         ours, theirs = (statistics.median(getattr(run, field) for run in runs) for runs in (result.ours, result.peer))
         table.add_row(label, f"{ours:.1f}", f"{theirs:.1f}", f"{result.ratio(field):.2f}x")
     Console(highlight=False).print(table)
     busiest = max(run.others_share for run in result.ours + result.peer)
-    click.echo(f"other processes took up to {busiest:.1%} of the cores in a run" + ("; above 3 %: measure again on a quiet machine" if busiest > BUSY_SHARE else ""))
+    click.echo(
+        f"other processes took up to {busiest:.1%} of the cores in a run"
+        + ("; above 3 %: measure again on a quiet machine" if busiest > BUSY_SHARE else "")
+    )
 
 
 @contextlib.contextmanager
 def _fetching() -> Iterator[Callable[[int, int, str], None]]:
     """A progress bar that appears only if something is fetched; plain lines where standard error is no terminal."""
     console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = None
         tenth = -1

@@ -22,7 +22,16 @@ import msgspec
 from jilju.assemble.engine import build_engine, open_model, resolve_engine
 from jilju.assemble.text import load_text
 from jilju.config import DEFAULT_MODEL, ServeConfig, parse_bytes
-from jilju.engine.request import EngineEvent, FinishReason, Request, RequestAborted, RequestEnded, RequestFailed, SamplingParams, TokenEvent
+from jilju.engine.request import (
+    EngineEvent,
+    FinishReason,
+    Request,
+    RequestAborted,
+    RequestEnded,
+    RequestFailed,
+    SamplingParams,
+    TokenEvent,
+)
 from jilju.errors import ContextLengthExceeded, EmptyPrompt, InternalError, InvalidValue, TemplateFailed
 from jilju.text.stream import TextStream
 from jilju.text.template import encode_chat
@@ -92,7 +101,14 @@ class LLM:
         step_tokens: int = 256, threads: int | None = None, progress: Callable[[int, int, str], None] | None = None,
     ):  # fmt: skip
         kv_bytes = parse_bytes(kv_memory, "kv_memory") if isinstance(kv_memory, str) else kv_memory
-        config = ServeConfig(model=model, context=context, kv_memory=kv_bytes, max_rows=max_rows, step_tokens=step_tokens, threads=threads)
+        config = ServeConfig(
+            model=model,
+            context=context,
+            kv_memory=kv_bytes,
+            max_rows=max_rows,
+            step_tokens=step_tokens,
+            threads=threads,
+        )
         model_file = open_model(model, progress or _silent)
         self.config, options, self.memory = resolve_engine(model_file, config)
         self.name, self.path = model_file.name, model_file.path
@@ -142,7 +158,10 @@ class LLM:
             ids = list(prompt)
             wrong = next((i for i in ids if not (isinstance(i, int) and 0 <= i < tokenizer.vocab_size)), None)
             if wrong is not None:
-                raise InvalidValue(f"token id {wrong!r} is not in the vocabulary; allowed: 0 to {tokenizer.vocab_size - 1}", param="prompt")
+                raise InvalidValue(
+                    f"token id {wrong!r} is not in the vocabulary; allowed: 0 to {tokenizer.vocab_size - 1}",
+                    param="prompt",
+                )
         if not ids:
             raise EmptyPrompt("the prompt has no token; give at least one character", param="prompt")
         return ids
@@ -158,11 +177,17 @@ class LLM:
         self._num_calls += 1
         runs: dict[str, _Run] = {}
         for index, (prompt, ids) in enumerate(prompts):
-            wanted = params.max_tokens if params.max_tokens != REST_OF_CONTEXT else self.engine.info.max_context - len(ids)
+            wanted = (
+                params.max_tokens if params.max_tokens != REST_OF_CONTEXT else self.engine.info.max_context - len(ids)
+            )
             seed = params.seed if params.seed is not None else secrets.randbits(63)
             own = msgspec.structs.replace(params, max_tokens=wanted, seed=seed)
-            request = Request(id=f"call-{self._num_calls}-{index}", prompt_ids=ids, params=own, end_ids=self.text.end_ids(own))
-            runs[request.id] = _Run(index, prompt, request, TextStream(self.text.tokenizer, stop=own.stop, min_tokens=own.min_tokens))
+            request = Request(
+                id=f"call-{self._num_calls}-{index}", prompt_ids=ids, params=own, end_ids=self.text.end_ids(own)
+            )
+            runs[request.id] = _Run(
+                index, prompt, request, TextStream(self.text.tokenizer, stop=own.stop, min_tokens=own.min_tokens)
+            )
         for run in runs.values():
             self.engine.submit(run.request)
         return self._pieces(runs)

@@ -21,8 +21,12 @@ def cached(name: str) -> bool:
     return any(m.entry.name == name and m.cached for m in sources.list_models())
 
 
-needs_smollm2 = pytest.mark.skipif(not cached("smollm2-135m"), reason="smollm2-135m is not in the cache: jilju pull smollm2-135m")
-needs_qwen = pytest.mark.skipif(not cached("qwen2.5-coder-0.5b"), reason="qwen2.5-coder-0.5b is not in the cache: jilju pull qwen2.5-coder-0.5b")
+needs_smollm2 = pytest.mark.skipif(
+    not cached("smollm2-135m"), reason="smollm2-135m is not in the cache: jilju pull smollm2-135m"
+)
+needs_qwen = pytest.mark.skipif(
+    not cached("qwen2.5-coder-0.5b"), reason="qwen2.5-coder-0.5b is not in the cache: jilju pull qwen2.5-coder-0.5b"
+)
 
 
 class Server:

@@ -10,7 +10,11 @@ QUESTION = "대한민국의 수도는 어디인가요?"
 
 def answer(url: str, **params) -> str:
     body = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 48, **params}
-    return httpx.post(url + "/v1/chat/completions", json=body, timeout=300).raise_for_status().json()["choices"][0]["message"]["content"]
+    return (
+        httpx.post(url + "/v1/chat/completions", json=body, timeout=300)
+        .raise_for_status()
+        .json()["choices"][0]["message"]["content"]
+    )
 
 
 def test_greedy_answer(qwen_server):

@@ -35,7 +35,9 @@ def stream_ids(url: str, prompt: str, seed: int) -> list[tuple[str, float]]:
                 chunk = msgspec.json.decode(line[6:])
                 assert "error" not in chunk, chunk
                 for choice in chunk["choices"]:
-                    tokens += [(str(t["bytes"]), t["logprob"]) for t in ((choice["logprobs"] or {}).get("content") or [])]
+                    tokens += [
+                        (str(t["bytes"]), t["logprob"]) for t in ((choice["logprobs"] or {}).get("content") or [])
+                    ]
     assert done, "the stream ended without [DONE]"
     return tokens
 
@@ -61,7 +63,9 @@ def test_streams_survive_the_engine(smollm2_server):
             while httpx.get(url + "/readyz").status_code != 200:
                 time.sleep(0.02)
             tokens = smollm2_server.metric("jilju_generation_tokens_total")
-            while kills % 2 and smollm2_server.metric("jilju_generation_tokens_total") == tokens and not finished.is_set():
+            while (
+                kills % 2 and smollm2_server.metric("jilju_generation_tokens_total") == tokens and not finished.is_set()
+            ):
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 1.0))
             kill()

@@ -27,7 +27,9 @@ def ask(client, prompt, stream, **params):
         return answer.choices[0].message.content, answer.choices[0].finish_reason, answer.usage
     text, reason, usage = "", None, None
     options = {"include_usage": True}
-    for chunk in client.chat.completions.create(model="smollm2-135m", messages=messages, stream=True, stream_options=options, **params):
+    for chunk in client.chat.completions.create(
+        model="smollm2-135m", messages=messages, stream=True, stream_options=options, **params
+    ):
         usage = chunk.usage or usage
         for choice in chunk.choices:
             text += choice.delta.content or ""
@@ -44,8 +46,12 @@ def test_stream_equals_whole_answer(client, params):
         for prompt, (streamed, whole) in zip(CHAT_PROMPTS, pool.map(both, CHAT_PROMPTS), strict=True):
             assert streamed[:2] == whole[:2], prompt
             assert streamed[0], prompt
-            assert "�" not in streamed[0].rstrip("�"), prompt  # at most an answer that was cut in the middle of a character
-            assert streamed[2].model_dump(exclude={"prompt_tokens_details"}) == whole[2].model_dump(exclude={"prompt_tokens_details"})
+            assert "�" not in streamed[0].rstrip("�"), (
+                prompt
+            )  # at most an answer that was cut in the middle of a character
+            assert streamed[2].model_dump(exclude={"prompt_tokens_details"}) == whole[2].model_dump(
+                exclude={"prompt_tokens_details"}
+            )
 
 
 def test_usage_is_exact(client, smollm2_server):
@@ -53,7 +59,9 @@ def test_usage_is_exact(client, smollm2_server):
     messages = [{"role": "user", "content": CHAT_PROMPTS[5]}]
     body = {"model": "smollm2-135m", "messages": messages}
     counted = httpx.post(smollm2_server.url + "/tokenize", json=body).json()["count"]
-    _, reason, usage = ask(client, CHAT_PROMPTS[5], True, max_tokens=21, temperature=0.0, extra_body={"ignore_eos": True})
+    _, reason, usage = ask(
+        client, CHAT_PROMPTS[5], True, max_tokens=21, temperature=0.0, extra_body={"ignore_eos": True}
+    )
     assert (usage.prompt_tokens, usage.completion_tokens, usage.total_tokens) == (counted, 21, counted + 21)
     assert reason == "length"
 
@@ -71,7 +79,9 @@ def test_sixteen_streams_finish(client, smollm2_server):
 def test_completions_take_token_ids(client, smollm2_server):
     ids = httpx.post(smollm2_server.url + "/tokenize", json={"prompt": "The sky is"}).json()["tokens"]
     from_ids = client.completions.create(model="smollm2-135m", prompt=ids, max_tokens=8, temperature=0, logprobs=2)
-    from_text = client.completions.create(model="smollm2-135m", prompt="The sky is", max_tokens=8, temperature=0, logprobs=2)
+    from_text = client.completions.create(
+        model="smollm2-135m", prompt="The sky is", max_tokens=8, temperature=0, logprobs=2
+    )
     assert from_ids.choices[0].text == from_text.choices[0].text
     assert from_ids.choices[0].logprobs == from_text.choices[0].logprobs
     assert len(from_ids.choices[0].logprobs.token_logprobs) == 8

@@ -35,7 +35,9 @@ def test_neighbours_cache_and_threads_change_no_bit(alone, threads):
     with LLM("smollm2-135m", context=1024, kv_memory="256MiB", threads=threads, step_tokens=48) as llm:
         for params, expected in zip(PARAMS, wanted, strict=True):
             for state in ("cold", "warm"):
-                neighbours = [[rng.randrange(1000, 40000) for _ in range(rng.randrange(1, 120))] for _ in range(NUM_NEIGHBOURS)]
+                neighbours = [
+                    [rng.randrange(1000, 40000) for _ in range(rng.randrange(1, 120))] for _ in range(NUM_NEIGHBOURS)
+                ]
                 mixed = neighbours[:7] + prompts + neighbours[7:]
                 done = llm.generate(mixed, params)[7 : 7 + len(prompts)]
                 assert [bits(d) for d in done] == expected, (threads, state)

@@ -87,7 +87,9 @@ def make_executor(backend: Backend) -> Executor:
     return NativeExecutor() if backend == "native" else ReferenceExecutor()
 
 
-def resolve_engine(model: ModelFile, config: ServeConfig, backend: Backend = "native") -> tuple[ServeConfig, EngineOptions, MemoryPlan]:
+def resolve_engine(
+    model: ModelFile, config: ServeConfig, backend: Backend = "native"
+) -> tuple[ServeConfig, EngineOptions, MemoryPlan]:
     """Fill in the open settings (threads, context, KV memory) and say what the engine will hold.
 
     Raises ConfigError for settings that contradict each other or the model, StartupError if memory does not suffice.
@@ -105,23 +107,26 @@ def resolve_engine(model: ModelFile, config: ServeConfig, backend: Backend = "na
         share = available // AUTO_KV_SHARE
         reason = f"a quarter of {show_bytes(available)} available" if share < most else f"{AUTO_KV_CONTEXTS} contexts"
         config = config.with_auto("kv_memory", min(share, most), reason)
-    assert config.kv_memory is not None and config.threads is not None
-    num_blocks = config.kv_memory // (kv_token * BLOCK_SIZE)
+    kv_memory, threads = config.kv_memory, config.threads
+    assert kv_memory is not None and threads is not None, "filled in above"
+    num_blocks = kv_memory // (kv_token * BLOCK_SIZE)
     pool_tokens = num_blocks * BLOCK_SIZE
     if config.context is None:
         context = min(longest, pool_tokens)
-        config = config.with_auto("context", context, "the model's own maximum" if context == longest else "what the KV memory holds")
+        config = config.with_auto(
+            "context", context, "the model's own maximum" if context == longest else "what the KV memory holds"
+        )
     assert config.context is not None
     if config.context > pool_tokens or pool_tokens < BLOCK_SIZE:
         need = -(-max(config.context, BLOCK_SIZE) // BLOCK_SIZE) * BLOCK_SIZE * kv_token
         raise ConfigError(
-            f"--kv-memory of {show_bytes(config.kv_memory)} holds {pool_tokens} tokens, one context of {config.context} needs {show_bytes(need)}; "
+            f"--kv-memory of {show_bytes(kv_memory)} holds {pool_tokens} tokens, one context of {config.context} needs {show_bytes(need)}; "
             f"give at least --kv-memory {need} or a smaller --context"
         )
 
     options = EngineOptions(
         path=model.path, num_blocks=num_blocks, max_context=config.context, max_rows=config.max_rows, step_tokens=config.step_tokens,
-        num_threads=config.threads, backend=backend,
+        num_threads=threads, backend=backend,
     )  # fmt: skip
     memory = MemoryPlan(
         available_bytes=available, weight_bytes=model.plan.weight_bytes, kv_bytes=num_blocks * BLOCK_SIZE * kv_token,

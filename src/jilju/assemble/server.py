@@ -7,6 +7,7 @@ import hashlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import msgspec
 
@@ -23,7 +24,11 @@ from jilju.view import DIRECTORY as VIEW_DIRECTORY
 
 
 def serve_model(
-    model: ModelFile, config: ServeConfig, *, announce: Callable[[ServeConfig, MemoryPlan], None], on_ready: Callable[[str], None]
+    model: ModelFile,
+    config: ServeConfig,
+    *,
+    announce: Callable[[ServeConfig, MemoryPlan], None],
+    on_ready: Callable[[str], None],
 ) -> int:
     """Plan, announce the plan, load, serve until a signal; returns the exit status. Raises StartupError."""
     check_bind(config.host, config.api_key, config.insecure)
@@ -46,7 +51,12 @@ def make_context(
     defaults = SamplingDefaults()
     if d is not None:
         defaults = SamplingDefaults(
-            temperature=d.temperature, top_p=d.top_p, top_k=d.top_k, min_p=d.min_p, repetition_penalty=d.repetition_penalty, source=d.source
+            temperature=d.temperature,
+            top_p=d.top_p,
+            top_k=d.top_k,
+            min_p=d.min_p,
+            repetition_penalty=d.repetition_penalty,
+            source=d.source,
         )
     return ServerContext(
         model_name=config.served_model_name or model.name, tokenizer=text.tokenizer, template=text.template, client=client,
@@ -66,7 +76,7 @@ def fingerprint(model: ModelFile, options: EngineOptions) -> str:
     if model.entry is not None:
         digest.update(model.entry.sha256.encode())
     else:
-        with open(model.path, "rb") as file:
+        with Path(model.path).open("rb") as file:
             size = file.seek(0, 2)
             first = min(tensor.offset for tensor in model.gguf.tensors.values())
             file.seek(0)

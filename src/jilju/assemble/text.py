@@ -24,7 +24,12 @@ class ModelText(msgspec.Struct, frozen=True):
             return SamplingParams(max_tokens=max_tokens)
         d = self.defaults
         return SamplingParams(
-            temperature=d.temperature, top_p=d.top_p, top_k=d.top_k, min_p=d.min_p, repetition_penalty=d.repetition_penalty, max_tokens=max_tokens
+            temperature=d.temperature,
+            top_p=d.top_p,
+            top_k=d.top_k,
+            min_p=d.min_p,
+            repetition_penalty=d.repetition_penalty,
+            max_tokens=max_tokens,
         )
 
     def end_ids(self, params: SamplingParams) -> tuple[int, ...]:
@@ -41,5 +46,9 @@ def load_text(model: ModelFile) -> ModelText:
         return "" if token_id is None else tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
 
     eos_id = model.gguf.metadata.get("tokenizer.ggml.eos_token_id")
-    template = None if source is None else ChatTemplate(source, bos_token=text_of(tokenizer.bos_id), eos_token=text_of(eos_id))
+    template = (
+        None
+        if source is None
+        else ChatTemplate(source, bos_token=text_of(tokenizer.bos_id), eos_token=text_of(eos_id), file=model.path)
+    )
     return ModelText(tokenizer, template, model.entry.defaults if model.entry else None)

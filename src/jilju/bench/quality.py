@@ -32,12 +32,19 @@ def windows(token_ids: list[int], window: int, bos_id: int | None) -> Iterator[l
 
 
 def measure_quality(
-    engine: Engine, token_ids: list[int], *, window: int = 512, bos_id: int | None = None, progress: Callable[[int, int], None] = lambda done, total: None
+    engine: Engine,
+    token_ids: list[int],
+    *,
+    window: int = 512,
+    bos_id: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quality:
     """Score `token_ids`. Raises InvalidValue if they do not fill one window."""
     parts = list(windows(token_ids, window, bos_id))
     if not parts:
-        raise InvalidValue(f"the text has {len(token_ids)} tokens; at least {window} are needed for one window: give a longer text or a smaller --window")
+        raise InvalidValue(
+            f"the text has {len(token_ids)} tokens; at least {window} are needed for one window: give a longer text or a smaller --window"
+        )
     total, num_scored, running = 0.0, 0, []
     for index, part in enumerate(parts):
         logprobs = score(engine, f"window-{index}", part)
@@ -48,13 +55,20 @@ def measure_quality(
         running.append(math.exp(total / num_scored))
         progress(index + 1, len(parts))
     return Quality(
-        num_text_tokens=len(token_ids), window=window, num_windows=len(parts), num_scored=num_scored, perplexity=running[-1], running=running
+        num_text_tokens=len(token_ids),
+        window=window,
+        num_windows=len(parts),
+        num_scored=num_scored,
+        perplexity=running[-1],
+        running=running,
     )
 
 
 def score(engine: Engine, request_id: str, token_ids: list[int]) -> list[float]:
     """Logprobs of token_ids[1:], each given those before it."""
-    engine.submit(Request(id=request_id, prompt_ids=token_ids, params=SamplingParams(max_tokens=0, seed=0), score_prompt=True))
+    engine.submit(
+        Request(id=request_id, prompt_ids=token_ids, params=SamplingParams(max_tokens=0, seed=0), score_prompt=True)
+    )
     while engine.has_work():
         for event in engine.step():
             if isinstance(event, PromptScored):

@@ -6,6 +6,7 @@ The peer is a program that reads a JSON line per run and answers with one (bench
 """
 
 import json
+import shlex
 import statistics
 import subprocess
 import time
@@ -34,7 +35,9 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 
     def ratio(self, field: str) -> float:
         """Median over pairs of ours / peer."""
-        return statistics.median(getattr(a, field) / getattr(b, field) for a, b in zip(self.ours, self.peer, strict=True))
+        pairs = zip(self.ours, self.peer, strict=True)
+        ratios: list[float] = [getattr(mine, field) / getattr(other, field) for mine, other in pairs]
+        return statistics.median(ratios)
 
 
 def run_ours(engine: Engine, prompt_ids: list[int], num_output: int, run_id: str) -> tuple[float, float]:
@@ -55,15 +58,19 @@ class Peer:
     """A peer engine in a process of its own: one JSON line in, one out, per run; idle in between."""
 
     def __init__(self, python: Path, script: Path, model: Path, num_threads: int):
-        command = [str(python), str(script), str(model), str(num_threads)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self._command = [str(python), str(script), str(model), str(num_threads)]
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
         self.name = str(self._read()["name"])
 
     def _read(self) -> dict[str, object]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise StartupError(f"the peer ended with exit status {self._process.wait()}; run it by hand to see why: {self._process.args}")
+            raise StartupError(
+                f"the peer ended with exit status {self._process.wait()}; run it by hand to see why: {shlex.join(self._command)}"
+            )
         answer: dict[str, object] = json.loads(line)
         return answer
 
@@ -81,7 +88,12 @@ class Peer:
 
 
 def compare(
-    engine: Engine, peer: Peer, prompt_ids: list[int], num_output: int, repeats: int, progress: Callable[[int, int], None]
+    engine: Engine,
+    peer: Peer,
+    prompt_ids: list[int],
+    num_output: int,
+    repeats: int,
+    progress: Callable[[int, int], None],
 ) -> Comparison:
     """`repeats` counted pairs after one warm-up pair, ours and the peer's in turn."""
     ours, theirs = [], []
@@ -105,12 +117,16 @@ def measured(run: Callable[[], tuple[float, float]], also: dict[str, int]) -> Ru
 
 
 def num_cores() -> int:
-    return sum(1 for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu") and line[3].isdigit())
+    return sum(
+        1 for line in Path("/proc/stat").read_text().splitlines() if line.startswith("cpu") and line[3].isdigit()
+    )
 
 
 def machine_busy_s() -> float:
     """Seconds of CPU time spent by everything on this machine, steal included; idle and waiting for disks left out."""
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9])
+    user, nice, system, _idle, _iowait, irq, softirq, steal = map(
+        int, Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
+    )
     return (user + nice + system + irq + softirq + steal) / 100
 
 

@@ -48,8 +48,12 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineClient(Protocol):
-    info: EngineInfo | None  # None until the engine is ready for the first time
-    log: EventLog  # records of steps and requests, of every engine since start
+    log: EventLog  # records of steps, of every engine since start
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """None until the engine is ready for the first time."""
+        ...
 
     async def start(self) -> None:
         """Returns when the engine is ready; raises StartupError with the engine's own message if it cannot load."""
