@@ -48,14 +48,21 @@ def imports_of(tree: ast.Module, path: Path) -> list[tuple[int, str]]:
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package[: len(package) - node.level + 1]) + "." if node.level else ""
             module = base + (node.module or "")
-            found += [(node.lineno, f"{module}.{alias.name}" if module in ("jilju", "jilju.") else module) for alias in node.names]
+            found += [
+                (node.lineno, f"{module}.{alias.name}" if module in ("jilju", "jilju.") else module)
+                for alias in node.names
+            ]
     return found
 
 
 def is_mutable(value: ast.expr) -> bool:
     if isinstance(value, ast.List | ast.Set | ast.ListComp | ast.SetComp):
         return True
-    return isinstance(value, ast.Call) and isinstance(value.func, ast.Name) and value.func.id in {"list", "set", "deque", "defaultdict", "bytearray"}
+    return (
+        isinstance(value, ast.Call)
+        and isinstance(value.func, ast.Name)
+        and value.func.id in {"list", "set", "deque", "defaultdict", "bytearray"}
+    )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(SOURCE)))
@@ -77,7 +84,9 @@ def test_module_is_tidy(path):
         value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
         names = [t.id for t in getattr(node, "targets", [getattr(node, "target", None)]) if isinstance(t, ast.Name)]
         if value is not None and is_mutable(value) and names != ["__all__"]:
-            raise AssertionError(f"{path}:{node.lineno}: {names} is mutable module state; pass it as an argument or make it a tuple")
+            raise AssertionError(
+                f"{path}:{node.lineno}: {names} is mutable module state; pass it as an argument or make it a tuple"
+            )
     globals_ = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Global)]
     assert not globals_, f"{path}:{globals_}: `global` writes module state"
 

@@ -99,7 +99,11 @@ def _parse(option: Option, given: Any, where: str) -> Any:
     """The typed value of one setting as a flag (already a tuple where it repeats) or an environment variable gives it."""
     if option.kind in ("list", "keys"):
         items = tuple(i for i in (given if isinstance(given, tuple) else str(given).split(",")) if i != "")
-        return items if option.kind == "list" else tuple(_parse_key(item, index, where) for index, item in enumerate(items))
+        return (
+            items
+            if option.kind == "list"
+            else tuple(_parse_key(item, index, where) for index, item in enumerate(items))
+        )
     text = str(given)
     if option.kind == "bool":
         if text.lower() not in ("1", "true", "yes", "0", "false", "no"):
@@ -125,13 +129,21 @@ def _parse(option: Option, given: Any, where: str) -> Any:
 
 def _parse_key(item: str, index: int, where: str) -> ApiKey:
     name, separator, secret = item.partition("=")
-    key = ApiKey(name, secret) if separator and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) and secret else ApiKey(f"key{index + 1}", item)
+    key = (
+        ApiKey(name, secret)
+        if separator and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) and secret
+        else ApiKey(f"key{index + 1}", item)
+    )
     if len(key.secret) < 8 or not key.secret.isascii() or not key.secret.isprintable() or " " in key.secret:
-        raise ConfigError(f"{where}: key {key.name} is not usable; a secret has at least 8 printable ASCII characters and no space")
+        raise ConfigError(
+            f"{where}: key {key.name} is not usable; a secret has at least 8 printable ASCII characters and no space"
+        )
     return key
 
 
-def resolve_serve_config(model: str | None, flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> ServeConfig:
+def resolve_serve_config(
+    model: str | None, flags: Mapping[str, Any], environ: Mapping[str, str] = os.environ
+) -> ServeConfig:
     """The config of flags (None or () where not given), environment and defaults. Raises ConfigError."""
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -146,7 +158,10 @@ def resolve_serve_config(model: str | None, flags: Mapping[str, Any], environ: M
         if given is not None and given != () and given is not False:
             values[option.name], origins[option.name] = _parse(option, given, option.flag), option.flag
         elif option.variable in environ:
-            values[option.name], origins[option.name] = _parse(option, environ[option.variable], option.variable), option.variable
+            values[option.name], origins[option.name] = (
+                _parse(option, environ[option.variable], option.variable),
+                option.variable,
+            )
         else:
             origins[option.name] = "default"
     names = [key.name for key in values.get("api_key", ())]

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.model.batches import chunks_of, logits_of
 from tiny_models import (
     GOLDEN,
     MODELS,
@@ -23,6 +22,7 @@ from jilju.model.decoder import build_plan
 from jilju.model.spec import spec_from_gguf
 from jilju.model.weights import load_weights
 from jilju.plan import Limits
+from tests.model.batches import chunks_of, logits_of
 
 GOLDEN_FOLDER = Path(__file__).parents[1] / "golden" / "model"
 TOLERANCE = 2e-5  # of the row's largest logit; both sides are float32 with different orders of summation

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 import uvicorn
-from tests.serve.stub import StubClient, make_context
 
 from jilju import view
 from jilju.config import ApiKey
 from jilju.serve.app import create_app
+from tests.serve.stub import StubClient, make_context
 
 START_S = 20.0
 

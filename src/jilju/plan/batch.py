@@ -51,7 +51,9 @@ class Batch:
     top_ps: np.ndarray  # float32 [num_logits]   1: off
     min_ps: np.ndarray  # float32 [num_logits]   0: off
     repetition_penalties: np.ndarray  # float32 [num_logits]   1: off
-    penalty_starts: np.ndarray  # int32 [num_logits + 1]   ids seen so far of logit row i: penalty_ids[starts[i]:starts[i+1]]
+    penalty_starts: (
+        np.ndarray
+    )  # int32 [num_logits + 1]   ids seen so far of logit row i: penalty_ids[starts[i]:starts[i+1]]
     penalty_ids: np.ndarray  # int32 [...]   duplicates allowed: an id is penalised once
     banned_starts: np.ndarray  # int32 [num_logits + 1]   ids that must not be sampled, same layout
     banned_ids: np.ndarray  # int32 [...]
@@ -86,4 +88,6 @@ class StepResult:
     logprobs: np.ndarray  # float32 [num_logits]   of token_ids
     top_ids: np.ndarray  # int32 [num_logits, MAX_TOP]   most probable first, ties to the lowest id; -1 beyond num_top
     top_logprobs: np.ndarray  # float32 [num_logits, MAX_TOP]
-    finite: np.ndarray  # bool [num_logits]   False: a logit was NaN or infinite; the other fields of the row mean nothing
+    finite: (
+        np.ndarray
+    )  # bool [num_logits]   False: a logit was NaN or infinite; the other fields of the row mean nothing

@@ -65,15 +65,21 @@ class Plan(msgspec.Struct, frozen=True):
                     raise ValueError(f"{where}: buffer {value.buffer} does not exist, the plan has {len(self.buffers)}")
                 buffer = self.buffers[value.buffer]
                 if value.offset < 0 or value.width < 1 or value.offset + value.width > buffer.width:
-                    raise ValueError(f"{where}: columns [{value.offset}, {value.offset + value.width}) leave a buffer of width {buffer.width}")
+                    raise ValueError(
+                        f"{where}: columns [{value.offset}, {value.offset + value.width}) leave a buffer of width {buffer.width}"
+                    )
                 if value.rows != buffer.rows:
                     raise ValueError(f"{where}: value of {value.rows} rows in a buffer of {buffer.rows} rows")
             for value in op.reads:
                 if not _covered(spans.get(value.buffer, []), value.offset, value.offset + value.width):
-                    raise ValueError(f"{where}: reads columns [{value.offset}, {value.offset + value.width}) of buffer {value.buffer} before they are written")
+                    raise ValueError(
+                        f"{where}: reads columns [{value.offset}, {value.offset + value.width}) of buffer {value.buffer} before they are written"
+                    )
             for weight in op.weights:
                 if names.setdefault(weight.name, weight) != weight:
-                    raise ValueError(f"{where}: weight {weight.name} is used with two shapes: {names[weight.name]} and {weight}")
+                    raise ValueError(
+                        f"{where}: weight {weight.name} is used with two shapes: {names[weight.name]} and {weight}"
+                    )
             _check_shapes(where, op, self)
             if isinstance(op, Attention):
                 if op.layer in layers:
@@ -82,7 +88,9 @@ class Plan(msgspec.Struct, frozen=True):
             for value in op.writes:
                 spans.setdefault(value.buffer, []).append((value.offset, value.offset + value.width))
         if layers != set(range(self.kv.num_layers)):
-            raise ValueError(f"attention layers are {sorted(layers)}, the KV cache has layers 0..{self.kv.num_layers - 1}")
+            raise ValueError(
+                f"attention layers are {sorted(layers)}, the KV cache has layers 0..{self.kv.num_layers - 1}"
+            )
         if not self.ops or not isinstance(self.ops[-1], Sample):
             raise ValueError("the last op must be sample")
 
@@ -102,31 +110,58 @@ def _check_shapes(where: str, op: Op, plan: Plan) -> None:
 
     match op:
         case Embed():
-            require(op.table.num_inputs == op.out.width, f"rows of {op.table.num_inputs} columns into width {op.out.width}")
-            require(op.table.num_outputs == plan.vocab_size, f"{op.table.num_outputs} rows for a vocabulary of {plan.vocab_size}")
+            require(
+                op.table.num_inputs == op.out.width, f"rows of {op.table.num_inputs} columns into width {op.out.width}"
+            )
+            require(
+                op.table.num_outputs == plan.vocab_size,
+                f"{op.table.num_outputs} rows for a vocabulary of {plan.vocab_size}",
+            )
         case RmsNorm():
             require(op.x.width == op.out.width, f"width {op.x.width} into {op.out.width}")
-            require(op.weight.num_outputs == 1 and op.x.width % op.weight.num_inputs == 0, f"weight of {op.weight.num_inputs} for width {op.x.width}")
+            require(
+                op.weight.num_outputs == 1 and op.x.width % op.weight.num_inputs == 0,
+                f"weight of {op.weight.num_inputs} for width {op.x.width}",
+            )
         case Linear():
-            require(all(w.num_inputs == op.x.width for w in op.parts), f"inputs {[w.num_inputs for w in op.parts]} for width {op.x.width}")
-            require(sum(w.num_outputs for w in op.parts) == op.out.width, f"outputs {[w.num_outputs for w in op.parts]} into width {op.out.width}")
+            require(
+                all(w.num_inputs == op.x.width for w in op.parts),
+                f"inputs {[w.num_inputs for w in op.parts]} for width {op.x.width}",
+            )
+            require(
+                sum(w.num_outputs for w in op.parts) == op.out.width,
+                f"outputs {[w.num_outputs for w in op.parts]} into width {op.out.width}",
+            )
             biases = [w.num_inputs for w in op.biases]
-            require(not biases or biases == [w.num_outputs for w in op.parts], f"biases {biases} do not match the parts")
+            require(
+                not biases or biases == [w.num_outputs for w in op.parts], f"biases {biases} do not match the parts"
+            )
             require(op.add_to is None or op.add_to == op.out, "add_to must be the value that is written")
         case Rope():
-            require(op.head_dim % 2 == 0 and op.x.width % op.head_dim == 0, f"heads of {op.head_dim} in width {op.x.width}")
+            require(
+                op.head_dim % 2 == 0 and op.x.width % op.head_dim == 0, f"heads of {op.head_dim} in width {op.x.width}"
+            )
         case Attention():
             require(op.num_heads % op.num_kv_heads == 0, f"{op.num_heads} query heads over {op.num_kv_heads} KV heads")
-            require((op.num_kv_heads, op.head_dim) == (plan.kv.num_kv_heads, plan.kv.head_dim), "KV heads differ from the cache's")
+            require(
+                (op.num_kv_heads, op.head_dim) == (plan.kv.num_kv_heads, plan.kv.head_dim),
+                "KV heads differ from the cache's",
+            )
             widths = [op.q.width, op.k.width, op.v.width, op.out.width]
             wanted = [n * op.head_dim for n in (op.num_heads, op.num_kv_heads, op.num_kv_heads, op.num_heads)]
             require(widths == wanted, f"widths {widths} of q, k, v, out, wanted {wanted}")
         case Glu():
             require(op.x.width == 2 * op.out.width, f"width {op.x.width} into {op.out.width}")
         case TakeRows():
-            require(op.x.width == op.out.width and op.out.rows == "logits", f"width {op.x.width} into {op.out.width} of {op.out.rows}")
+            require(
+                op.x.width == op.out.width and op.out.rows == "logits",
+                f"width {op.x.width} into {op.out.width} of {op.out.rows}",
+            )
         case Sample():
-            require(op.logits.width == plan.vocab_size, f"logits of width {op.logits.width} for a vocabulary of {plan.vocab_size}")
+            require(
+                op.logits.width == plan.vocab_size,
+                f"logits of width {op.logits.width} for a vocabulary of {plan.vocab_size}",
+            )
 
 
 class PlanBuilder:
@@ -152,7 +187,9 @@ class PlanBuilder:
         self._ops.append(RmsNorm(x, weight, eps, out))
         return out
 
-    def linear(self, x: Value, *parts: WeightSpec, biases: tuple[WeightSpec, ...] = (), add_to: Value | None = None) -> Value:
+    def linear(
+        self, x: Value, *parts: WeightSpec, biases: tuple[WeightSpec, ...] = (), add_to: Value | None = None
+    ) -> Value:
         out = add_to if add_to is not None else self._new(x.rows, sum(w.num_outputs for w in parts))
         self._ops.append(Linear(x, parts, out, biases, add_to))
         return out
@@ -220,5 +257,7 @@ def _share_buffers(plan: Plan) -> Plan:
     def moved(value: object) -> object:
         return msgspec.structs.replace(value, buffer=home[value.buffer]) if isinstance(value, Value) else value
 
-    ops = tuple(msgspec.structs.replace(op, **{f: moved(getattr(op, f)) for f in op.__struct_fields__}) for op in plan.ops)
+    ops = tuple(
+        msgspec.structs.replace(op, **{f: moved(getattr(op, f)) for f in op.__struct_fields__}) for op in plan.ops
+    )
     return Plan(ops, tuple(physical), plan.kv, plan.vocab_size)
