@@ -116,8 +116,7 @@ Status Model::create(Program program, const ModelLimits& limits, const KernelSet
     for (size_t i = 0; i < p.buffers.size(); at += workspace.buffers[i++]) p.buffers[i].data = at;
     for (size_t i = 0; i < p.rope_tables.size(); at += workspace.rope[i++]) model->step_.rope.push_back(at);
     model->step_.partials = at;
-    model->scratch_ = at + workspace.partials;
-    model->scratch_floats_ = kernels.scratch_floats(p);
+    float* const scratch = at + workspace.partials;
 
     const int64_t tokens = tile_tokens(limits);
     model->step_.segments.reserve(tokens);
@@ -127,7 +126,7 @@ Status Model::create(Program program, const ModelLimits& limits, const KernelSet
     model->step_.units.reserve(tokens + max_partials(p, limits));
     model->step_.program = &p;
 
-    const Status status = Pool::create(limits.num_threads, &model->pool_);
+    const Status status = Pool::create(limits.num_threads, scratch, kernels.scratch_floats(p), &model->pool_);
     if (!status.ok()) return status;
     *out = std::move(model);
     return {};
@@ -182,11 +181,13 @@ Status Model::run(const BatchView& batch, const ResultView& result) {
     if (!status.ok()) return status;
     step_.batch = batch;
     step_.result = result;
-    row_ = row_offset_ = next_logit_ = 0;
+    row_ = row_offset_ = 0;
     const int64_t begin = now_ns();
     int64_t in_ops = 0;
     for (const int64_t ns : profile.ns) in_ops += ns;
-    pool_->run([](void* self, int thread_index) { static_cast<Model*>(self)->run_thread(thread_index); }, this);
+    pool_->begin_step();
+    run_tiles();
+    pool_->end_step();
     if (profile.enabled) {
         for (const int64_t ns : profile.ns) in_ops -= ns;
         profile.ns[kNumOpKinds] += now_ns() - begin + in_ops;
@@ -235,50 +236,40 @@ void Model::begin_tile(int64_t first_token, int64_t num_tokens) {
             step_.units.push_back({static_cast<int>(s), q, count, 0, ceil_div(segment.start + q + count, kKeySplit), -1});
         }
     }
-    tile_logits_end_ = next_logit_;
-    while (tile_logits_end_ < b.num_logits && b.logit_tokens[tile_logits_end_] < first_token + num_tokens) ++tile_logits_end_;
 }
 
-// All threads walk through the tiles and ops together; thread 0 lays out what comes next, between two barriers.
-void Model::run_thread(int thread_index) {
-    Worker worker{pool_.get(), thread_index, scratch_ + thread_index * scratch_floats_};
-    const auto alone = [&](auto&& body) {
-        if (thread_index == 0) body();
-        pool_->barrier();
-    };
-    const int64_t num_tokens = step_.batch.num_tokens;
-    for (int64_t first = 0; first < num_tokens; first += kTileTokens) {
-        alone([&] { begin_tile(first, std::min(kTileTokens, num_tokens - first)); });
-        kernels_.rope_tables(step_, worker);
-        for (size_t i = 0; i < program_.first_logit_op; ++i) run_op(program_.ops[i], worker);
-        for (;;) {
-            alone([&] {
-                step_.first_logit = next_logit_;
-                step_.num_logits = std::min(kTileLogits, tile_logits_end_ - next_logit_);
-                next_logit_ += step_.num_logits;
-            });
-            if (step_.num_logits == 0) break;
-            for (size_t i = program_.first_logit_op; i < program_.ops.size(); ++i) run_op(program_.ops[i], worker);
+void Model::run_tiles() {
+    const BatchView& batch = step_.batch;
+    int64_t next_logit = 0;
+    for (int64_t first = 0; first < batch.num_tokens; first += kTileTokens) {
+        begin_tile(first, std::min(kTileTokens, batch.num_tokens - first));
+        kernels_.rope_tables(step_, *pool_);
+        for (size_t i = 0; i < program_.first_logit_op; ++i) run_op(program_.ops[i]);
+        int64_t end = next_logit;
+        while (end < batch.num_logits && batch.logit_tokens[end] < first + step_.num_tokens) ++end;
+        while (next_logit < end) {
+            step_.first_logit = next_logit;
+            step_.num_logits = std::min(kTileLogits, end - next_logit);
+            for (size_t i = program_.first_logit_op; i < program_.ops.size(); ++i) run_op(program_.ops[i]);
+            next_logit += step_.num_logits;
         }
-        pool_->barrier();  // nobody lays out the next tile while another still reads num_logits
     }
 }
 
-void Model::run_op(const Op& op, Worker& worker) {
-    const bool timed = profile.enabled && worker.index == 0;
-    const int64_t begin = timed ? now_ns() : 0;
+void Model::run_op(const Op& op) {
+    const int64_t begin = profile.enabled ? now_ns() : 0;
     std::visit(Overloaded{
-                   [&](const EmbedOp& o) { kernels_.embed(o, step_, worker); },
-                   [&](const RmsNormOp& o) { kernels_.rms_norm(o, step_, worker); },
-                   [&](const LinearOp& o) { kernels_.linear(o, step_, worker); },
-                   [&](const RopeOp& o) { kernels_.rope(o, step_, worker); },
-                   [&](const AttentionOp& o) { kernels_.attention(o, step_, worker); },
-                   [&](const GluOp& o) { kernels_.glu(o, step_, worker); },
-                   [&](const TakeRowsOp& o) { kernels_.take_rows(o, step_, worker); },
-                   [&](const SampleOp& o) { kernels_.sample(o, step_, worker); },
+                   [&](const EmbedOp& o) { kernels_.embed(o, step_, *pool_); },
+                   [&](const RmsNormOp& o) { kernels_.rms_norm(o, step_, *pool_); },
+                   [&](const LinearOp& o) { kernels_.linear(o, step_, *pool_); },
+                   [&](const RopeOp& o) { kernels_.rope(o, step_, *pool_); },
+                   [&](const AttentionOp& o) { kernels_.attention(o, step_, *pool_); },
+                   [&](const GluOp& o) { kernels_.glu(o, step_, *pool_); },
+                   [&](const TakeRowsOp& o) { kernels_.take_rows(o, step_, *pool_); },
+                   [&](const SampleOp& o) { kernels_.sample(o, step_, *pool_); },
                },
                op);
-    if (timed) profile.ns[op.index()] += now_ns() - begin;
+    if (profile.enabled) profile.ns[op.index()] += now_ns() - begin;
 }
 
 }  // namespace jilju

@@ -60,19 +60,16 @@ private:
     Model(Program program, const ModelLimits& limits, const KernelSet& kernels) : program_(std::move(program)), limits_(limits), kernels_(kernels) {}
     Status check(const BatchView& batch) const;
     void begin_tile(int64_t first_token, int64_t num_tokens);
-    void run_thread(int thread_index);
-    void run_op(const Op& op, Worker& worker);
+    void run_tiles();
+    void run_op(const Op& op);
 
     Program program_;
     const ModelLimits limits_;
     const KernelSet& kernels_;
-    std::unique_ptr<Pool> pool_;
     Memory kv_memory_, workspace_memory_;
-    int64_t scratch_floats_ = 0;
-    float* scratch_ = nullptr;
+    std::unique_ptr<Pool> pool_;
     Step step_{};
     int64_t row_ = 0, row_offset_ = 0;  // where the next tile begins: row, and tokens of it that are done
-    int64_t next_logit_ = 0, tile_logits_end_ = 0;
 };
 
 }  // namespace jilju

@@ -1,5 +1,6 @@
 #include "pool.h"
 
+#include <string>
 #include <system_error>
 
 #if defined(__x86_64__)
@@ -11,7 +12,9 @@ namespace {
 
 // A pause is ~40 cycles on Zen: 1000 of them are ~15 us, more than a phase's tail and less than a scheduler's slice.
 constexpr int kSpinsBeforeYield = 1000;
-constexpr int kSpinsBeforePark = 2500;  // ~30 us after a step: a decode loop comes back within that, an idle server does not
+constexpr int kSpinsBeforePark = 3000;  // ~40 us after a step
+constexpr uint64_t kClosed = 0xffffffff;  // the tile number that no phase has
+constexpr unsigned kMxcsr = 0x1f80;     // round to nearest, subnormals kept, no traps
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -21,84 +24,114 @@ inline void pause() {
 #endif
 }
 
+inline unsigned swap_mxcsr([[maybe_unused]] unsigned value) {
+#if defined(__x86_64__)
+    const unsigned before = _mm_getcsr();
+    _mm_setcsr(value);
+    return before;
+#else
+    return 0;
+#endif
+}
+
 }  // namespace
 
-Status Pool::create(int num_threads, std::unique_ptr<Pool>* out) {
-    std::unique_ptr<Pool> pool(new Pool(num_threads));
+Status Pool::create(int num_threads, float* scratch, int64_t scratch_floats, std::unique_ptr<Pool>* out) {
+    std::unique_ptr<Pool> pool(new Pool(num_threads, scratch, scratch_floats));
     try {
         for (int i = 1; i < num_threads; ++i) pool->threads_.emplace_back([p = pool.get(), i] { p->work(i); });
     } catch (const std::system_error& error) {
-        return Status::no_memory("cannot start thread " + std::to_string(pool->threads_.size() + 1) + " of " +
-                                 std::to_string(num_threads) + ": " + error.what() + "; ask for fewer threads");
+        return Status::no_memory("cannot start thread " + std::to_string(pool->threads_.size() + 1) + " of " + std::to_string(num_threads) + ": " +
+                                 error.what());
     }
     *out = std::move(pool);
     return {};
 }
 
 Pool::~Pool() {
-    stop_ = true;
-    epoch_.fetch_add(1, std::memory_order_release);
+    stop_.store(true);
+    epoch_.fetch_add(2);
     epoch_.notify_all();
     for (std::thread& thread : threads_) thread.join();
 }
 
-void Pool::run(Function function, void* context) {
-    function_ = function;
-    context_ = context;
-    if (num_threads_ > 1) {
-        epoch_.fetch_add(1, std::memory_order_release);
-        epoch_.notify_all();
-    }
-    run_with_default_rounding(0);
-    barrier();
+void Pool::begin_step() {
+    saved_mxcsr_ = swap_mxcsr(kMxcsr);
+    if (num_threads_ == 1) return;
+    epoch_.fetch_add(1, std::memory_order_release);
+    epoch_.notify_all();
 }
 
-void Pool::work(int thread_index) {
-    int seen = 0;
-    for (;;) {
-        for (int spins = 0; epoch_.load(std::memory_order_acquire) == seen;) {
-            if (++spins < kSpinsBeforePark) {
-                pause();
-            } else {
-                epoch_.wait(seen, std::memory_order_acquire);
-            }
-        }
-        ++seen;  // one at a time: run() returns only when every worker has finished the epoch before
-        if (stop_) return;
-        run_with_default_rounding(thread_index);
-        barrier();
-    }
+void Pool::end_step() {
+    if (num_threads_ > 1) epoch_.fetch_add(1, std::memory_order_release);
+    swap_mxcsr(saved_mxcsr_);
 }
 
-// Every thread computes under the same MXCSR (round to nearest, subnormals kept); the caller's own comes back afterwards.
-void Pool::run_with_default_rounding(int thread_index) {
-#if defined(__x86_64__)
-    const unsigned before = _mm_getcsr();
-    _mm_setcsr(0x1f80);
-    function_(context_, thread_index);
-    _mm_setcsr(before);
-#else
-    function_(context_, thread_index);
-#endif
-}
-
-void Pool::barrier() {
-    if (num_threads_ == 1) {
-        next_tile_.store(0, std::memory_order_relaxed);
+void Pool::run(Function function, void* context, int64_t num_tiles) {
+    if (num_threads_ == 1 || num_tiles <= 1) {
+        for (int64_t tile = 0; tile < num_tiles; ++tile) function(context, tile, scratch_);
         return;
     }
-    const int phase = phase_.load(std::memory_order_relaxed);
-    if (num_arrived_.fetch_add(1, std::memory_order_acq_rel) == num_threads_ - 1) {
-        num_arrived_.store(0, std::memory_order_relaxed);
-        next_tile_.store(0, std::memory_order_relaxed);
-        phase_.store(phase + 1, std::memory_order_release);
-        return;
-    }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase;) {
+    // Close the last phase before its job changes: who reads any part of the new job then cannot take a tile of the old one.
+    const uint64_t last = next_.load(std::memory_order_relaxed);
+    next_.store(last | kClosed, std::memory_order_relaxed);
+    const uint32_t phase = static_cast<uint32_t>(last >> 32) + 1;
+    function_.store(function, std::memory_order_release);
+    context_.store(context, std::memory_order_release);
+    num_tiles_.store(num_tiles, std::memory_order_release);
+    num_done_.store(0, std::memory_order_relaxed);
+    next_.store(uint64_t{phase} << 32, std::memory_order_release);
+    take_tiles(phase, 0);
+    for (int spins = 0; num_done_.load(std::memory_order_acquire) != num_tiles;) {
         if (++spins < kSpinsBeforeYield) {
             pause();
         } else {
             std::this_thread::yield();
+        }
+    }
+}
+
+void Pool::take_tiles(uint32_t phase, int thread_index) {
+    const Function function = function_.load(std::memory_order_acquire);
+    void* const context = context_.load(std::memory_order_acquire);
+    const int64_t num_tiles = num_tiles_.load(std::memory_order_acquire);
+    float* const scratch = scratch_ + thread_index * scratch_floats_;
+    int64_t num_taken = 0;
+    uint64_t next = next_.load(std::memory_order_acquire);
+    while (next >> 32 == phase && static_cast<int64_t>(next & kClosed) < num_tiles) {
+        // Success means that the phase is not over, hence that what was read above is this phase's job.
+        if (!next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+        function(context, static_cast<int64_t>(next & kClosed), scratch);
+        ++num_taken;
+        next = next_.load(std::memory_order_acquire);
+    }
+    if (num_taken) num_done_.fetch_add(num_taken, std::memory_order_acq_rel);
+}
+
+void Pool::work(int thread_index) {
+    swap_mxcsr(kMxcsr);
+    uint32_t seen = 0;
+    int spins = 0;
+    while (!stop_.load(std::memory_order_relaxed)) {
+        const uint32_t phase = static_cast<uint32_t>(next_.load(std::memory_order_acquire) >> 32);
+        if (phase != seen) {
+            take_tiles(phase, thread_index);
+            seen = phase;
+            spins = 0;
+            continue;
+        }
+        if (++spins < kSpinsBeforeYield) {
+            pause();
+            continue;
+        }
+        const int epoch = epoch_.load(std::memory_order_acquire);
+        if (epoch % 2) {
+            std::this_thread::yield();
+        } else if (spins < kSpinsBeforePark) {
+            pause();
+        } else if (!stop_.load(std::memory_order_relaxed)) {
+            epoch_.wait(epoch, std::memory_order_acquire);
+            spins = 0;
         }
     }
 }

@@ -1,14 +1,16 @@
-// Pool: num_threads - 1 workers and the calling thread run one function together, in phases.
+// Pool: num_threads - 1 workers that help the calling thread through the phases of a step.
 //
-// A step is one `run`: every thread executes the same function; inside it, `for_tiles` hands out the tiles of a phase from
-// an atomic counter and ends in a barrier. Threads spin inside a step (and yield after a while, for the machine is shared);
-// between steps the workers park on an atomic wait, so that an idle pool uses no CPU. Knows nothing of models.
+// The caller walks through a step; `for_tiles` hands the tiles of one phase to whoever is awake, from an atomic counter,
+// and returns when all are done. Nobody waits for a thread that holds no tile: if the system takes a worker away between
+// phases, the others go on. Workers spin inside a step (yielding after a while, for the machine is shared) and park on an
+// atomic wait between steps, so that an idle pool uses no CPU. Knows nothing of models.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "status.h"
@@ -17,49 +19,46 @@ namespace jilju {
 
 class Pool {
 public:
-    using Function = void (*)(void* context, int thread_index);
-
-    static Status create(int num_threads, std::unique_ptr<Pool>* out);
+    // Every thread has `scratch_floats` floats of `scratch` for itself.
+    static Status create(int num_threads, float* scratch, int64_t scratch_floats, std::unique_ptr<Pool>* out);
     ~Pool();
     Pool(const Pool&) = delete;
     Pool& operator=(const Pool&) = delete;
 
     int num_threads() const { return num_threads_; }
 
-    // Run function(context, i) on every thread i, the caller being 0. Returns when all have returned.
-    void run(Function function, void* context);
+    // Around a step: wakes the workers; all threads compute under the same MXCSR, the caller's own comes back at the end.
+    void begin_step();
+    void end_step();
 
-    // Inside run: the next tile of this phase, and the end of a phase. Every thread must reach every barrier.
-    int64_t next_tile() { return next_tile_.fetch_add(1, std::memory_order_relaxed); }
-    void barrier();
+    // body(tile, scratch) for every tile in [0, num_tiles), in any order, on any thread.
+    template <class Body>
+    void for_tiles(int64_t num_tiles, Body&& body) {
+        using Plain = std::remove_reference_t<Body>;
+        run([](void* context, int64_t tile, float* scratch) { (*static_cast<Plain*>(context))(tile, scratch); }, const_cast<std::remove_const_t<Plain>*>(&body), num_tiles);
+    }
 
 private:
-    explicit Pool(int num_threads) : num_threads_(num_threads) {}
+    using Function = void (*)(void* context, int64_t tile, float* scratch);
+
+    Pool(int num_threads, float* scratch, int64_t scratch_floats) : num_threads_(num_threads), scratch_(scratch), scratch_floats_(scratch_floats) {}
+    void run(Function function, void* context, int64_t num_tiles);
+    void take_tiles(uint32_t phase, int thread_index);
     void work(int thread_index);
-    void run_with_default_rounding(int thread_index);
 
     const int num_threads_;
+    float* const scratch_;
+    const int64_t scratch_floats_;
     std::vector<std::thread> threads_;
-    Function function_ = nullptr;
-    void* context_ = nullptr;
-    bool stop_ = false;
-    alignas(64) std::atomic<int> epoch_{0};         // one more each run: what parked workers wait for
-    alignas(64) std::atomic<int> phase_{0};         // one more each barrier
-    alignas(64) std::atomic<int> num_arrived_{0};   // threads at this barrier
-    alignas(64) std::atomic<int64_t> next_tile_{0};
+    unsigned saved_mxcsr_ = 0;
+    std::atomic<bool> stop_{false};
+    // The phase's job. A thread that read it has a right to it only once it has taken a tile of that phase from next_.
+    std::atomic<Function> function_{nullptr};
+    std::atomic<void*> context_{nullptr};
+    std::atomic<int64_t> num_tiles_{0};
+    alignas(64) std::atomic<uint64_t> next_{0};   // phase << 32 | next tile
+    alignas(64) std::atomic<int64_t> num_done_{0};
+    alignas(64) std::atomic<int> epoch_{0};       // odd inside a step; what parked workers wait for
 };
-
-// What a thread brings along to every op of a step.
-struct Worker {
-    Pool* pool;
-    int index;
-    float* scratch;  // this thread's own floats, Model::scratch_floats of them, 64-byte aligned
-};
-
-template <class Body>
-inline void for_tiles(Worker& worker, int64_t num_tiles, Body&& body) {
-    for (int64_t tile; (tile = worker.pool->next_tile()) < num_tiles;) body(tile);
-    worker.pool->barrier();
-}
 
 }  // namespace jilju

@@ -99,20 +99,20 @@ struct Step {
     int64_t rows(const Value& v) const { return v.logits ? num_logits : num_tokens; }
 };
 
-// What one ISA offers. Every thread of the pool calls the same op with its own Worker; an op ends in a barrier.
+// What one ISA offers. An op gives its tiles to the pool and returns when they are done.
 struct KernelSet {
     const char* name;
     int64_t (*scratch_floats)(const Program&);  // of one thread
     int64_t (*queries_per_unit)(int group);
-    void (*rope_tables)(Step&, Worker&);
-    void (*embed)(const EmbedOp&, Step&, Worker&);
-    void (*rms_norm)(const RmsNormOp&, Step&, Worker&);
-    void (*linear)(const LinearOp&, Step&, Worker&);
-    void (*rope)(const RopeOp&, Step&, Worker&);
-    void (*attention)(const AttentionOp&, Step&, Worker&);
-    void (*glu)(const GluOp&, Step&, Worker&);
-    void (*take_rows)(const TakeRowsOp&, Step&, Worker&);
-    void (*sample)(const SampleOp&, Step&, Worker&);
+    void (*rope_tables)(Step&, Pool&);
+    void (*embed)(const EmbedOp&, Step&, Pool&);
+    void (*rms_norm)(const RmsNormOp&, Step&, Pool&);
+    void (*linear)(const LinearOp&, Step&, Pool&);
+    void (*rope)(const RopeOp&, Step&, Pool&);
+    void (*attention)(const AttentionOp&, Step&, Pool&);
+    void (*glu)(const GluOp&, Step&, Pool&);
+    void (*take_rows)(const TakeRowsOp&, Step&, Pool&);
+    void (*sample)(const SampleOp&, Step&, Pool&);
     // probes, for tests and micro-benchmarks
     void (*unpack)(const Weight&, int64_t row, float* out);
     void (*exp)(const float* x, float* out, int64_t n);

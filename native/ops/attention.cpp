@@ -266,18 +266,18 @@ int64_t attention_scratch_floats(int group, int64_t head_dim, int64_t padded) {
     return Scratch(nullptr, rows, head_dim, padded).end - static_cast<float*>(nullptr);
 }
 
-void attention(const AttentionOp& op, Step& step, Worker& worker) {
+void attention(const AttentionOp& op, Step& step, Pool& pool) {
     const int64_t heads = step.program->num_kv_heads, num_units = static_cast<int64_t>(step.units.size());
-    for_tiles(worker, step.num_tokens, [&](int64_t t) { write_token(op, step, t); });
+    pool.for_tiles(step.num_tokens, [&](int64_t t, float*) { write_token(op, step, t); });
     // last units first: they see the most keys, and what is left at the end should be small
-    for_tiles(worker, num_units * heads, [&](int64_t i) {
+    pool.for_tiles(num_units * heads, [&](int64_t i, float* scratch) {
         const int64_t unit = num_units - 1 - i / heads;
-        run_unit(op, step, step.units[unit], i % heads, worker.scratch);
+        run_unit(op, step, step.units[unit], i % heads, scratch);
     });
     if (step.num_partials == 0) return;
-    for_tiles(worker, num_units * heads, [&](int64_t i) {
+    pool.for_tiles(num_units * heads, [&](int64_t i, float* scratch) {
         const AttentionUnit& unit = step.units[i / heads];
-        if (unit.partial >= 0 && unit.split_begin == 0) join_unit(op, step, i / heads, i % heads, worker.scratch);
+        if (unit.partial >= 0 && unit.split_begin == 0) join_unit(op, step, i / heads, i % heads, scratch);
     });
 }
 

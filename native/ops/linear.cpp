@@ -194,7 +194,7 @@ void gemm(const Weight& w, int64_t first, int64_t count, const float* x, int64_t
 
 int64_t linear_scratch_floats() { return kStrip * (kMaxBlockK + 8) + kGroup * kMaxTileRows * 8; }
 
-void linear(const LinearOp& op, Step& step, Worker& worker) {
+void linear(const LinearOp& op, Step& step, Pool& pool) {
     const Program& program = *step.program;
     const int64_t num_rows = step.rows(op.x);
     const bool few = num_rows <= kMaxGemvRows;
@@ -210,7 +210,7 @@ void linear(const LinearOp& op, Step& step, Worker& worker) {
     int64_t num_groups = 0;
     for (const int part : op.parts) num_groups += ceil_div(program.weights[part].num_outputs, group_of(program.weights[part]));
 
-    for_tiles(worker, num_groups * num_tiles, [&](int64_t unit) {
+    pool.for_tiles(num_groups * num_tiles, [&](int64_t unit, float* scratch) {
         const int64_t row = unit / num_groups * rows_per_tile;
         int64_t group = unit % num_groups, offset = 0;
         size_t part = 0;
@@ -228,7 +228,7 @@ void linear(const LinearOp& op, Step& step, Worker& worker) {
         if (few) {
             with_format(w.format, [&]<class F>() { gemv_rows<F>(w, first, count, step.at(op.x, 0), step.stride(op.x), num_rows, out); });
         } else {
-            gemm(w, first, count, step.at(op.x, row), step.stride(op.x), min_int(rows_per_tile, num_rows - row), out, worker.scratch);
+            gemm(w, first, count, step.at(op.x, row), step.stride(op.x), min_int(rows_per_tile, num_rows - row), out, scratch);
         }
     });
 }

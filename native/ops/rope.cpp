@@ -9,9 +9,9 @@
 namespace jilju::JILJU_ISA {
 
 // step.rope[table] [token][cos[half], sin[half]]
-void rope_tables(Step& step, Worker& worker) {
+void rope_tables(Step& step, Pool& pool) {
     const auto& tables = step.program->rope_tables;
-    for_tiles(worker, step.num_tokens, [&](int64_t t) {
+    pool.for_tiles(step.num_tokens, [&](int64_t t, float*) {
         for (size_t i = 0; i < tables.size(); ++i) {
             const int64_t half = tables[i].head_dim / 2;
             float* cosines = step.rope[i] + t * 2 * half;
@@ -24,9 +24,9 @@ void rope_tables(Step& step, Worker& worker) {
     });
 }
 
-void rope(const RopeOp& op, Step& step, Worker& worker) {
+void rope(const RopeOp& op, Step& step, Pool& pool) {
     const int64_t half = op.head_dim / 2;
-    for_tiles(worker, step.num_tokens, [&](int64_t t) {
+    pool.for_tiles(step.num_tokens, [&](int64_t t, float*) {
         const float* cosines = step.rope[op.table] + t * 2 * half;
         const float* sines = cosines + half;
         float* row = step.at(op.x, t);

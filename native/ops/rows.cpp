@@ -7,9 +7,9 @@
 namespace jilju::JILJU_ISA {
 
 // out[t] = table[token_ids[t]] * scale        out [tokens, D]
-void embed(const EmbedOp& op, Step& step, Worker& worker) {
+void embed(const EmbedOp& op, Step& step, Pool& pool) {
     const Weight& table = step.program->weights[op.table];
-    for_tiles(worker, step.num_tokens, [&](int64_t t) {
+    pool.for_tiles(step.num_tokens, [&](int64_t t, float*) {
         float* out = step.at(op.out, t);
         unpack_row(table, step.token_ids[t], out);
         if (op.scale != 1.0f)
@@ -18,11 +18,11 @@ void embed(const EmbedOp& op, Step& step, Worker& worker) {
 }
 
 // out = x / sqrt(mean(x^2) + eps) * weight, per head of weight's width        x, out [rows, heads * width]
-void rms_norm(const RmsNormOp& op, Step& step, Worker& worker) {
+void rms_norm(const RmsNormOp& op, Step& step, Pool& pool) {
     const std::vector<float>& weight = step.program->vectors[op.weight];
     const int64_t width = static_cast<int64_t>(weight.size()), whole = width / 8 * 8;
     const int tail = static_cast<int>(width % 8);
-    for_tiles(worker, step.rows(op.x), [&](int64_t row) {
+    pool.for_tiles(step.rows(op.x), [&](int64_t row, float*) {
         for (int64_t head = 0; head < op.x.width; head += width) {
             const float* x = step.at(op.x, row) + head;
             float* out = step.at(op.out, row) + head;
@@ -37,10 +37,10 @@ void rms_norm(const RmsNormOp& op, Step& step, Worker& worker) {
 }
 
 // out = silu(gate) * up        x = [gate | up] [rows, 2F], out [rows, F]
-void glu(const GluOp& op, Step& step, Worker& worker) {
+void glu(const GluOp& op, Step& step, Pool& pool) {
     constexpr int64_t kColumns = 2048;
     const int64_t width = op.out.width, pieces = ceil_div(width, kColumns);
-    for_tiles(worker, step.rows(op.x) * pieces, [&](int64_t unit) {
+    pool.for_tiles(step.rows(op.x) * pieces, [&](int64_t unit, float*) {
         const int64_t row = unit / pieces, begin = unit % pieces * kColumns, end = min_int(begin + kColumns, width);
         const float* gate = step.at(op.x, row);
         const float* up = gate + width;
@@ -54,8 +54,8 @@ void glu(const GluOp& op, Step& step, Worker& worker) {
 }
 
 // out[i] = x[logit_tokens[i]]        x [tokens, D], out [logits, D]
-void take_rows(const TakeRowsOp& op, Step& step, Worker& worker) {
-    for_tiles(worker, step.num_logits, [&](int64_t i) {
+void take_rows(const TakeRowsOp& op, Step& step, Pool& pool) {
+    pool.for_tiles(step.num_logits, [&](int64_t i, float*) {
         const int64_t token = step.batch.logit_tokens[step.first_logit + i] - step.first_token;
         std::memcpy(step.at(op.out, i), step.at(op.x, token), static_cast<size_t>(op.x.width) * sizeof(float));
     });

@@ -286,10 +286,10 @@ void sample_row(const float* logits, int64_t vocab, const BatchView& batch, int6
 
 int64_t sample_scratch_floats(int64_t vocab) { return 2 * kNumBuckets + 4 * vocab + kNumBuckets + vocab / 32 + 1; }
 
-void sample(const SampleOp& op, Step& step, Worker& worker) {
+void sample(const SampleOp& op, Step& step, Pool& pool) {
     const int64_t vocab = step.program->vocab_size;
-    for_tiles(worker, step.num_logits, [&](int64_t i) {
-        sample_row(step.at(op.logits, i), vocab, step.batch, step.first_logit + i, step.result, Scratch(worker.scratch, vocab));
+    pool.for_tiles(step.num_logits, [&](int64_t i, float* scratch) {
+        sample_row(step.at(op.logits, i), vocab, step.batch, step.first_logit + i, step.result, Scratch(scratch, vocab));
     });
 }
 

@@ -43,15 +43,15 @@ JILJU_INLINE int64_t min_int(int64_t a, int64_t b) { return a < b ? a : b; }
 JILJU_INLINE int64_t max_int(int64_t a, int64_t b) { return a > b ? a : b; }
 JILJU_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-void rope_tables(Step&, Worker&);
-void embed(const EmbedOp&, Step&, Worker&);
-void rms_norm(const RmsNormOp&, Step&, Worker&);
-void linear(const LinearOp&, Step&, Worker&);
-void rope(const RopeOp&, Step&, Worker&);
-void attention(const AttentionOp&, Step&, Worker&);
-void glu(const GluOp&, Step&, Worker&);
-void take_rows(const TakeRowsOp&, Step&, Worker&);
-void sample(const SampleOp&, Step&, Worker&);
+void rope_tables(Step&, Pool&);
+void embed(const EmbedOp&, Step&, Pool&);
+void rms_norm(const RmsNormOp&, Step&, Pool&);
+void linear(const LinearOp&, Step&, Pool&);
+void rope(const RopeOp&, Step&, Pool&);
+void attention(const AttentionOp&, Step&, Pool&);
+void glu(const GluOp&, Step&, Pool&);
+void take_rows(const TakeRowsOp&, Step&, Pool&);
+void sample(const SampleOp&, Step&, Pool&);
 
 void unpack_row(const Weight&, int64_t row, float* out);
 int64_t linear_scratch_floats();
