@@ -398,17 +398,14 @@ def models() -> None:
     from jilju.assemble.engine import show_bytes
     from jilju.model import sources
 
-    table = Table(box=None, pad_edge=False)
-    for heading in ("name", "size", "licence", "cached", "sampling defaults", "their source"):
-        table.add_column(heading)
     for listed in sources.list_models():
         entry, d = listed.entry, listed.entry.defaults
-        settings = f"temperature {d.temperature:g}, top_p {d.top_p:g}, top_k {d.top_k}, repetition_penalty {d.repetition_penalty:g}"
-        name = entry.name + (" (default)" if entry.name == DEFAULT_MODEL else "")
-        table.add_row(
-            name, show_bytes(entry.num_bytes), entry.licence, "yes" if listed.cached else "no", settings, d.source
+        click.echo(f"{entry.name}{' (default)' if entry.name == DEFAULT_MODEL else ''}")
+        click.echo(
+            f"    {entry.title}, {show_bytes(entry.num_bytes)}, {entry.licence}, {'cached' if listed.cached else 'not fetched yet'}"
         )
-    Console(highlight=False).print(table)
+        filters = f"top_p {d.top_p:g}, top_k {d.top_k}, repetition_penalty {d.repetition_penalty:g}"
+        click.echo(f"    samples with temperature {d.temperature:g}, {filters} ({d.source})")
     click.echo(f"cache: {sources.cache_dir()}  (JILJU_CACHE names another)\nAny other GGUF file is given by its path.")
 
 

@@ -1,0 +1,113 @@
+"""The command line as a user types it: in a process of its own, with a model that is at hand."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.system.conftest import needs_smollm2
+
+
+def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "jilju", *arguments], input=stdin, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(
+    "command", [(), ("serve",), ("chat",), ("generate",), ("tokenize",), ("pull",), ("models",), ("bench",)]
+)
+def test_help_is_there_and_shows_examples(command):
+    done = run(*command, "--help")
+    assert done.returncode == 0
+    assert "Usage:" in done.stdout
+    assert command in (("models",), ("bench",)) or "Example" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("serve", "no-such-model"), ["no-such-model", "smollm2-135m", ".gguf"]),
+        (("serve", "smollm2-135m", "--port", "99999"), ["--port", "65535"]),
+        (("serve", "smollm2-135m", "--host", "0.0.0.0"), ["--host", "--api-key", "--insecure"]),
+        (("generate", "x", "-m", "/no/such/file.gguf"), ["/no/such/file.gguf"]),
+        (("pull", "no-such-model"), ["no-such-model", "smollm2-135m"]),
+    ],
+)  # fmt: skip
+def test_an_error_is_one_line_without_a_traceback(arguments, words):
+    done = run(*arguments)
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("jilju: ")
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_a_file_that_is_no_model_is_named(tmp_path):
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(b"GGUF" + bytes(20))
+    done = run("generate", "x", "-m", str(path))
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert str(path) in done.stderr
+    assert "allowed" in done.stderr
+
+
+def test_unknown_flags_are_refused():
+    done = run("serve", "--turbo")
+    assert done.returncode == 2
+    assert "--turbo" in done.stderr
+
+
+@needs_smollm2
+def test_tokenize_prints_pieces_and_ids():
+    done = run("tokenize", "-m", "smollm2-135m", "나는 오늘 학교에 간다")
+    assert done.returncode == 0
+    rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
+    raw = b"".join(
+        bytes.fromhex("".join(row[row.index(row_id) + 1 :])) for row in rows for row_id in [row[-1 - _hex_count(row)]]
+    )
+    assert raw.decode() == "나는 오늘 학교에 간다"
+    assert f"{len(rows)} tokens, 12 characters, 30 bytes" in done.stdout
+
+
+def _hex_count(row: list[str]) -> int:
+    """Trailing two-digit hex columns of a row, the bytes; the id stands before them."""
+    count = 0
+    while (
+        len(row) - count > 1
+        and len(row[-1 - count]) == 2
+        and all(c in "0123456789abcdef" for c in row[-1 - count])
+        and count < len(row) - 3
+    ):
+        count += 1
+    return count
+
+
+@needs_smollm2
+def test_generate_is_repeatable_and_reads_standard_input():
+    arguments = ("generate", "-m", "smollm2-135m", "--max-tokens", "8", "--temperature", "0")
+    first, second = run(*arguments, "The sky is"), run(*arguments, "-", stdin="The sky is")
+    assert first.returncode == second.returncode == 0
+    assert first.stdout == second.stdout != "\n"
+    assert "3 tokens in, 8 out, ended by length" in first.stderr
+
+
+@needs_smollm2
+def test_chat_answers_line_by_line():
+    done = run(
+        "chat", "smollm2-135m", "--max-tokens", "6", "--temperature", "0", "--context", "512", stdin="Hi\n/new\nHi\n"
+    )
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.strip().splitlines()
+    assert len(answers) == 2
+    assert answers[0] == answers[1], "after /new the conversation starts over"
+
+
+@needs_smollm2
+def test_models_lists_names_sizes_and_sources():
+    done = run("models")
+    assert done.returncode == 0
+    assert "smollm2-135m" in done.stdout
+    assert "qwen2.5-coder-0.5b (default)" in done.stdout
+    assert "cache:" in done.stdout

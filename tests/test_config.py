@@ -1,0 +1,71 @@
+"""Configuration: order of sources, origins, and refusals that say what is allowed."""
+
+import pytest
+
+from jilju.config import SERVE_OPTIONS, ApiKey, ServeConfig, parse_bytes, resolve_serve_config, usable_cores
+from jilju.errors import ConfigError
+
+
+def test_flag_beats_variable_beats_default():
+    config = resolve_serve_config(None, {"port": "1234"}, {"JILJU_PORT": "9", "JILJU_MAX_ROWS": "7"})
+    assert (config.port, config.max_rows, config.step_tokens) == (1234, 7, ServeConfig().step_tokens)
+    assert [config.origins[n] for n in ("port", "max_rows", "step_tokens")] == ["--port", "JILJU_MAX_ROWS", "default"]
+
+
+def test_every_setting_has_an_origin_and_a_field():
+    config = resolve_serve_config(None, {}, {})
+    assert set(config.origins) == {"model"} | {option.name for option in SERVE_OPTIONS}
+    assert all(hasattr(config, option.name) for option in SERVE_OPTIONS)
+
+
+def test_with_auto_makes_a_new_config():
+    config = resolve_serve_config(None, {"threads": "auto"}, {})
+    assert config.threads is None
+    filled = config.with_auto("threads", 2, "cores")
+    assert (filled.threads, filled.origins["threads"], config.threads) == (2, "auto: cores", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("1", 1), ("512MiB", 512 << 20), ("2GiB", 2 << 30), ("1.5 GB", 1_500_000_000), ("10k", 10_000), ("3 kib", 3072)],
+)
+def test_bytes(text, count):
+    assert parse_bytes(text, "--kv-memory") == count
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"port": "65536"}, ["--port", "65536", "0 to 65535"]),
+        ({"port": "eighty"}, ["--port", "eighty"]),
+        ({"max_rows": "0"}, ["--max-rows", "1 to 256"]),
+        ({"kv_memory": "-1GiB"}, ["--kv-memory", "-1GiB", "512MiB"]),
+        ({"kv_memory": "1e999"}, ["--kv-memory"]),
+        ({"threads": "9" * 30}, ["--threads", "auto"]),
+        ({"log_format": "xml"}, ["--log-format", "text, json"]),
+        ({"host": ""}, ["--host", "empty"]),
+        ({"api_key": ("short",)}, ["--api-key", "8 printable"]),
+        ({"api_key": ("a=12345678", "a=87654321")}, ["distinct"]),
+    ],
+)
+def test_refusals_name_flag_given_and_allowed(flags, words):
+    with pytest.raises(ConfigError) as caught:
+        resolve_serve_config(None, flags, {})
+    assert all(word in caught.value.message for word in words), caught.value.message
+
+
+def test_a_secret_is_never_in_a_refusal():
+    with pytest.raises(ConfigError) as caught:
+        resolve_serve_config(None, {"api_key": ("team=se cret-words",)}, {})
+    assert "cret-words" not in caught.value.message
+
+
+def test_keys_have_names():
+    config = resolve_serve_config(None, {"api_key": ("team=12345678", "no-name-but-long")}, {})
+    assert config.api_key == (ApiKey("team", "12345678"), ApiKey("key2", "no-name-but-long"))
+
+
+def test_cores_are_those_of_the_affinity():
+    cores, reason = usable_cores()
+    assert cores >= 1
+    assert reason
