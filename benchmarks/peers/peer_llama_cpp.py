@@ -18,7 +18,7 @@ def main(model: str, num_threads: int) -> None:
     llm = Llama(
         model, n_ctx=2048, n_batch=512, n_ubatch=512, n_threads=num_threads, n_threads_batch=num_threads, verbose=False
     )
-    print(json.dumps({"name": f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"}), flush=True)
+    print(json.dumps({"name": "llama.cpp"}), flush=True)
 
     def newest_token() -> int:
         logits = llama_cpp.llama_get_logits_ith(llm.ctx, -1)
