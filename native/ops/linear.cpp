@@ -14,7 +14,9 @@ constexpr int64_t kMaxBlockK = 1024; // a longer K runs in blocks of kBlockK, th
 constexpr int64_t kBlockK = 512;     // a multiple of every format's block; a strip of it is 8 KiB, a quarter of L1
 constexpr int64_t kMaxTileRows = 144;
 constexpr int64_t kTileBytes = 288 << 10;    // of activations: with the chains (1 KiB a row) they fit an L2 of 512 KiB
-constexpr int64_t kMaxGemvRows = 4;
+constexpr int64_t kMaxGemvRows = 4;         // more rows than this are cheaper through a strip
+constexpr int64_t kMaxGemvRowsInParts = 2;  // of formats in parts, whose unpacking needs more registers
+
 constexpr int64_t kGemvBytes = 32 << 10;     // of weights in a GEMV work unit: some microseconds
 
 // The results of 4 outputs for one row, joined with bias and residual, in this order.
@@ -54,17 +56,27 @@ void gemv(const Weight& w, int64_t first, int64_t count, const float* x, int64_t
             const float* xb = x + b * F::kElements;
 #pragma GCC unroll 16
             for (int64_t line = 0; line < kOutputs * F::kBytes; line += 64) prefetch(next + b * kOutputs * F::kBytes + line);
-#pragma GCC unroll 4
-            for (int r = 0; r < kOutputs; ++r) {
-                F::unpack(weights[r] + b * F::kBytes, [&](int i, F32 v) {
+            const auto sink_of = [&](int r) {
+                return [&, r](int i, F32 v) {
 #pragma GCC unroll 4
                     for (int c = 0; c < kRows; ++c) acc[r][c] = fma(v, load(xb + c * x_stride + 8 * i), acc[r][c]);
+                };
+            };
+            if constexpr (F::kParts == 1) {
+#pragma GCC unroll 4
+                for (int r = 0; r < kOutputs; ++r) unpack_block<F>(weights[r] + b * F::kBytes, sink_of(r));
+            } else {  // the same part of every output after one another, so that their chains take turns
+                typename F::Shared shared[kOutputs];
+                for (int r = 0; r < kOutputs; ++r) shared[r] = F::prepare(weights[r] + b * F::kBytes);
+                for_parts<F>([&]<int j>() {
+#pragma GCC unroll 4
+                    for (int r = 0; r < kOutputs; ++r) F::template part<j>(weights[r] + b * F::kBytes, shared[r], sink_of(r));
                 });
             }
         }
         if constexpr (F::kElements == 8) {
             for (int r = 0; r < kOutputs && tail; ++r) {
-                F::unpack(TailBlock<F>(weights[r], w.num_inputs).bytes, [&](int, F32 v) {
+                unpack_block<F>(TailBlock<F>(weights[r], w.num_inputs).bytes, [&](int, F32 v) {
                     for (int c = 0; c < kRows; ++c) acc[r][c] = fma(v, load_n(x + c * x_stride + num_blocks * 8, tail), acc[r][c]);
                 });
             }
@@ -100,11 +112,11 @@ void unpack_strip(const Weight& w, int64_t first, int64_t count, int64_t begin, 
         for (; k + F::kElements <= end; k += F::kElements) {
 #pragma GCC unroll 4
             for (int line = 0; line < F::kBytes; line += 64) prefetch(row + kStrip * w.row_bytes + k / F::kElements * F::kBytes + line);
-            F::unpack(row + k / F::kElements * F::kBytes, [&](int i, F32 v) { store(to + 8 * kStrip * i, v); });
+            unpack_block<F>(row + k / F::kElements * F::kBytes, [&](int i, F32 v) { store(to + 8 * kStrip * i, v); });
             to += kStrip * F::kElements;
         }
         if constexpr (F::kElements == 8) {
-            if (k < end) F::unpack(TailBlock<F>(row, w.num_inputs).bytes, [&](int, F32 v) { store(to, v); });
+            if (k < end) unpack_block<F>(TailBlock<F>(row, w.num_inputs).bytes, [&](int, F32 v) { store(to, v); });
         }
     }
 }
@@ -162,6 +174,7 @@ void tile(const float* strip, const float* x, int64_t x_stride, Block k, float* 
 }
 
 // `count` outputs from `first` for `num_rows` rows.
+template <class F>
 void gemm(const Weight& w, int64_t first, int64_t count, const float* x, int64_t x_stride, int64_t num_rows, const Output& out, float* scratch) {
     float* strip = scratch;
     float* chains = scratch + kStrip * (kMaxBlockK + 8);
@@ -170,7 +183,7 @@ void gemm(const Weight& w, int64_t first, int64_t count, const float* x, int64_t
         const Block part{k, min_int(k + block, w.num_inputs), k == 0, k + block >= w.num_inputs};
         for (int64_t n = 0; n < count; n += kStrip) {
             const int outputs = static_cast<int>(min_int(kStrip, count - n));
-            with_format(w.format, [&]<class F>() { unpack_strip<F>(w, first + n, outputs, part.begin, part.end, strip); });
+            unpack_strip<F>(w, first + n, outputs, part.begin, part.end, strip);
             for (int64_t row = 0; row < num_rows;) {
                 float* kept = chains + (n / kStrip * num_rows + row) * kStrip * 8;
                 const float* from = x + row * x_stride;
@@ -225,11 +238,14 @@ void linear(const LinearOp& op, Step& step, Pool& pool) {
         const int64_t size = group_of(w), first = group * size, count = min_int(size, w.num_outputs - first);
         const float* bias = op.biases.empty() ? nullptr : program.vectors[op.biases[part]].data();
         const Output out{step.at(op.out, row) + offset, step.stride(op.out), bias, op.add_to};
-        if (few) {
-            with_format(w.format, [&]<class F>() { gemv_rows<F>(w, first, count, step.at(op.x, 0), step.stride(op.x), num_rows, out); });
-        } else {
-            gemm(w, first, count, step.at(op.x, row), step.stride(op.x), min_int(rows_per_tile, num_rows - row), out, scratch);
-        }
+        const int64_t rows_here = min_int(rows_per_tile, num_rows - row);
+        with_format(w.format, [&]<class F>() {
+            if (few && num_rows <= (F::kParts == 1 ? kMaxGemvRows : kMaxGemvRowsInParts)) {
+                gemv_rows<F>(w, first, count, step.at(op.x, 0), step.stride(op.x), num_rows, out);
+            } else {
+                gemm<F>(w, first, count, step.at(op.x, row), step.stride(op.x), rows_here, out, scratch);
+            }
+        });
     });
 }
 
@@ -238,10 +254,10 @@ void unpack_row(const Weight& w, int64_t row, float* out) {
     with_format(w.format, [&]<class F>() {
         const int64_t num_blocks = w.num_inputs / F::kElements;
         for (int64_t b = 0; b < num_blocks; ++b)
-            F::unpack(from + b * F::kBytes, [&](int i, F32 v) { store(out + b * F::kElements + 8 * i, v); });
+            unpack_block<F>(from + b * F::kBytes, [&](int i, F32 v) { store(out + b * F::kElements + 8 * i, v); });
         if constexpr (F::kElements == 8) {
             const int tail = static_cast<int>(w.num_inputs % 8);
-            if (tail) F::unpack(TailBlock<F>(from, w.num_inputs).bytes, [&](int, F32 v) { store_n(out + num_blocks * 8, v, tail); });
+            if (tail) unpack_block<F>(TailBlock<F>(from, w.num_inputs).bytes, [&](int, F32 v) { store_n(out + num_blocks * 8, v, tail); });
         }
     });
 }

@@ -1,12 +1,16 @@
 // Unpack: one block of each number format to float32, in the order of the row, eight values at a time.
 //
-// A format's `unpack(block, sink)` calls sink(i, values) for the i-th eight. Both users, the GEMV (values go straight into
-// an FMA) and the GEMM (values go to a buffer), run these same operations, so that a weight has one value everywhere.
+// A block is cut in parts of at most 32 columns: `prepare(block)` reads what its parts share, `part<j>(block, shared, sink)`
+// calls sink(i, values) for each eight of part j, i counting within the block, ascending. Both users, the GEMV (values go
+// straight into an FMA, the same part of several rows after one another) and the GEMM (values go to a buffer), run these
+// same operations, so that a weight has one value everywhere.
 // Layouts: the public GGUF documentation of ggml's types; the values equal formats/quants.py bit for bit (every product of
-// a scale and an integer here is exact in float32, and a min is added with one rounding).
+// a scale and an integer here is exact in float32 or rounded once, and a min is added with one rounding).
 #pragma once
 
 #include "simd.h"
+
+#include <utility>
 
 namespace jilju::JILJU_ISA {
 
@@ -19,67 +23,89 @@ JILJU_INLINE void affine(int i, B16 q, F32 d, F32 m, Sink&& sink) {
 }
 
 struct FormatF32 {
-    static constexpr int kElements = 8, kBytes = 32;
-    template <class Sink>
-    JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) { sink(0, load(reinterpret_cast<const float*>(p))); }
+    static constexpr int kElements = 8, kBytes = 32, kParts = 1;
+    struct Shared {};
+    JILJU_INLINE static Shared prepare(const uint8_t*) { return {}; }
+    template <int, class Sink>
+    JILJU_INLINE static void part(const uint8_t* p, const Shared&, Sink&& sink) { sink(0, load(reinterpret_cast<const float*>(p))); }
 };
 struct FormatF16 {
-    static constexpr int kElements = 8, kBytes = 16;
-    template <class Sink>
-    JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) { sink(0, load_f16(reinterpret_cast<const uint16_t*>(p))); }
+    static constexpr int kElements = 8, kBytes = 16, kParts = 1;
+    struct Shared {};
+    JILJU_INLINE static Shared prepare(const uint8_t*) { return {}; }
+    template <int, class Sink>
+    JILJU_INLINE static void part(const uint8_t* p, const Shared&, Sink&& sink) { sink(0, load_f16(reinterpret_cast<const uint16_t*>(p))); }
 };
 struct FormatBF16 {
-    static constexpr int kElements = 8, kBytes = 16;
-    template <class Sink>
-    JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) { sink(0, load_bf16(reinterpret_cast<const uint16_t*>(p))); }
+    static constexpr int kElements = 8, kBytes = 16, kParts = 1;
+    struct Shared {};
+    JILJU_INLINE static Shared prepare(const uint8_t*) { return {}; }
+    template <int, class Sink>
+    JILJU_INLINE static void part(const uint8_t* p, const Shared&, Sink&& sink) { sink(0, load_bf16(reinterpret_cast<const uint16_t*>(p))); }
 };
-struct FormatQ4_0 {  // d, nibbles; columns 0..15 in the low ones, 16..31 in the high ones; d * (q - 8)
-    static constexpr int kElements = 32, kBytes = 18;
-    template <class Sink>
-    JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        const F32 d = set1_half(p), m = mul(d, set1(-8.0f));
-        const B16 q = load_b16(p + 2);
-        affine(0, and_b16(q, 15), d, m, sink);
-        affine(2, field_b16(q, 4, 15, 0), d, m, sink);
-    }
+
+struct ScaleAndOffset {
+    F32 d, m;
+};
+JILJU_INLINE ScaleAndOffset symmetric(const uint8_t* p, float zero_point) {
+    const F32 d = set1_half(p);
+    return {d, mul(d, set1(-zero_point))};
+}
+JILJU_INLINE ScaleAndOffset asymmetric(const uint8_t* p) {
+    ScaleAndOffset s;
+    set1_halves(p, &s.d, &s.m);
+    return s;
+}
+
+// Of 32-column blocks, in whose 16 bytes the low nibbles are columns 0..15 and the high ones 16..31.
+template <class Sink>
+JILJU_INLINE void four_bits(const uint8_t* nibbles, const ScaleAndOffset& s, Sink&& sink) {
+    const B16 q = load_b16(nibbles);
+    affine(0, and_b16(q, 15), s.d, s.m, sink);
+    affine(2, field_b16(q, 4, 15, 0), s.d, s.m, sink);
+}
+template <class Sink>
+JILJU_INLINE void five_bits(const uint8_t* high, const uint8_t* nibbles, const ScaleAndOffset& s, Sink&& sink) {
+    B16 low_half, high_half;
+    five_bits_b16(high, nibbles, &low_half, &high_half);
+    affine(0, low_half, s.d, s.m, sink);
+    affine(2, high_half, s.d, s.m, sink);
+}
+
+struct FormatQ4_0 {  // d, nibbles; d * (q - 8)
+    static constexpr int kElements = 32, kBytes = 18, kParts = 1;
+    using Shared = ScaleAndOffset;
+    JILJU_INLINE static Shared prepare(const uint8_t* p) { return symmetric(p, 8.0f); }
+    template <int, class Sink>
+    JILJU_INLINE static void part(const uint8_t* p, const Shared& s, Sink&& sink) { four_bits(p + 2, s, sink); }
 };
 struct FormatQ4_1 {  // d, m, nibbles; d * q + m
-    static constexpr int kElements = 32, kBytes = 20;
-    template <class Sink>
-    JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        F32 d, m;
-        set1_halves(p, &d, &m);
-        const B16 q = load_b16(p + 4);
-        affine(0, and_b16(q, 15), d, m, sink);
-        affine(2, field_b16(q, 4, 15, 0), d, m, sink);
-    }
+    static constexpr int kElements = 32, kBytes = 20, kParts = 1;
+    using Shared = ScaleAndOffset;
+    JILJU_INLINE static Shared prepare(const uint8_t* p) { return asymmetric(p); }
+    template <int, class Sink>
+    JILJU_INLINE static void part(const uint8_t* p, const Shared& s, Sink&& sink) { four_bits(p + 4, s, sink); }
 };
 struct FormatQ5_0 {  // d, 32 fifth bits, nibbles; d * (q - 16)
-    static constexpr int kElements = 32, kBytes = 22;
-    template <class Sink>
-    JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        const F32 d = set1_half(p), m = mul(d, set1(-16.0f));
-        const B16 q = load_b16(p + 6);
-        affine(0, or_b16(and_b16(q, 15), bits_b16(p + 2, 16)), d, m, sink);
-        affine(2, or_b16(field_b16(q, 4, 15, 0), bits_b16(p + 4, 16)), d, m, sink);
-    }
+    static constexpr int kElements = 32, kBytes = 22, kParts = 1;
+    using Shared = ScaleAndOffset;
+    JILJU_INLINE static Shared prepare(const uint8_t* p) { return symmetric(p, 16.0f); }
+    template <int, class Sink>
+    JILJU_INLINE static void part(const uint8_t* p, const Shared& s, Sink&& sink) { five_bits(p + 2, p + 6, s, sink); }
 };
 struct FormatQ5_1 {  // d, m, 32 fifth bits, nibbles; d * q + m
-    static constexpr int kElements = 32, kBytes = 24;
-    template <class Sink>
-    JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        F32 d, m;
-        set1_halves(p, &d, &m);
-        const B16 q = load_b16(p + 8);
-        affine(0, or_b16(and_b16(q, 15), bits_b16(p + 4, 16)), d, m, sink);
-        affine(2, or_b16(field_b16(q, 4, 15, 0), bits_b16(p + 6, 16)), d, m, sink);
-    }
+    static constexpr int kElements = 32, kBytes = 24, kParts = 1;
+    using Shared = ScaleAndOffset;
+    JILJU_INLINE static Shared prepare(const uint8_t* p) { return asymmetric(p); }
+    template <int, class Sink>
+    JILJU_INLINE static void part(const uint8_t* p, const Shared& s, Sink&& sink) { five_bits(p + 4, p + 8, s, sink); }
 };
 struct FormatQ8_0 {  // d, signed bytes; d * q
-    static constexpr int kElements = 32, kBytes = 34;
-    template <class Sink>
-    JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        const F32 d = set1_half(p);
+    static constexpr int kElements = 32, kBytes = 34, kParts = 1;
+    using Shared = F32;
+    JILJU_INLINE static Shared prepare(const uint8_t* p) { return set1_half(p); }
+    template <int, class Sink>
+    JILJU_INLINE static void part(const uint8_t* p, const Shared& d, Sink&& sink) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) sink(i, mul(load_i8(p + 2 + 8 * i), d));
     }
@@ -89,6 +115,7 @@ struct FormatQ8_0 {  // d, signed bytes; d * q
 // four whose low four bits lie in the last four bytes and whose top bits lie above the first eight.
 struct ScalesK {
     alignas(32) float d[8], m[8];
+    JILJU_INLINE ScalesK() {}
     JILJU_INLINE explicit ScalesK(const uint8_t* p) {
         uint32_t a, b, c;
         std::memcpy(&a, p + 4, 4);
@@ -105,68 +132,67 @@ struct ScalesK {
 };
 
 struct FormatQ4_K {  // d, dmin, scales, nibbles; per 64 columns 32 bytes, low nibbles first; d*s*q - dmin*m
-    static constexpr int kElements = 256, kBytes = 144;
-    template <class Sink>
-    JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        const ScalesK s(p);
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; ++j) {
-            const B16 a = load_b16(p + 16 + 32 * j), b = load_b16(p + 32 + 32 * j);
-            const F32 d0 = set1(s.d[2 * j]), m0 = set1(s.m[2 * j]), d1 = set1(s.d[2 * j + 1]), m1 = set1(s.m[2 * j + 1]);
-            affine(8 * j, and_b16(a, 15), d0, m0, sink);
-            affine(8 * j + 2, and_b16(b, 15), d0, m0, sink);
-            affine(8 * j + 4, field_b16(a, 4, 15, 0), d1, m1, sink);
-            affine(8 * j + 6, field_b16(b, 4, 15, 0), d1, m1, sink);
-        }
+    static constexpr int kElements = 256, kBytes = 144, kParts = 8;
+    using Shared = ScalesK;
+    JILJU_INLINE static Shared prepare(const uint8_t* p) { return ScalesK(p); }
+    template <int j, class Sink>
+    JILJU_INLINE static void part(const uint8_t* p, const Shared& s, Sink&& sink) {
+        const uint8_t* nibbles = p + 16 + j / 2 * 32;
+        const F32 d = set1(s.d[j]), m = set1(s.m[j]);
+        affine(4 * j, field_b16(load_b16(nibbles), j % 2 * 4, 15, 0), d, m, sink);
+        affine(4 * j + 2, field_b16(load_b16(nibbles + 16), j % 2 * 4, 15, 0), d, m, sink);
     }
 };
-struct FormatQ5_K {  // as Q4_K, with 32 bytes whose bit i is the fifth bit of the i-th 32 columns
-    static constexpr int kElements = 256, kBytes = 176;
-    template <class Sink>
-    JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        const ScalesK s(p);
-        const B16 h0 = load_b16(p + 16), h1 = load_b16(p + 32);
-        const auto part = [&]<int j>() {
-            const B16 a = load_b16(p + 48 + 32 * j), b = load_b16(p + 64 + 32 * j);
-            const F32 d0 = set1(s.d[2 * j]), m0 = set1(s.m[2 * j]), d1 = set1(s.d[2 * j + 1]), m1 = set1(s.m[2 * j + 1]);
-            affine(8 * j, or_b16(and_b16(a, 15), field_b16(h0, 2 * j, 1, 4)), d0, m0, sink);
-            affine(8 * j + 2, or_b16(and_b16(b, 15), field_b16(h1, 2 * j, 1, 4)), d0, m0, sink);
-            affine(8 * j + 4, or_b16(field_b16(a, 4, 15, 0), field_b16(h0, 2 * j + 1, 1, 4)), d1, m1, sink);
-            affine(8 * j + 6, or_b16(field_b16(b, 4, 15, 0), field_b16(h1, 2 * j + 1, 1, 4)), d1, m1, sink);
-        };
-        part.template operator()<0>();
-        part.template operator()<1>();
-        part.template operator()<2>();
-        part.template operator()<3>();
+struct FormatQ5_K {  // as Q4_K, with 32 bytes whose bit j is the fifth bit of the j-th 32 columns
+    static constexpr int kElements = 256, kBytes = 176, kParts = 8;
+    using Shared = ScalesK;
+    JILJU_INLINE static Shared prepare(const uint8_t* p) { return ScalesK(p); }
+    template <int j, class Sink>
+    JILJU_INLINE static void part(const uint8_t* p, const Shared& s, Sink&& sink) {
+        const uint8_t* nibbles = p + 48 + j / 2 * 32;
+        const F32 d = set1(s.d[j]), m = set1(s.m[j]);
+        const B16 high[2] = {field_b16(load_b16(p + 16), j, 1, 4), field_b16(load_b16(p + 32), j, 1, 4)};
+        affine(4 * j, or_b16(field_b16(load_b16(nibbles), j % 2 * 4, 15, 0), high[0]), d, m, sink);
+        affine(4 * j + 2, or_b16(field_b16(load_b16(nibbles + 16), j % 2 * 4, 15, 0), high[1]), d, m, sink);
     }
 };
 struct FormatQ6_K {  // 128 bytes of nibbles, 64 of bit pairs, 16 signed scales, d; d*s*(q - 32), a scale per 16 columns
-    static constexpr int kElements = 256, kBytes = 210;
-    template <class Sink>
-    JILJU_INLINE static void unpack(const uint8_t* p, Sink&& sink) {
-        alignas(32) float scales[16];
+    static constexpr int kElements = 256, kBytes = 210, kParts = 8;
+    struct Shared {
+        alignas(32) float d[16];
+    };
+    JILJU_INLINE static Shared prepare(const uint8_t* p) {
+        Shared s;
         const F32 d = set1_half(p + 208);
-        store(scales, mul(load_i8(p + 192), d));
-        store(scales + 8, mul(load_i8(p + 200), d));
+        store(s.d, mul(load_i8(p + 192), d));
+        store(s.d + 8, mul(load_i8(p + 200), d));
+        return s;
+    }
+    // Per 128 columns four parts, from 64 bytes of nibbles (parts 0 and 2, 1 and 3 share theirs) and 32 bytes of bit pairs.
+    template <int j, class Sink>
+    JILJU_INLINE static void part(const uint8_t* p, const Shared& s, Sink&& sink) {
+        constexpr int run = j % 4;
+        const uint8_t* nibbles = p + j / 4 * 64 + run % 2 * 32;
+        const uint8_t* pairs = p + 128 + j / 4 * 32;
 #pragma GCC unroll 2
-        for (int n = 0; n < 2; ++n) {  // 128 columns: four runs of 32, each from 32 nibbles and one pair of bits
-            const uint8_t* low = p + 64 * n;
-            const uint8_t* high = p + 128 + 32 * n;
-#pragma GCC unroll 2
-            for (int h = 0; h < 2; ++h) {  // the first or second 16 columns of each run
-                const B16 a = load_b16(low + 16 * h), b = load_b16(low + 32 + 16 * h), top = load_b16(high + 16 * h);
-                const auto run = [&](int i, B16 q) {
-                    const F32 scale = set1(scales[8 * n + 2 * i + h]);
-                    affine(16 * n + 4 * i + 2 * h, q, scale, mul(scale, set1(-32.0f)), sink);
-                };
-                run(0, or_b16(and_b16(a, 15), field_b16(top, 0, 3, 4)));
-                run(1, or_b16(and_b16(b, 15), field_b16(top, 2, 3, 4)));
-                run(2, or_b16(field_b16(a, 4, 15, 0), field_b16(top, 4, 3, 4)));
-                run(3, or_b16(field_b16(b, 4, 15, 0), field_b16(top, 6, 3, 4)));
-            }
+        for (int h = 0; h < 2; ++h) {
+            const B16 q = or_b16(field_b16(load_b16(nibbles + 16 * h), run / 2 * 4, 15, 0), field_b16(load_b16(pairs + 16 * h), 2 * run, 3, 4));
+            const F32 d = set1(s.d[2 * j + h]);
+            affine(4 * j + 2 * h, q, d, mul(d, set1(-32.0f)), sink);
         }
     }
 };
+
+// body.operator()<j>() for every part of a block, ascending.
+template <class F, class Body>
+JILJU_INLINE void for_parts(Body&& body) {
+    [&]<int... j>(std::integer_sequence<int, j...>) { (body.template operator()<j>(), ...); }(std::make_integer_sequence<int, F::kParts>());
+}
+template <class F, class Sink>
+JILJU_INLINE void unpack_block(const uint8_t* p, Sink&& sink) {
+    const typename F::Shared shared = F::prepare(p);
+    for_parts<F>([&]<int j>() { F::template part<j>(p, shared, sink); });
+}
 
 template <class Body>
 JILJU_INLINE void with_format(Format format, Body&& body) {

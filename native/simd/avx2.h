@@ -97,12 +97,18 @@ JILJU_INLINE B16 field_b16(B16 a, int shift, int mask, int to) {
     const __m256i moved = shift >= to ? _mm256_srli_epi16(a.v, shift - to) : _mm256_slli_epi16(a.v, to - shift);
     return {_mm256_and_si256(moved, _mm256_set1_epi8(static_cast<char>(mask << to)))};
 }
-JILJU_INLINE B16 bits_b16(const uint8_t* p, int value) {  // byte i is value where bit i of the 16 at p is set, else 0
-    uint16_t bits;
-    std::memcpy(&bits, p, 2);
-    const __m256i spread = _mm256_shuffle_epi8(_mm256_set1_epi16(static_cast<short>(bits)), _mm256_set_epi64x(0x0101010101010101, 0, 0x0101010101010101, 0));
+// 32 numbers of five bits: nibbles (low ones first, then high ones) and a word of fifth bits.
+JILJU_INLINE void five_bits_b16(const uint8_t* high, const uint8_t* nibbles, B16* first, B16* second) {
+    int32_t bits;
+    std::memcpy(&bits, high, 4);
+    const __m256i at = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
     const __m256i select = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201));
-    return {_mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(spread, select), select), _mm256_set1_epi8(static_cast<char>(value)))};
+    const __m256i spread = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), at), select);
+    const __m256i fifth = _mm256_and_si256(_mm256_cmpeq_epi8(spread, select), _mm256_set1_epi8(16));
+    const __m256i both = _mm256_srlv_epi32(load_b16(nibbles).v, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
+    const __m256i q = _mm256_or_si256(_mm256_and_si256(both, _mm256_set1_epi8(15)), fifth);
+    *first = {_mm256_permute4x64_epi64(q, 0x44)};
+    *second = {_mm256_permute4x64_epi64(q, 0xee)};
 }
 JILJU_INLINE F32 low_u8(B16 a) {  // bytes 0..7 as floats
     const __m256i at = _mm256_setr_epi8(0, -1, -1, -1, 1, -1, -1, -1, 2, -1, -1, -1, 3, -1, -1, -1, 4, -1, -1, -1, 5, -1, -1, -1, 6, -1, -1, -1, 7, -1, -1, -1);

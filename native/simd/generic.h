@@ -138,7 +138,10 @@ JILJU_INLINE B16 load_b16(const uint8_t* p) { return bytes([=](int i) { return p
 JILJU_INLINE B16 and_b16(B16 a, int mask) { return bytes([&](int i) { return a.v[i] & mask; }); }
 JILJU_INLINE B16 or_b16(B16 a, B16 b) { return bytes([&](int i) { return a.v[i] | b.v[i]; }); }
 JILJU_INLINE B16 field_b16(B16 a, int shift, int mask, int to) { return bytes([&](int i) { return (a.v[i] >> shift & mask) << to; }); }
-JILJU_INLINE B16 bits_b16(const uint8_t* p, int value) { return bytes([=](int i) { return p[i / 8] >> (i % 8) & 1 ? value : 0; }); }
+JILJU_INLINE void five_bits_b16(const uint8_t* high, const uint8_t* nibbles, B16* first, B16* second) {
+    *first = bytes([=](int i) { return (nibbles[i] & 15) | (high[i / 8] >> (i % 8) & 1) << 4; });
+    *second = bytes([=](int i) { return nibbles[i] >> 4 | (high[2 + i / 8] >> (i % 8) & 1) << 4; });
+}
 JILJU_INLINE F32 low_u8(B16 a) { return lanes([&](int i) { return static_cast<float>(a.v[i]); }); }
 JILJU_INLINE F32 high_u8(B16 a) { return lanes([&](int i) { return static_cast<float>(a.v[i + 8]); }); }
 JILJU_INLINE F32 load_u8(const uint8_t* p) { return lanes([=](int i) { return static_cast<float>(p[i]); }); }

@@ -57,20 +57,6 @@ def test_linear_stays_within_the_rounding_bound(type_: GgmlType, num_tokens: int
     assert_within(got, want, one + one.max(axis=1, keepdims=True) + (vocab + 8) * EPSILON * (1 + abs(want)))
 
 
-@pytest.mark.parametrize("num_inputs", [1024, 1536, 2080])
-def test_linear_with_a_long_k_keeps_one_chain(num_inputs: int) -> None:
-    """K longer than a block of the GEMM: many rows give the bits of one row, which has no blocks."""
-    w = Weights(seed=1)
-    table, head = w.matrix(17, num_inputs), w.matrix(17, num_inputs, GgmlType.Q4_1)
-    b = PlanBuilder(KvSpec(0, 1, 8), 17)
-    b.sample(b.linear(b.take_rows(b.embed(table)), head))
-    executor = loaded(b.build(), w.tensors)
-    tokens = [t % 17 for t in range(40)]
-    together = logprobs_of(executor, [BatchRow(tokens, 0, range(3))], [Logit(t) for t in range(40)], 17)
-    alone = np.concatenate([logprobs_of(executor, [BatchRow([t], 0, [0])], [Logit(0)], 17) for t in tokens])
-    np.testing.assert_array_equal(together, alone)
-
-
 @pytest.mark.parametrize("style", ["halves", "interleaved"])
 @pytest.mark.parametrize(("head_dim", "num_heads", "num_kv_heads"), [(16, 6, 2), (64, 3, 1), (20, 2, 2), (80, 8, 1)])
 def test_a_decoder_stays_near_the_reference(style: str, head_dim: int, num_heads: int, num_kv_heads: int) -> None:
@@ -128,3 +114,19 @@ def test_generic_and_avx2_agree_within_rounding(monkeypatch: pytest.MonkeyPatch)
     one, other = got.values()
     spread = one.max(axis=1, keepdims=True) - one.min(axis=1, keepdims=True)
     assert_within(other, one, 4 * shape.num_layers * HALF_EPSILON * np.broadcast_to(1 + spread, one.shape))
+
+
+@pytest.mark.parametrize("num_inputs", [512, 1536])
+@pytest.mark.parametrize("type_", list(GgmlType), ids=lambda t: t.name)
+def test_linear_gives_the_same_bits_for_any_number_of_rows(type_: GgmlType, num_inputs: int) -> None:
+    """One to four rows run in registers, more through a strip, and a long K in blocks: one row's bits are one."""
+    w = Weights(seed=type_)
+    columns = num_inputs - (3 if type_ in FLOATS else 0)
+    table, head = w.matrix(18, columns), w.matrix(18, columns, type_)
+    b = PlanBuilder(KvSpec(0, 1, 8), 18)
+    b.sample(b.linear(b.take_rows(b.embed(table)), head))
+    executor = loaded(b.build(), w.tensors)
+    alone = np.concatenate([logprobs_of(executor, [BatchRow([t], 0, [0])], [Logit(0)], 18) for t in range(18)])
+    for num_rows in (2, 3, 4, 5, 6, 7, 8, 18):
+        rows, logits = [BatchRow(range(num_rows), 0, [0, 1])], [Logit(t) for t in range(num_rows)]
+        np.testing.assert_array_equal(logprobs_of(executor, rows, logits, 18), alone[:num_rows], f"{num_rows} rows")
