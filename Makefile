@@ -34,9 +34,9 @@ endef
 .venv-dev/installed: $(NATIVE)
 	$(call environment,.venv-dev,installed,building jilju for development,-e '.[dev]')
 
-.venv-oracle/installed: $(NATIVE)
+.venv-oracle/installed: pyproject.toml
 	$(call environment,.venv-oracle,torch,installing CPU torch,torch==2.13.0)
-	$(call environment,.venv-oracle,installed,building jilju for the oracle,-e '.[oracle]')
+	$(call environment,.venv-oracle,installed,installing transformers,--group oracle)
 
 .venv-llama-cpp/installed:
 	$(call environment,.venv-llama-cpp,installed,building llama-cpp-python: 5 to 15 minutes,llama-cpp-python==0.3.36)
@@ -58,10 +58,10 @@ check: .venv-dev/installed
 	.venv-dev/bin/python -m pytest tests/test_tidy.py
 
 oracle: .venv-oracle/installed
-	@.venv-oracle/bin/python -m pytest --override-ini addopts= -q tests/oracle $(ARGS)
+	@PYTHONPATH=src .venv-oracle/bin/python -m pytest --override-ini addopts= -q tests/oracle $(ARGS)
 
 oracle-write: .venv-oracle/installed
-	@.venv-oracle/bin/python tests/oracle/write_golden.py
+	@PYTHONPATH=src .venv-oracle/bin/python tests/oracle/write_golden.py
 
 peers: .venv-llama-cpp/installed .venv-openvino/installed .venv-dev/installed
 	@.venv-dev/bin/jilju pull smollm2-135m
