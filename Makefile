@@ -2,7 +2,7 @@
 #
 #   make serve    from a fresh clone to a chat in the browser       make check    format, lint, types, tidy
 #   make test     from a fresh clone to a passed suite              make oracle   compare with transformers on CPU torch
-#   make bench    speed beside llama.cpp, and quality               make peers    install the engines to compare with
+#   make bench    speed beside llama.cpp, start, quality             make peers    install the engines to compare with
 #   make dev      the environment for work on jilju                 make clean    remove environments and builds
 
 SHELL := /bin/bash
@@ -13,7 +13,7 @@ PIP = -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
-.PHONY: serve test check bench bench-speed bench-quality peers oracle oracle-write dev clean install-check
+.PHONY: serve test check bench bench-speed bench-start bench-quality peers oracle oracle-write dev clean install-check
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -68,7 +68,11 @@ peers: .venv-llama-cpp/installed .venv-openvino/installed .venv-dev/installed
 	@.venv-dev/bin/jilju pull qwen2.5-coder-0.5b
 	@.venv-llama-cpp/bin/python benchmarks/peers/write_tokenizer_golden.py
 
-bench: bench-speed bench-quality
+bench: bench-speed bench-start bench-quality
+
+bench-start: .venv-dev/installed
+	@.venv-dev/bin/jilju pull smollm2-135m >/dev/null && .venv-dev/bin/jilju pull qwen2.5-coder-0.5b >/dev/null
+	@.venv-dev/bin/python benchmarks/start.py
 
 bench-speed: .venv-dev/installed .venv-llama-cpp/installed
 	@.venv-dev/bin/jilju bench speed smollm2-135m --peer .venv-llama-cpp/bin/python $(ARGS)
