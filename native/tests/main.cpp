@@ -1,0 +1,205 @@
+// native_tests: the core without Python, for sanitizers (see CMakeLists.txt).
+//
+// A small model of every op in several number formats runs the same batches on one and on several threads, whole and in
+// chunks, and must give the same bits; damaged plans and batches must come back as errors. Prints what failed, exits 1.
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "../model.h"
+#include "../philox.h"
+
+namespace {
+
+using namespace jilju;
+
+int num_failures = 0;
+void expect(bool good, const char* what) {
+    if (good) return;
+    ++num_failures;
+    std::printf("FAILED: %s\n", what);
+}
+
+constexpr int kVocab = 50, kHidden = 256, kHeads = 4, kKvHeads = 2, kHeadDim = 20;
+
+struct Encoded {
+    std::vector<int64_t> ints;
+    std::vector<double> reals;
+    std::vector<std::vector<uint8_t>> data;
+    std::vector<Bytes> bytes() const {
+        std::vector<Bytes> out;
+        for (const auto& d : data) out.push_back({d.data(), d.size()});
+        return out;
+    }
+};
+
+// One layer with attention and a gate, `format` being that of its matrices.
+Encoded encode(Format format) {
+    std::mt19937 random(7);
+    Encoded e;
+    std::vector<int64_t> weights;
+    const auto weight = [&](Format f, int64_t outputs, int64_t inputs) {
+        const Layout* layout = layout_of(static_cast<int64_t>(f));
+        std::vector<uint8_t> raw(outputs * inputs / layout->block_elements * layout->block_bytes);
+        if (f == Format::kF32) {
+            for (int64_t i = 0; i < outputs * inputs; ++i) {
+                const float x = std::uniform_real_distribution<float>(-0.3f, 0.3f)(random);
+                std::memcpy(&raw[4 * i], &x, 4);
+            }
+        } else {
+            for (auto& b : raw) b = static_cast<uint8_t>(random());
+            for (size_t at = 0; at < raw.size(); at += layout->block_bytes) {  // scales of 2^-7, wherever the format has them
+                const size_t d = f == Format::kQ6_K ? at + 208 : at;
+                raw[d] = 0, raw[d + 1] = 0x20;
+                if (f == Format::kQ4_1 || f == Format::kQ5_1 || f == Format::kQ4_K || f == Format::kQ5_K) raw[d + 2] = 0, raw[d + 3] = 0x20;
+            }
+        }
+        e.data.push_back(raw);
+        weights.insert(weights.end(), {static_cast<int64_t>(f), outputs, inputs});
+        return static_cast<int64_t>(e.data.size() - 1);
+    };
+    const int64_t q = kHeads * kHeadDim, kv = kKvHeads * kHeadDim, ffn = 256;
+    const int64_t table = weight(Format::kF32, kVocab, kHidden), norm = weight(Format::kF32, 1, kHidden), bias = weight(Format::kF32, 1, q + 2 * kv);
+    const int64_t qkv = weight(format, q + 2 * kv, kHidden), out = weight(Format::kF32, kHidden, q), gate = weight(format, 2 * ffn, kHidden);
+    const int64_t down = weight(format, kHidden, ffn), head = weight(format, kVocab, kHidden);
+    const std::vector<int64_t> widths{kHidden, kHidden, q + 2 * kv, q, 2 * ffn, ffn};  // buffers of tokens: x h qkv attended gated f
+    e.ints = {1, kVocab, 1, kKvHeads, kHeadDim, 8, static_cast<int64_t>(e.data.size()), 13};
+    for (const int64_t width : widths) e.ints.insert(e.ints.end(), {0, width});
+    e.ints.insert(e.ints.end(), {1, kHidden, 1, kVocab});
+    e.ints.insert(e.ints.end(), weights.begin(), weights.end());
+    const auto op = [&](std::initializer_list<int64_t> ints, std::initializer_list<double> reals = {}) {
+        e.ints.insert(e.ints.end(), ints);
+        e.reals.insert(e.reals.end(), reals);
+    };
+    op({0, table, 0, 0, kHidden, 0}, {1.0});
+    op({1, 0, 0, kHidden, 0, 1, 0, kHidden, 0, norm}, {1e-5});
+    op({2, 1, 0, kHidden, 0, 2, 0, q + 2 * kv, 0, 0, 1, 1, qkv, bias});
+    op({3, 2, 0, q, 0, kHeadDim, 1}, {10000.0});
+    op({3, 2, q, kv, 0, kHeadDim, 0}, {10000.0});
+    op({4, 2, 0, q, 0, 2, q, kv, 0, 2, q + kv, kv, 0, 3, 0, q, 0, 0, kHeads}, {0.25});
+    op({2, 3, 0, q, 0, 0, 0, kHidden, 0, 1, 1, 0, out});
+    op({2, 0, 0, kHidden, 0, 4, 0, 2 * ffn, 0, 0, 1, 0, gate});
+    op({5, 4, 0, 2 * ffn, 0, 5, 0, ffn, 0});
+    op({2, 5, 0, ffn, 0, 0, 0, kHidden, 0, 1, 1, 0, down});
+    op({6, 0, 0, kHidden, 0, 6, 0, kHidden, 1});
+    op({2, 6, 0, kHidden, 1, 7, 0, kVocab, 1, 0, 1, 0, head});
+    op({7, 7, 0, kVocab, 1});
+    return e;
+}
+
+constexpr ModelLimits kLimits{64, 16, 16, 700, 800, 1};
+
+std::unique_ptr<Model> make(const Encoded& e, const char* isa, int num_threads) {
+    const KernelSet* kernels = nullptr;
+    if (!select_kernels(isa, &kernels).ok()) return nullptr;
+    Program program;
+    const Status decoded = decode_program(e.ints, e.reals, e.bytes(), &program);
+    expect(decoded.ok(), decoded.message.c_str());
+    ModelLimits limits = kLimits;
+    limits.num_threads = num_threads;
+    std::unique_ptr<Model> model;
+    expect(decoded.ok() && Model::create(std::move(program), limits, *kernels, &model).ok(), "create");
+    return model;
+}
+
+struct Row {
+    int start, count, first_block;
+};
+struct Result {
+    std::vector<int32_t> ids, top_ids;
+    std::vector<float> logprobs, top_logprobs;
+    bool operator==(const Result&) const = default;
+};
+
+// Token t of every sequence is (7 t + 3) % vocab; the last token of each row is sampled from.
+Result run(Model& model, const std::vector<Row>& rows, Status* status = nullptr, int32_t wrong_token = -1) {
+    std::vector<int32_t> ids, starts, counts, tables, logit_tokens, zeros(rows.size() + 1, 0), targets(rows.size(), -1), top(rows.size(), 5), top_ks(rows.size(), 30);
+    for (const Row& row : rows) {
+        starts.push_back(row.start);
+        counts.push_back(row.count);
+        for (int t = row.start; t < row.start + row.count; ++t) ids.push_back((7 * t + 3) % kVocab);
+        for (int b = 0; b < 40; ++b) tables.push_back(row.first_block + b < 64 ? row.first_block + b : -1);
+        logit_tokens.push_back(static_cast<int32_t>(ids.size()) - 1);
+    }
+    if (wrong_token >= 0) ids[0] = wrong_token;
+    const size_t n = rows.size();
+    std::vector<int64_t> positions;
+    for (const Row& row : rows) positions.push_back(row.start + row.count);
+    std::vector<uint64_t> seeds(n, 99);
+    const std::vector<float> temperatures(n, 0.9f), top_ps(n, 0.95f), min_ps(n, 0.01f), penalties(n, 1.0f);
+    Result r{std::vector<int32_t>(n), std::vector<int32_t>(n * kMaxTop), std::vector<float>(n), std::vector<float>(n * kMaxTop)};
+    const std::unique_ptr<bool[]> finite(new bool[n]);
+    const BatchView batch{static_cast<int64_t>(ids.size()), static_cast<int64_t>(n), 40, static_cast<int64_t>(n), ids.data(), starts.data(), counts.data(),
+                          tables.data(), logit_tokens.data(), targets.data(), positions.data(), seeds.data(), temperatures.data(), top_ks.data(), top_ps.data(),
+                          min_ps.data(), penalties.data(), zeros.data(), zeros.data(), zeros.data(), zeros.data(), top.data(), 0, 0};
+    const Status done = model.run(batch, {r.ids.data(), r.logprobs.data(), r.top_ids.data(), r.top_logprobs.data(), finite.get()});
+    if (status) {
+        *status = done;
+        return r;
+    }
+    expect(done.ok(), done.message.c_str());
+    for (size_t i = 0; i < n; ++i) expect(finite[i], "finite logits");
+    return r;
+}
+
+void test_same_bits(const char* isa, Format format) {
+    const Encoded e = encode(format);
+    const auto one = make(e, isa, 1), many = make(e, isa, 3);
+    if (!one) return;
+    for (const auto& rows : std::vector<std::vector<Row>>{{{0, 1, 0}}, {{0, 300, 0}}, {{0, 20, 0}, {0, 270, 2}, {0, 1, 20}, {0, 33, 22}}, {{0, 3, 0}, {0, 2, 1}}})
+        expect(run(*one, rows) == run(*many, rows), "threads change nothing");
+    const Result whole = run(*many, {{0, 300, 0}});
+    for (int start = 0; start < 300;) {
+        const int count = std::min(37 + start / 3, 300 - start);
+        const Result chunk = run(*many, {{start, count, 30}});
+        start += count;
+        if (start == 300) expect(chunk == whole, "chunks change nothing");
+    }
+    for (int i = 0; i < 50; ++i) run(*many, {{300 + i, 1, 30}});  // decode, split over the keys
+    expect(run(*many, {{0, 350, 0}}) == run(*many, {{349, 1, 30}}), "decode gives the bits of prefill");
+}
+
+void test_errors() {
+    const Encoded e = encode(Format::kQ4_1);
+    const auto model = make(e, "", 2);
+    Status status;
+    run(*model, {{0, 4, 0}}, &status, kVocab);
+    expect(status.code == Status::kInvalid, "a token beyond the vocabulary is an error");
+    run(*model, {{0, 400, 50}}, &status);
+    expect(status.code == Status::kInvalid, "a block beyond the cache is an error");
+    run(*model, {{0, 701, 0}}, &status);
+    expect(status.code == Status::kInvalid, "too many tokens are an error");
+    const KernelSet* kernels = nullptr;
+    expect(!select_kernels("mmx", &kernels).ok(), "an unknown instruction set is an error");
+
+    const auto bytes = e.bytes();
+    for (size_t cut = 0; cut < e.ints.size(); ++cut) {
+        Program program;
+        expect(!decode_program({e.ints.data(), cut}, e.reals, bytes, &program).ok(), "a plan cut short is an error");
+    }
+    std::mt19937 random(1);
+    for (int i = 0; i < 3000; ++i) {  // damaged numbers: an error or a plan, never a crash
+        Encoded damaged = e;
+        damaged.ints[random() % damaged.ints.size()] = static_cast<int64_t>(random()) - (1u << 31);
+        Program program;
+        (void)decode_program(damaged.ints, damaged.reals, bytes, &program);
+    }
+}
+
+void test_philox() {
+    expect(philox4x32_10({0, 0, 0, 0}, 0, 0) == Words{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}, "philox of zeros");
+    expect(philox4x32_10({~0u, ~0u, ~0u, ~0u}, ~0u, ~0u) == Words{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}, "philox of ones");
+}
+
+}  // namespace
+
+int main() {
+    for (const char* isa : {"generic", "avx2"})
+        for (const Format format : {Format::kF32, Format::kQ4_0, Format::kQ4_1, Format::kQ5_0, Format::kQ5_1, Format::kQ8_0, Format::kQ4_K, Format::kQ5_K, Format::kQ6_K})
+            test_same_bits(isa, format);
+    test_errors();
+    test_philox();
+    std::printf(num_failures ? "%d failures\n" : "all passed\n", num_failures);
+    return num_failures != 0;
+}
