@@ -163,6 +163,8 @@ async def test_unknown_fields_at_every_depth(connect: Connect) -> None:
         ({"messages": [user | {"content": [{"type": "text"}]}]}, "invalid_value", "messages[0].content[0].text"),
         ({"messages": [user | {"content": [{"type": "text", "text": 1}]}]}, "invalid_value", "messages[0].content[0].text"),
         ({"messages": [user | {"content": [{"type": "poem", "text": "x"}]}]}, "invalid_value", "messages[0].content[0].type"),
+        ({"messages": [user | {"content": [{"type": ["text"], "text": "x"}]}]}, "invalid_value", "messages[0].content[0].type"),
+        ({"messages": [user | {"content": [{"type": {}, "text": "x"}]}]}, "invalid_value", "messages[0].content[0].type"),
         ({"messages": [user | {"content": [{"type": "text", "text": "x", "y": 1}]}]}, "unknown_parameter", "messages[0].content[0].y"),
         ({"messages": [user | {"content": [{"type": "image_url", "image_url": {"url": "http://169.254.169.254"}}]}]},
          "unsupported_content", "messages[0].content[0]"),
@@ -183,7 +185,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=8,
 )
-MESSAGE = st.fixed_dictionaries({}, optional={name: JSON | st.sampled_from(["user", "system", "text"]) for name in
+PART = st.fixed_dictionaries({}, optional={name: JSON | st.just("text") for name in ("type", "text", "x")})
+MESSAGE = st.fixed_dictionaries({}, optional={name: JSON | st.sampled_from(["user", "system", "text"]) | st.lists(PART, max_size=2) for name in
                                               ("role", "content", "name", "type", "text", "tool_calls", "x")})  # fmt: skip
 
 

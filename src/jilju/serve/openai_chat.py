@@ -150,7 +150,7 @@ def take_messages(messages: list[Any]) -> list[Any]:
 def _take_part(part: Any, path: str) -> Any:
     if not isinstance(part, dict):
         return part
-    if part.get("type") in MEDIA_PARTS:
+    if isinstance(part.get("type"), str) and part["type"] in MEDIA_PARTS:
         raise UnsupportedContent(f"{path} is of type {shown(part['type'])}; this server takes text only", param=path)
     taken = take_fields(part, PART, path)
     for name, allowed in (("type", "text"), ("text", "a string")):
