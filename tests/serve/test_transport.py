@@ -125,3 +125,19 @@ async def test_a_client_that_sends_too_much_reads_why(declared: bool) -> None:
         content = b" " * 3_000_000 if declared else body()
         response = await http.post(CHAT, content=content, headers={"content-type": "application/json"})
         assert (response.status_code, response.json()["error"]["code"]) == (413, "body_too_large")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_http_1_0_gets_no_chunks(stream: bool) -> None:
+    """What it gets is what HTTP/1.1 gets, ended by its length or with the connection."""
+    body = json.dumps(chat_body(stream=stream)).encode()
+    old = head(CHAT, body).replace(b"HTTP/1.1", b"HTTP/1.0")
+    async with running(StubClient()) as (port, _):
+        status, headers, answer = await exchange(port, old + body)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+            whole = (await http.post(CHAT, content=body, headers={"content-type": "application/json"})).text
+    assert status == 200 and "transfer-encoding" not in headers and headers["connection"] == "close"
+    assert ("content-length" in headers) is not stream
+    lines = answer.decode().splitlines()
+    assert len(lines) == len(whole.splitlines())
+    assert all(line == "" or line.startswith("data: ") for line in lines) if stream else json.loads(answer)

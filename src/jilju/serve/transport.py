@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from jilju.errors import HeadersTooLarge, InvalidRequest, JiljuError, Overloaded, RequestTimeout
@@ -40,6 +40,24 @@ def protocol_factory(server: Server) -> Callable[..., HttpToolsProtocol]:
         return Transport(server, config, server_state, app_state, _loop)
 
     return make
+
+
+def _end_with_connection(cycle: RequestResponseCycle) -> None:
+    """HTTP/1.0 knows no chunks: a body whose length is not told ends with the connection."""
+    send = cycle.send
+    is_told = True
+
+    async def framed(message: Any) -> None:
+        nonlocal is_told
+        if message["type"] == "http.response.start":
+            is_told = any(name.lower() == b"content-length" for name, _ in message["headers"])
+            if not is_told:
+                cycle.chunked_encoding = cycle.keep_alive = False
+        elif not is_told:
+            cycle.expected_content_length = len(message.get("body", b""))  # as long as it is
+        await send(message)
+
+    cycle.send = framed  # type: ignore[method-assign]
 
 
 class Transport(HttpToolsProtocol):
@@ -102,6 +120,8 @@ class Transport(HttpToolsProtocol):
         self._in_head = False
         self._stop_timer()
         super().on_headers_complete()
+        if self.cycle is not None and self.scope["http_version"] == "1.0":
+            _end_with_connection(self.cycle)
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
