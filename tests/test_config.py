@@ -12,6 +12,12 @@ def test_flag_beats_variable_beats_default():
     assert [config.origins[n] for n in ("port", "max_rows", "step_tokens")] == ["--port", "JILJU_MAX_ROWS", "default"]
 
 
+def test_a_variable_that_is_set_to_nothing_is_not_set():
+    config = resolve_serve_config(None, {}, {"JILJU_MODEL": "", "JILJU_PORT": "", "JILJU_API_KEY": ""})
+    assert (config.model, config.port, config.api_key) == (ServeConfig().model, ServeConfig().port, ())
+    assert set(config.origins.values()) == {"default"}
+
+
 def test_every_setting_has_an_origin_and_a_field():
     config = resolve_serve_config(None, {}, {})
     assert set(config.origins) == {"model"} | {option.name for option in SERVE_OPTIONS}
@@ -41,6 +47,8 @@ def test_bytes(text, count):
         ({"max_rows": "0"}, ["--max-rows", "1 to 256"]),
         ({"kv_memory": "-1GiB"}, ["--kv-memory", "-1GiB", "512MiB"]),
         ({"kv_memory": "1e999"}, ["--kv-memory"]),
+        ({"kv_memory": "99999999999999999999999GiB"}, ["--kv-memory", "1024 TiB"]),
+        ({"kv_memory": "9" * 400}, ["--kv-memory", "1024 TiB"]),
         ({"threads": "9" * 30}, ["--threads", "auto"]),
         ({"log_format": "xml"}, ["--log-format", "text, json"]),
         ({"host": ""}, ["--host", "empty"]),

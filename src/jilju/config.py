@@ -84,6 +84,7 @@ SERVE_OPTIONS: tuple[Option, ...] = (
     Option("insecure", "bool", "Allow a bind beyond loopback without a key."),
 )  # fmt: skip
 
+MAX_BYTES = 1 << 50  # of memory that a setting may name: more than machines have, and its arithmetic fits 64 bits
 _UNITS = {"": 1, "B": 1, "K": 1000, "KB": 1000, "KIB": 1 << 10, "M": 10**6, "MB": 10**6, "MIB": 1 << 20, "G": 10**9, "GB": 10**9, "GIB": 1 << 30}  # fmt: skip
 
 
@@ -92,7 +93,10 @@ def parse_bytes(text: str, where: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
         raise ConfigError(f"{where} is {text!r}; allowed: auto, or a size such as 512MiB, 2GiB or 1500000000")
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size > MAX_BYTES:
+        raise ConfigError(f"{where} is {text:.80}; allowed: auto, or a size of at most {MAX_BYTES >> 40} TiB")
+    return int(size)
 
 
 def _parse(option: Option, given: Any, where: str) -> Any:
@@ -157,7 +161,7 @@ def resolve_serve_config(
         given = flags.get(option.name)
         if given is not None and given != () and given is not False:
             values[option.name], origins[option.name] = _parse(option, given, option.flag), option.flag
-        elif option.variable in environ:
+        elif environ.get(option.variable):  # set to nothing is not set
             values[option.name], origins[option.name] = (
                 _parse(option, environ[option.variable], option.variable),
                 option.variable,
