@@ -105,6 +105,40 @@ def test_chat_answers_line_by_line():
 
 
 @needs_smollm2
+def test_chat_goes_on_after_a_message_that_is_too_long():
+    done = run("chat", "smollm2-135m", "--max-tokens", "4", "--temperature", "0", "--context", "64",
+               stdin="Hi\n" + "long " * 100 + "\n/new\nHi\n")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    answers = done.stdout.strip().splitlines()
+    assert len(answers) == 2 and answers[0] == answers[1]
+    assert "the context of 64" in done.stderr and "/new" in done.stderr
+
+
+@needs_smollm2
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("serve", "smollm2-135m", "--kv-memory", "1KiB"), ["--kv-memory", "block of 16 tokens", "368640"]),
+        (("serve", "smollm2-135m", "--kv-memory", "999999GiB"), ["available", "--kv-memory"]),
+        (("serve", "smollm2-135m", "--context", "100000"), ["--context", "8192"]),
+        (("bench", "quality", "smollm2-135m", "--text", "{latin}"), ["--text", "UTF-8", "byte 1"]),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(arguments, words, tmp_path):
+    (latin := tmp_path / "latin.txt").write_bytes(b"\x41\xff")
+    done = run(*(argument.replace("{latin}", str(latin)) for argument in arguments))
+    assert done.returncode == 1
+    assert len(lines := done.stderr.strip().splitlines()) == 1, done.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+
+
+def test_a_bind_that_is_refused_fetches_no_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("JILJU_CACHE", str(tmp_path))
+    assert "--insecure" in run("serve", "--host", "0.0.0.0").stderr
+    assert not list(tmp_path.iterdir())
+
+
+@needs_smollm2
 def test_models_lists_names_sizes_and_sources():
     done = run("models")
     assert done.returncode == 0

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from jilju import __version__
 from jilju.config import DEFAULT_MODEL, FALLBACK_MODEL, SERVE_OPTIONS, Option, ServeConfig, resolve_serve_config
-from jilju.errors import JiljuError, ModelSourceError, PlatformError
+from jilju.errors import ConfigError, InvalidRequest, JiljuError, ModelSourceError, PlatformError
 
 if TYPE_CHECKING:
     from jilju.assemble.engine import MemoryPlan, ModelFile
@@ -114,7 +114,10 @@ def serve(model: str | None, **flags: Any) -> None:
       jilju serve smollm2-135m --port 9000
       jilju serve ./model.gguf --host 0.0.0.0 --api-key team=some-long-secret
     """
+    from jilju.serve.auth import check_bind
+
     config = resolve_serve_config(model, flags)
+    check_bind(config.host, config.api_key, config.insecure)  # before a model is fetched for nothing
     with _fetching() as progress:
         model_file = _open_or_fall_back(config, progress)
     from jilju.assemble.server import serve_model
@@ -238,7 +241,11 @@ def chat(model: str | None, system: str | None, context: int | None, threads: in
                 messages = list(start)
                 continue
             messages.append({"role": "user", "content": text})
-            done = _print_pieces(llm.chat_stream(messages, params))
+            try:
+                done = _print_pieces(llm.chat_stream(messages, params))
+            except InvalidRequest as error:  # too long, most likely: the message is taken back and the chat goes on
+                click.echo(f"jilju: {error.message}\n/new starts over; this message is not part of the chat", err=True)
+                done = None
             if done is None:
                 messages.pop()
             else:
@@ -448,7 +455,7 @@ def bench_quality(model: str, text_file: Path, window: int, threads: int | None,
         llm = LLM(model, context=window, kv_memory="256MiB", threads=threads, progress=progress)
     with llm, _counting("windows", quiet=as_json) as count:
         tokenizer = llm.text.tokenizer
-        ids = tokenizer.encode(text_file.read_text(encoding="utf-8"))
+        ids = tokenizer.encode(_read_text(text_file))
         bos = tokenizer.bos_id if tokenizer.add_bos else None
         quality = measure_quality(llm.engine, ids, window=window, bos_id=bos, progress=count)
     if as_json:
@@ -457,6 +464,13 @@ def bench_quality(model: str, text_file: Path, window: int, threads: int | None,
         click.echo(
             f"{llm.name}: perplexity {quality.perplexity:.3f} over {quality.num_scored} tokens in {quality.num_windows} windows of {window}"
         )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--text {path} is no UTF-8 at byte {error.start}; give a text file in UTF-8") from None
 
 
 @bench.command("speed")

@@ -170,10 +170,7 @@ class LLM:
         """Requests are checked and submitted on the call, not on the first `next`, so that errors come where the call stands."""
         params.check()
         for _, ids in prompts:
-            if len(ids) + max(params.max_tokens, 0) > self.engine.info.max_context:
-                raise ContextLengthExceeded(
-                    f"{len(ids)} prompt tokens and max_tokens {params.max_tokens} exceed the context of {self.engine.info.max_context}; shorten one of them"
-                )
+            self._check_room(len(ids), params.max_tokens)
         self._num_calls += 1
         runs: dict[str, _Run] = {}
         for index, (prompt, ids) in enumerate(prompts):
@@ -191,6 +188,21 @@ class LLM:
         for run in runs.values():
             self.engine.submit(run.request)
         return self._pieces(runs)
+
+    def _check_room(self, num_prompt_tokens: int, max_tokens: int) -> None:
+        room = self.engine.info.max_context - num_prompt_tokens
+        if max_tokens == REST_OF_CONTEXT and room < 1:
+            raise ContextLengthExceeded(
+                f"the prompt has {num_prompt_tokens} tokens and the context holds {self.engine.info.max_context}, prompt and "
+                "output together; shorten the prompt or make the context larger",
+                param="prompt",
+            )
+        if max_tokens > room:
+            raise ContextLengthExceeded(
+                f"{num_prompt_tokens} prompt tokens and max_tokens {max_tokens} exceed the context of "
+                f"{self.engine.info.max_context}; shorten one of them",
+                param="max_tokens",
+            )
 
     def _pieces(self, runs: dict[str, _Run]) -> Iterator[Piece]:
         try:

@@ -99,6 +99,8 @@ def test_logprobs_are_there_when_asked_for(llm):
         ("x", SamplingParams(top_p=float("nan")), InvalidValue),
         ("x", SamplingParams(max_tokens=4, min_tokens=5), InvalidValue),
         ("x", SamplingParams(max_tokens=4096), ContextLengthExceeded),
+        ([5] * 512, SamplingParams(max_tokens=-1), ContextLengthExceeded),
+        ([5] * 600, None, ContextLengthExceeded),
     ],
 )
 def test_wrong_calls_say_what_is_wrong(llm, prompt, params, error):

@@ -111,14 +111,19 @@ def resolve_engine(
     assert kv_memory is not None and threads is not None, "filled in above"
     num_blocks = kv_memory // (kv_token * BLOCK_SIZE)
     pool_tokens = num_blocks * BLOCK_SIZE
+    if num_blocks == 0:
+        need = kv_token * BLOCK_SIZE
+        raise ConfigError(
+            f"--kv-memory of {show_bytes(kv_memory)} holds no block of {BLOCK_SIZE} tokens; give at least --kv-memory {need}"
+        )
     if config.context is None:
         context = min(longest, pool_tokens)
         config = config.with_auto(
             "context", context, "the model's own maximum" if context == longest else "what the KV memory holds"
         )
     assert config.context is not None
-    if config.context > pool_tokens or pool_tokens < BLOCK_SIZE:
-        need = -(-max(config.context, BLOCK_SIZE) // BLOCK_SIZE) * BLOCK_SIZE * kv_token
+    if config.context > pool_tokens:
+        need = -(-config.context // BLOCK_SIZE) * BLOCK_SIZE * kv_token
         raise ConfigError(
             f"--kv-memory of {show_bytes(kv_memory)} holds {pool_tokens} tokens, one context of {config.context} needs {show_bytes(need)}; "
             f"give at least --kv-memory {need} or a smaller --context"
