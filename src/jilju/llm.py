@@ -13,7 +13,9 @@ Owns the step loop of an in-process engine and the text pipeline of its requests
 batch; a completion has the same tokens alone, in a batch and from the server. One thread at a time may use an LLM.
 """
 
+import contextlib
 import secrets
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,8 +33,9 @@ from jilju.engine.request import (
     RequestFailed,
     SamplingParams,
     TokenEvent,
+    is_terminal,
 )
-from jilju.errors import ContextLengthExceeded, EmptyPrompt, InternalError, InvalidValue, TemplateFailed
+from jilju.errors import ContextLengthExceeded, EmptyPrompt, InternalError, InvalidValue, Overloaded, TemplateFailed
 from jilju.text.stream import TextStream
 from jilju.text.template import encode_chat
 
@@ -115,6 +118,9 @@ class LLM:
         self.text = load_text(model_file)
         self.engine = build_engine(options)
         self._num_calls = 0
+        self._inboxes: dict[
+            str, deque[EngineEvent]
+        ] = {}  # of each request in the engine, where its stream finds its events
 
     def __enter__(self) -> "LLM":
         return self
@@ -167,27 +173,40 @@ class LLM:
         return ids
 
     def _run(self, prompts: list[tuple[Prompt, list[int]]], params: SamplingParams) -> Iterator[Piece]:
-        """Requests are checked and submitted on the call, not on the first `next`, so that errors come where the call stands."""
+        """Requests are checked on the call, not on the first `next`, so that errors come where the call stands."""
         params.check()
         for _, ids in prompts:
             self._check_room(len(ids), params.max_tokens)
+        self._check_ids(params)
         self._num_calls += 1
-        runs: dict[str, _Run] = {}
+        runs: list[_Run] = []
         for index, (prompt, ids) in enumerate(prompts):
             wanted = (
                 params.max_tokens if params.max_tokens != REST_OF_CONTEXT else self.engine.info.max_context - len(ids)
             )
+            if params.min_tokens > wanted:
+                raise InvalidValue(
+                    f"min_tokens is {params.min_tokens}; {wanted} tokens are left of the context", param="min_tokens"
+                )
             seed = params.seed if params.seed is not None else secrets.randbits(63)
             own = msgspec.structs.replace(params, max_tokens=wanted, seed=seed)
             request = Request(
                 id=f"call-{self._num_calls}-{index}", prompt_ids=ids, params=own, end_ids=self.text.end_ids(own)
             )
-            runs[request.id] = _Run(
-                index, prompt, request, TextStream(self.text.tokenizer, stop=own.stop, min_tokens=own.min_tokens)
-            )
-        for run in runs.values():
-            self.engine.submit(run.request)
+            text = TextStream(self.text.tokenizer, stop=tuple(own.stop), min_tokens=own.min_tokens)
+            runs.append(_Run(index, prompt, request, text))
         return self._pieces(runs)
+
+    def _check_ids(self, params: SamplingParams) -> None:
+        """What the vocabulary bounds."""
+        vocab_size = self.text.tokenizer.vocab_size
+        for token_id in params.stop_token_ids:
+            if not (isinstance(token_id, int) and 0 <= token_id < vocab_size):
+                raise InvalidValue(
+                    f"stop_token_ids has {token_id!r}; allowed: 0 to {vocab_size - 1}", param="stop_token_ids"
+                )
+        if params.top_k > vocab_size:
+            raise InvalidValue(f"top_k is {params.top_k}; allowed: 1 to {vocab_size}, or 0 for off", param="top_k")
 
     def _check_room(self, num_prompt_tokens: int, max_tokens: int) -> None:
         room = self.engine.info.max_context - num_prompt_tokens
@@ -204,21 +223,42 @@ class LLM:
                 param="max_tokens",
             )
 
-    def _pieces(self, runs: dict[str, _Run]) -> Iterator[Piece]:
+    def _pieces(self, runs: list[_Run]) -> Iterator[Piece]:
+        """Several streams may be open and read in turns: a step serves all of them, and each keeps what is its own."""
+        inbox: deque[EngineEvent] = deque()
+        by_id = {run.request.id: run for run in runs}
+        waiting = deque(runs)
         try:
-            while runs:
-                for event in self.engine.step():
-                    run = runs.get(event.request_id)
-                    piece = None if run is None else self._advance(run, event)
-                    if piece is not None:
-                        if piece.completion is not None:
-                            del runs[event.request_id]
-                        yield piece
+            while waiting or inbox or any(request_id in self._inboxes for request_id in by_id):
+                if not inbox:
+                    self._submit(waiting, inbox)
+                    self._step()
+                    continue
+                event = inbox.popleft()
+                piece = self._advance(by_id[event.request_id], event)
+                if piece is not None:
+                    yield piece
         finally:
-            for request_id in runs:
+            mine = [request_id for request_id in by_id if request_id in self._inboxes]
+            for request_id in mine:
                 self.engine.abort(request_id)
-            while self.engine.has_work():
-                self.engine.step()
+            while any(request_id in self._inboxes for request_id in mine):
+                self._step()
+
+    def _submit(self, waiting: deque[_Run], inbox: deque[EngineEvent]) -> None:
+        """As many as the engine takes; the others wait here."""
+        with contextlib.suppress(Overloaded):
+            while waiting:
+                request = waiting[0].request
+                self.engine.submit(request)
+                self._inboxes[request.id] = inbox
+                waiting.popleft()
+
+    def _step(self) -> None:
+        for event in self.engine.step():
+            self._inboxes[event.request_id].append(event)
+            if is_terminal(event):
+                del self._inboxes[event.request_id]
 
     def _advance(self, run: _Run, event: EngineEvent) -> Piece | None:
         """What an event of a request shows of its answer; None for one that shows nothing."""

@@ -3,6 +3,7 @@
 import pytest
 
 from jilju import LLM, SamplingParams
+from jilju.engine.loop import MAX_REQUESTS
 from jilju.errors import ContextLengthExceeded, EmptyPrompt, InvalidValue
 from tests.system.conftest import needs_smollm2
 
@@ -80,6 +81,37 @@ def test_leaving_a_stream_frees_the_engine(llm):
     assert llm.engine.status().num_blocks_held == 0
 
 
+def test_streams_read_in_turns_are_whole(llm):
+    params = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
+    alone = {prompt: llm.generate(prompt, params)[0].text for prompt in ("The sky is", "Two plus two is")}
+    streams = [llm.stream(prompt, params) for prompt in alone]
+    texts = ["".join(piece.text for piece in pieces) for pieces in zip(*streams, strict=True)]
+    assert len(texts) == 20
+    first = llm.stream("The sky is", params)
+    begin = next(first).text
+    assert llm.generate("Two plus two is", params)[0].text == alone["Two plus two is"]
+    assert begin + "".join(piece.text for piece in first) == alone["The sky is"]
+
+
+def test_a_stream_that_nobody_reads_costs_nothing(llm):
+    unread = llm.stream("The sky is", SamplingParams(max_tokens=200))
+    assert not llm.engine.has_work()
+    half_read = llm.stream("The sky is", SamplingParams(max_tokens=200, ignore_eos=True))
+    next(half_read)
+    del unread, half_read
+    assert not llm.engine.has_work()
+
+
+def test_a_list_as_stop_is_as_good_as_a_tuple(llm):
+    assert llm.generate("Count: one, two,", SamplingParams(temperature=0.0, stop=["zzz"]))[0].text
+
+
+def test_more_prompts_than_an_engine_queues(llm):
+    done = llm.generate([[5]] * (MAX_REQUESTS + 5), SamplingParams(temperature=0.0, max_tokens=0))
+    assert len(done) == MAX_REQUESTS + 5
+    assert {c.finish_reason for c in done} == {"length"}
+
+
 def test_logprobs_are_there_when_asked_for(llm):
     params = SamplingParams(temperature=0.0, max_tokens=4, logprobs=2)
     done = llm.generate("The sky is", params)[0]
@@ -100,6 +132,17 @@ def test_logprobs_are_there_when_asked_for(llm):
         ("x", SamplingParams(max_tokens=4, min_tokens=5), InvalidValue),
         ("x", SamplingParams(max_tokens=4096), ContextLengthExceeded),
         ([5] * 512, SamplingParams(max_tokens=-1), ContextLengthExceeded),
+        ([5] * 500, SamplingParams(max_tokens=-1, min_tokens=13), InvalidValue),
+        ("x", SamplingParams(stop_token_ids=(49152,), min_tokens=2), InvalidValue),
+        ("x", SamplingParams(stop_token_ids=(-1,)), InvalidValue),
+        ("x", SamplingParams(top_k=49153), InvalidValue),
+        ("x", SamplingParams(stop="END"), InvalidValue),
+        ("x", SamplingParams(stop=(1,)), InvalidValue),
+        ("x", SamplingParams(max_tokens=2.5), InvalidValue),
+        ("x", SamplingParams(max_tokens=None), InvalidValue),
+        ("x", SamplingParams(temperature=None), InvalidValue),
+        ("x", SamplingParams(temperature="1"), InvalidValue),
+        ("x", SamplingParams(seed=1.5), InvalidValue),
         ([5] * 600, None, ContextLengthExceeded),
     ],
 )

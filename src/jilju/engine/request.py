@@ -37,10 +37,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: int | None = None  # None: none; k: of the chosen token and of the k most probable, 0..20
 
     def check(self) -> None:
-        """Raise InvalidValue naming the first field out of its range. NaN is out of every range."""
+        """Raise InvalidValue naming the first field of a wrong type or out of its range. NaN is out of every range."""
+        self._check_types()
         for name, low, high in PARAM_RANGES:
             value = getattr(self, name)
-            if value is not None and not (isinstance(value, int | float) and low <= value <= high):
+            if value is not None and not low <= value <= high:
                 raise InvalidValue(f"{name} is {value!r}; allowed: {low} to {high}", param=name)
         for name in ("top_p", "repetition_penalty"):
             if not getattr(self, name) > 0:
@@ -56,6 +57,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidValue(
                 f"stop_token_ids has {len(self.stop_token_ids)} ids; allowed: 64", param="stop_token_ids"
             )
+
+    def _check_types(self) -> None:
+        """Structs are not checked when Python makes them."""
+        for name, value in msgspec.structs.asdict(self).items():
+            try:
+                msgspec.convert({name: value}, SamplingParams)
+            except msgspec.ValidationError as error:
+                raise InvalidValue(
+                    f"{name} is {value!r:.200}: {str(error).partition(' - at')[0]}", param=name
+                ) from None
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
