@@ -1,6 +1,7 @@
 """Fields: every served field against every class of bad value, and the rule that nothing is accepted and ignored."""
 
 import json
+import threading
 from typing import Any
 
 import pytest
@@ -273,3 +274,19 @@ async def test_tokenize_and_detokenize(connect: Connect) -> None:
         ):  # fmt: skip
             assert (await http.post(path, json=body)).status_code == 400, body
         assert (await http.post("/tokenize", json={"prompt": "x", "model": "../etc"})).status_code == 404
+
+
+async def test_many_tokens_are_decoded_off_the_loop(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    async with connect() as (http, server):
+        tokenizer = server.context.tokenizer
+        decode = tokenizer.decode
+
+        def noted(*args: Any, **kwargs: Any) -> str:
+            threads.append(threading.get_ident())
+            return decode(*args, **kwargs)
+
+        monkeypatch.setattr(tokenizer, "decode", noted)
+        for count in (10, 10_000):
+            assert (await http.post("/detokenize", json={"tokens": [97] * count})).json() == {"prompt": "a" * count}
+    assert threads[0] == threading.get_ident() != threads[1]

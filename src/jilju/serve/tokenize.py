@@ -4,6 +4,7 @@ Owns the two routes' fields and answers. Knows nothing of the engine.
 """
 
 import asyncio
+from functools import partial
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -86,4 +87,6 @@ async def detokenize(server: Server, request: Request) -> Response:
     fields = convert(take_fields(body, DETOKENIZE), DetokenizeFields)
     check_model(fields.model, context)
     check_ids(fields.tokens, context.tokenizer.vocab_size, "tokens")
-    return json_response({"prompt": context.tokenizer.decode(fields.tokens, skip_special_tokens=False)})
+    decode = partial(context.tokenizer.decode, fields.tokens, skip_special_tokens=False)
+    text = await asyncio.to_thread(decode) if len(fields.tokens) > OFF_LOOP_CHARS else decode()
+    return json_response({"prompt": text})
