@@ -85,6 +85,14 @@ def _hex_count(row: list[str]) -> int:
 
 
 @needs_smollm2
+def test_a_terminal_that_knows_few_characters_is_served(monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    done = run("tokenize", "-m", "smollm2-135m", "한")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1 characters, 3 bytes" in done.stdout
+
+
+@needs_smollm2
 def test_generate_is_repeatable_and_reads_standard_input():
     arguments = ("generate", "-m", "smollm2-135m", "--max-tokens", "8", "--temperature", "0")
     first, second = run(*arguments, "The sky is"), run(*arguments, "-", stdin="The sky is")

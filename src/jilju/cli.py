@@ -5,6 +5,7 @@ command print one line and exit with 1. Heavy parts are imported by the command 
 """
 
 import contextlib
+import io
 import os
 import platform
 import sys
@@ -31,6 +32,9 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 def main() -> None:
     """Run the command line; an error of ours is one line, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows few characters is no reason to fail
     try:
         check_platform()
         commands(standalone_mode=False)
