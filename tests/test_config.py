@@ -24,6 +24,15 @@ def test_every_setting_has_an_origin_and_a_field():
     assert all(hasattr(config, option.name) for option in SERVE_OPTIONS)
 
 
+def test_hosts_are_names_or_addresses():
+    hosts = ("Chat.example.org", "10.0.0.7", "::1", "[fe80::2]")
+    assert resolve_serve_config(None, {"allow_host": hosts}, {}).allow_host == hosts
+    assert resolve_serve_config(None, {}, {"JILJU_ALLOW_HOST": "a.example,b.example"}).allow_host == (
+        "a.example",
+        "b.example",
+    )
+
+
 def test_with_auto_makes_a_new_config():
     config = resolve_serve_config(None, {"threads": "auto"}, {})
     assert config.threads is None
@@ -52,6 +61,9 @@ def test_bytes(text, count):
         ({"threads": "9" * 30}, ["--threads", "auto"]),
         ({"log_format": "xml"}, ["--log-format", "text, json"]),
         ({"host": ""}, ["--host", "empty"]),
+        ({"allow_host": ("*",)}, ["--allow-host", "'*'", "without scheme"]),
+        ({"allow_host": ("good.example", "foo:8000")}, ["--allow-host", "foo:8000", "port"]),
+        ({"allow_host": ("https://foo",)}, ["--allow-host", "https://foo"]),
         ({"api_key": ("short",)}, ["--api-key", "8 printable"]),
         ({"api_key": ("a=12345678", "a=87654321")}, ["distinct"]),
     ],

@@ -4,6 +4,7 @@ Order: a flag beats an environment variable (JILJU_<NAME>), which beats the defa
 the machine are resolved by who knows them and put into a new object. Knows nothing of models, engines or HTTP.
 """
 
+import ipaddress
 import os
 import re
 from collections.abc import Mapping
@@ -85,6 +86,7 @@ SERVE_OPTIONS: tuple[Option, ...] = (
 )  # fmt: skip
 
 MAX_BYTES = 1 << 50  # of memory that a setting may name: more than machines have, and its arithmetic fits 64 bits
+HOST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,253}")
 _UNITS = {"": 1, "B": 1, "K": 1000, "KB": 1000, "KIB": 1 << 10, "M": 10**6, "MB": 10**6, "MIB": 1 << 20, "G": 10**9, "GB": 10**9, "GIB": 1 << 30}  # fmt: skip
 
 
@@ -103,11 +105,11 @@ def _parse(option: Option, given: Any, where: str) -> Any:
     """The typed value of one setting as a flag (already a tuple where it repeats) or an environment variable gives it."""
     if option.kind in ("list", "keys"):
         items = tuple(i for i in (given if isinstance(given, tuple) else str(given).split(",")) if i != "")
-        return (
-            items
-            if option.kind == "list"
-            else tuple(_parse_key(item, index, where) for index, item in enumerate(items))
-        )
+        if option.kind == "keys":
+            return tuple(_parse_key(item, index, where) for index, item in enumerate(items))
+        for item in items:
+            _check_host_name(item, where)
+        return items
     text = str(given)
     if option.kind == "bool":
         if text.lower() not in ("1", "true", "yes", "0", "false", "no"):
@@ -129,6 +131,17 @@ def _parse(option: Option, given: Any, where: str) -> Any:
         auto = "auto or " if option.kind == "tokens" else ""
         raise ConfigError(f"{where} is {text!r}; allowed: {auto}a whole number from {option.low} to {option.high}")
     return int(text)
+
+
+def _check_host_name(name: str, where: str) -> None:
+    """A name, or an IPv6 address, which is the only one that may hold colons."""
+    if not HOST_NAME.fullmatch(name):
+        try:
+            ipaddress.IPv6Address(name.strip("[]"))
+        except ValueError:
+            raise ConfigError(
+                f"{where} is {name!r}; allowed: a host name or address as browsers send it, without scheme, port or *"
+            ) from None
 
 
 def _parse_key(item: str, index: int, where: str) -> ApiKey:

@@ -91,6 +91,7 @@ async def test_origins(connect: Connect, origin: str, allowed: bool) -> None:
 
 def test_host_names() -> None:
     assert host_name("[::1]:80") == "::1" and host_name("A.b:1") == "a.b" and host_name("[::1") == ""
+    assert host_name("localhost:80:1") == host_name("localhost:port") == host_name("localhost:99999") == ""
     assert same_origin("http://[::1]:80", "[::1]:80") and not same_origin("http://[", "x")
 
 
@@ -261,3 +262,10 @@ async def test_pages(connect: Connect, tmp_path: Path) -> None:
     assert page.headers["content-security-policy"].startswith("default-src 'self';")
     assert script.headers["content-type"] == "text/javascript; charset=utf-8"
     assert (again.status_code, again.content) == (304, b"")
+
+
+async def test_a_host_that_is_refused_is_told_the_flag(connect: Connect) -> None:
+    async with connect() as (http, _):
+        answer = await http.get("/livez", headers={"host": "Box.lan:8000"})
+        assert "--allow-host box.lan" in answer.json()["error"]["message"]
+        assert "--allow-host NAME" in (await http.get("/livez", headers={"host": ""})).json()["error"]["message"]

@@ -40,6 +40,7 @@ def host_name(header: str) -> str:
     """The name of a Host header, lower case, without port and brackets; "" if it is none."""
     try:
         parts = urlsplit("//" + header)
+        _ = parts.port  # a ValueError if there is something else
         return (parts.hostname or "") if parts.netloc == header and "@" not in header else ""
     except ValueError:
         return ""

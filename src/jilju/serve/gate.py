@@ -94,7 +94,8 @@ class Gate:
         host = hosts[0] if len(hosts) == 1 else ""
         if host_name(host) not in self._hosts:
             raise Forbidden(
-                f"the host {shown(host)} is not one that this server answers to; start it with --allow-host"
+                f"the host {shown(host)} is not one that this server answers to; "
+                f"start it with --allow-host {host_name(host)[:200] or 'NAME'}"
             )
         for origin in headers.getlist("origin"):
             if not same_origin(origin, host):
