@@ -185,6 +185,7 @@ async def test_media_types_and_encodings(connect: Connect) -> None:
 
         assert await status(content_type="application/json") == 200
         assert await status(content_type="application/JSON; charset=UTF-8") == 200
+        assert await status(content_type="application/json;charset=UTF8") == 200
         assert await status(content_type="application/json; charset=latin-1") == 415
         assert await status(content_type="text/plain") == 415
         assert await status(content_type="application/json", content_encoding="identity") == 200

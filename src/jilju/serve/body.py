@@ -45,7 +45,7 @@ def _check_media_type(request: Request) -> None:
     content_type = request.headers.get("content-type", "")
     media_type, _, parameters = content_type.partition(";")
     charset = parameters.replace('"', "").replace(" ", "").lower()
-    if media_type.strip().lower() != "application/json" or charset not in ("", "charset=utf-8"):
+    if media_type.strip().lower() != "application/json" or charset not in ("", "charset=utf-8", "charset=utf8"):
         given = shown(content_type) if content_type else "missing"
         raise UnsupportedMediaType(f"content-type is {given}; send application/json in UTF-8")
     encoding = request.headers.get("content-encoding", "identity")
