@@ -45,5 +45,7 @@ BLOCK_LAYOUTS: dict[GgmlType, BlockLayout] = {
 def row_bytes(type_: GgmlType, num_columns: int) -> int:
     """Bytes of one row of `num_columns` elements. The block size must divide the row."""
     block_elements, block_bytes = BLOCK_LAYOUTS[type_]
-    assert num_columns % block_elements == 0, f"{num_columns} columns are no multiple of {type_.name}'s block of {block_elements}"
+    assert num_columns % block_elements == 0, (
+        f"{num_columns} columns are no multiple of {type_.name}'s block of {block_elements}"
+    )
     return num_columns // block_elements * block_bytes
