@@ -1,4 +1,4 @@
-// simd in plain C++: the same operations on 8 floats and 16 bytes, for any CPU and as a check of the others.
+// simd in the compilers' vector types: the same operations on 8 floats and 16 bytes, for any CPU and as a check of the others.
 // fma here rounds twice (a CPU without FMA would emulate it), so sums differ from AVX2's within rounding.
 #pragma once
 
@@ -12,10 +12,15 @@ namespace jilju::generic {
 
 inline constexpr const char* kName = "native-generic";
 
-struct F32 { float v[8]; };
-struct B16 { uint8_t v[16]; };
+using Floats = float __attribute__((vector_size(32)));
+using Bytes = uint8_t __attribute__((vector_size(16)));
+using HalfBytes = uint8_t __attribute__((vector_size(8)));
+using HalfSignedBytes = int8_t __attribute__((vector_size(8)));
 
-#define JILJU_INLINE [[gnu::always_inline]] inline
+struct F32 { Floats v; };
+struct B16 { Bytes v; };
+
+#define JILJU_INLINE inline
 
 template <class Body>
 JILJU_INLINE F32 lanes(Body&& body) {
@@ -30,21 +35,25 @@ JILJU_INLINE B16 bytes(Body&& body) {
     return out;
 }
 
-JILJU_INLINE F32 zero() { return lanes([](int) { return 0.0f; }); }
-JILJU_INLINE F32 set1(float x) { return lanes([=](int) { return x; }); }
-JILJU_INLINE F32 load(const float* p) { return lanes([=](int i) { return p[i]; }); }
+JILJU_INLINE F32 zero() { return {Floats{}}; }
+JILJU_INLINE F32 set1(float x) { return {Floats{x, x, x, x, x, x, x, x}}; }
+JILJU_INLINE F32 load(const float* p) {
+    F32 out;
+    std::memcpy(&out.v, p, sizeof out.v);
+    return out;
+}
 JILJU_INLINE F32 load_n(const float* p, int n) { return lanes([=](int i) { return i < n ? p[i] : 0.0f; }); }
-JILJU_INLINE void store(float* p, F32 a) { std::memcpy(p, a.v, sizeof a.v); }
-JILJU_INLINE void store_n(float* p, F32 a, int n) { std::memcpy(p, a.v, (n < 8 ? n : 8) * sizeof(float)); }
-JILJU_INLINE F32 add(F32 a, F32 b) { return lanes([&](int i) { return a.v[i] + b.v[i]; }); }
-JILJU_INLINE F32 sub(F32 a, F32 b) { return lanes([&](int i) { return a.v[i] - b.v[i]; }); }
-JILJU_INLINE F32 mul(F32 a, F32 b) { return lanes([&](int i) { return a.v[i] * b.v[i]; }); }
-JILJU_INLINE F32 div(F32 a, F32 b) { return lanes([&](int i) { return a.v[i] / b.v[i]; }); }
-JILJU_INLINE F32 fma(F32 a, F32 b, F32 c) { return lanes([&](int i) { return a.v[i] * b.v[i] + c.v[i]; }); }
-JILJU_INLINE F32 max(F32 a, F32 b) { return lanes([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; }); }
-JILJU_INLINE F32 min(F32 a, F32 b) { return lanes([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; }); }
+JILJU_INLINE void store(float* p, F32 a) { std::memcpy(p, &a.v, sizeof a.v); }
+JILJU_INLINE void store_n(float* p, F32 a, int n) { std::memcpy(p, &a.v, (n < 8 ? n : 8) * sizeof(float)); }
+JILJU_INLINE F32 add(F32 a, F32 b) { return {a.v + b.v}; }
+JILJU_INLINE F32 sub(F32 a, F32 b) { return {a.v - b.v}; }
+JILJU_INLINE F32 mul(F32 a, F32 b) { return {a.v * b.v}; }
+JILJU_INLINE F32 div(F32 a, F32 b) { return {a.v / b.v}; }
+JILJU_INLINE F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
+JILJU_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
+JILJU_INLINE F32 min(F32 a, F32 b) { return {a.v < b.v ? a.v : b.v}; }
 JILJU_INLINE F32 round(F32 a) { return lanes([&](int i) { return std::nearbyint(a.v[i]); }); }
-JILJU_INLINE F32 select_less(F32 a, F32 b, F32 yes, F32 no) { return lanes([&](int i) { return a.v[i] < b.v[i] ? yes.v[i] : no.v[i]; }); }
+JILJU_INLINE F32 select_less(F32 a, F32 b, F32 yes, F32 no) { return {a.v < b.v ? yes.v : no.v}; }
 JILJU_INLINE bool any_less(F32 a, F32 b) {
     bool any = false;
     for (int i = 0; i < 8; ++i) any |= a.v[i] < b.v[i];
@@ -134,18 +143,32 @@ JILJU_INLINE void set1_halves(const uint8_t* p, F32* a, F32* b) {
     *b = set1_half(p + 2);
 }
 
-JILJU_INLINE B16 load_b16(const uint8_t* p) { return bytes([=](int i) { return p[i]; }); }
-JILJU_INLINE B16 and_b16(B16 a, int mask) { return bytes([&](int i) { return a.v[i] & mask; }); }
-JILJU_INLINE B16 or_b16(B16 a, B16 b) { return bytes([&](int i) { return a.v[i] | b.v[i]; }); }
-JILJU_INLINE B16 field_b16(B16 a, int shift, int mask, int to) { return bytes([&](int i) { return (a.v[i] >> shift & mask) << to; }); }
+JILJU_INLINE B16 load_b16(const uint8_t* p) {
+    B16 out;
+    std::memcpy(&out.v, p, sizeof out.v);
+    return out;
+}
+JILJU_INLINE B16 and_b16(B16 a, int mask) { return {a.v & static_cast<uint8_t>(mask)}; }
+JILJU_INLINE B16 or_b16(B16 a, B16 b) { return {a.v | b.v}; }
+JILJU_INLINE B16 field_b16(B16 a, int shift, int mask, int to) {
+    return {((a.v >> static_cast<uint8_t>(shift)) & static_cast<uint8_t>(mask)) << static_cast<uint8_t>(to)};
+}
 JILJU_INLINE void five_bits_b16(const uint8_t* high, const uint8_t* nibbles, B16* first, B16* second) {
     *first = bytes([=](int i) { return (nibbles[i] & 15) | (high[i / 8] >> (i % 8) & 1) << 4; });
     *second = bytes([=](int i) { return nibbles[i] >> 4 | (high[2 + i / 8] >> (i % 8) & 1) << 4; });
 }
-JILJU_INLINE F32 low_u8(B16 a) { return lanes([&](int i) { return static_cast<float>(a.v[i]); }); }
-JILJU_INLINE F32 high_u8(B16 a) { return lanes([&](int i) { return static_cast<float>(a.v[i + 8]); }); }
-JILJU_INLINE F32 load_u8(const uint8_t* p) { return lanes([=](int i) { return static_cast<float>(p[i]); }); }
-JILJU_INLINE F32 load_i8(const uint8_t* p) { return lanes([=](int i) { return static_cast<float>(static_cast<int8_t>(p[i])); }); }
+JILJU_INLINE F32 load_u8(const uint8_t* p) {
+    HalfBytes half;
+    std::memcpy(&half, p, sizeof half);
+    return {__builtin_convertvector(half, Floats)};
+}
+JILJU_INLINE F32 load_i8(const uint8_t* p) {
+    HalfSignedBytes half;
+    std::memcpy(&half, p, sizeof half);
+    return {__builtin_convertvector(half, Floats)};
+}
+JILJU_INLINE F32 low_u8(B16 a) { return load_u8(reinterpret_cast<const uint8_t*>(&a.v)); }
+JILJU_INLINE F32 high_u8(B16 a) { return load_u8(reinterpret_cast<const uint8_t*>(&a.v) + 8); }
 
 JILJU_INLINE void prefetch(const void*) {}
 
