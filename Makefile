@@ -2,7 +2,7 @@
 #
 #   make serve    from a fresh clone to a chat in the browser       make check    format, lint, types, tidy
 #   make test     from a fresh clone to a passed suite              make oracle   compare with transformers on CPU torch
-#   make bench    speed beside llama.cpp, start, quality             make peers    install the engines to compare with
+#   make bench    speed beside llama.cpp, start, quality     make peers    install the engines to compare with
 #   make dev      the environment for work on jilju                 make clean    remove environments and builds
 
 SHELL := /bin/bash

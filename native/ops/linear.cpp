@@ -14,7 +14,7 @@ constexpr int64_t kMaxBlockK = 1024; // a longer K runs in blocks of kBlockK, th
 constexpr int64_t kBlockK = 512;     // a multiple of every format's block; a strip of it is 8 KiB, a quarter of L1
 constexpr int64_t kMaxTileRows = 144;
 constexpr int64_t kTileBytes = 288 << 10;    // of activations: with the chains (1 KiB a row) they fit an L2 of 512 KiB
-constexpr int64_t kMaxGemvRows = 4;         // more rows than this are cheaper through a strip
+constexpr int64_t kMaxGemvRows = kUnpacksInRegisters ? 4 : 0;  // more rows than this are cheaper through a strip
 constexpr int64_t kMaxGemvRowsInParts = 2;  // of formats in parts, whose unpacking needs more registers
 
 constexpr int64_t kGemvBytes = 32 << 10;     // of weights in a GEMV work unit: some microseconds
@@ -240,11 +240,11 @@ void linear(const LinearOp& op, Step& step, Pool& pool) {
         const Output out{step.at(op.out, row) + offset, step.stride(op.out), bias, op.add_to};
         const int64_t rows_here = min_int(rows_per_tile, num_rows - row);
         with_format(w.format, [&]<class F>() {
-            if (few && num_rows <= (F::kParts == 1 ? kMaxGemvRows : kMaxGemvRowsInParts)) {
-                gemv_rows<F>(w, first, count, step.at(op.x, 0), step.stride(op.x), num_rows, out);
-            } else {
-                gemm<F>(w, first, count, step.at(op.x, row), step.stride(op.x), rows_here, out, scratch);
+            if constexpr (kUnpacksInRegisters) {
+                if (num_rows <= (F::kParts == 1 ? kMaxGemvRows : kMaxGemvRowsInParts))
+                    return gemv_rows<F>(w, first, count, step.at(op.x, 0), step.stride(op.x), num_rows, out);
             }
+            gemm<F>(w, first, count, step.at(op.x, row), step.stride(op.x), rows_here, out, scratch);
         });
     });
 }

@@ -11,6 +11,7 @@
 namespace jilju::avx2 {
 
 inline constexpr const char* kName = "native-avx2";
+inline constexpr bool kUnpacksInRegisters = true;  // a block and its chains fit the registers
 
 struct F32 { __m256 v; };   // 8 lanes
 struct B16 { __m256i v; };  // 16 bytes, in both halves: then one shuffle widens any 8 of them

@@ -11,6 +11,7 @@
 namespace jilju::generic {
 
 inline constexpr const char* kName = "native-generic";
+inline constexpr bool kUnpacksInRegisters = false;  // a block and its chains do not fit the registers of every CPU
 
 using Floats = float __attribute__((vector_size(32)));
 using Bytes = uint8_t __attribute__((vector_size(16)));
@@ -85,7 +86,7 @@ JILJU_INLINE float max_lane(F32 a) {
     return out;
 }
 
-JILJU_INLINE float half_to_float(uint16_t h) {
+[[gnu::noinline]] inline float half_to_float(uint16_t h) {
     const uint32_t sign = static_cast<uint32_t>(h >> 15) << 31, exponent = h >> 10 & 31, mantissa = h & 1023;
     if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24 is exact in float32
         const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
@@ -153,7 +154,7 @@ JILJU_INLINE B16 or_b16(B16 a, B16 b) { return {a.v | b.v}; }
 JILJU_INLINE B16 field_b16(B16 a, int shift, int mask, int to) {
     return {((a.v >> static_cast<uint8_t>(shift)) & static_cast<uint8_t>(mask)) << static_cast<uint8_t>(to)};
 }
-JILJU_INLINE void five_bits_b16(const uint8_t* high, const uint8_t* nibbles, B16* first, B16* second) {
+[[gnu::noinline]] inline void five_bits_b16(const uint8_t* high, const uint8_t* nibbles, B16* first, B16* second) {
     *first = bytes([=](int i) { return (nibbles[i] & 15) | (high[i / 8] >> (i % 8) & 1) << 4; });
     *second = bytes([=](int i) { return nibbles[i] >> 4 | (high[2 + i / 8] >> (i % 8) & 1) << 4; });
 }
