@@ -226,8 +226,10 @@ def slow(index: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowIndex]:
 
 
 SCRIPT = """
+import signal
 import sys
 import msgspec
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their tests, start with it ignored
 from jilju.model import sources
 sources.MODELS = {"tiny": msgspec.json.decode(sys.argv[1], type=sources.ModelEntry)}
 print(sources.pull("tiny", lambda done, total, text: print(text, flush=True)))
