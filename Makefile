@@ -52,8 +52,8 @@ test: .venv-dev/installed
 	@.venv-dev/bin/python -m pytest $(ARGS)
 
 check: .venv-dev/installed
-	.venv-dev/bin/ruff format --check src tests benchmarks
-	.venv-dev/bin/ruff check src tests benchmarks
+	.venv-dev/bin/ruff format --check src tests benchmarks scripts
+	.venv-dev/bin/ruff check src tests benchmarks scripts
 	.venv-dev/bin/mypy
 	.venv-dev/bin/python -m pytest tests/test_tidy.py
 

@@ -22,7 +22,10 @@ def main() -> int:
         print(f"{size / 1e6:8.1f} MB  {package}")
     print(f"{total_mb:8.1f} MB  in all, bytecode left out; allowed: {LIMIT_MB} MB")
     present = [name for name in ABSENT if importlib.util.find_spec(name)]
-    print(f"absent: {', '.join(n for n in ABSENT if n not in present)}" + (f"; PRESENT: {', '.join(present)}" if present else ""))
+    print(
+        f"absent: {', '.join(n for n in ABSENT if n not in present)}"
+        + (f"; PRESENT: {', '.join(present)}" if present else "")
+    )
     return int(total_mb > LIMIT_MB or bool(present))
 
 
