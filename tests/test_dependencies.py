@@ -1,6 +1,8 @@
 """What comes with jilju: licences that may be passed on, nothing heavy in a running server, a core that needs no compiler."""
 
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -109,3 +111,14 @@ def test_the_reference_backend_needs_no_extension():
     num_tokens, refusal = done.stdout.splitlines()
     assert num_tokens == "3"
     assert "extension is missing" in refusal and "reference backend" in refusal
+
+
+def test_an_installation_that_lacks_a_file_of_the_pages_is_found(tmp_path, monkeypatch, capsys):
+    check_install = runpy.run_path(str(ROOT / "scripts" / "check_install.py"))
+    shutil.copytree(ROOT / "src" / "jilju", tmp_path / "jilju", ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    monkeypatch.setattr("site.getsitepackages", lambda: [str(tmp_path)])
+    monkeypatch.setitem(check_install["main"].__globals__, "ABSENT", ("no_such_module",))
+    assert check_install["main"]() == 0
+    (tmp_path / "jilju" / "view" / "chat.js").unlink()
+    assert check_install["main"]() == 1
+    assert "view/chat.js" in capsys.readouterr().out
