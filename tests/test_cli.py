@@ -3,8 +3,11 @@
 import subprocess
 import sys
 
+import click
 import pytest
 
+from jilju.cli import commands
+from jilju.config import SERVE_OPTIONS
 from tests.system.conftest import needs_smollm2
 
 
@@ -15,13 +18,31 @@ def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize(
-    "command", [(), ("serve",), ("chat",), ("generate",), ("tokenize",), ("pull",), ("models",), ("bench",)]
-)
+    "command",
+    [(), ("serve",), ("chat",), ("generate",), ("tokenize",), ("pull",), ("models",), ("bench",), ("bench", "quality"), ("bench", "speed")],
+)  # fmt: skip
 def test_help_is_there_and_shows_examples(command):
     done = run(*command, "--help")
     assert done.returncode == 0
     assert "Usage:" in done.stdout
-    assert command in (("models",), ("bench",)) or "Example" in done.stdout
+    assert "Example" in done.stdout
+
+
+def test_every_option_is_explained():
+    found = list(commands.commands.values())
+    found += found[[command.name for command in found].index("bench")].commands.values()
+    for command in found:
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.help, f"{command.name} {option.opts[0]}"
+
+
+@pytest.mark.parametrize("option", SERVE_OPTIONS, ids=lambda option: option.flag)
+def test_help_of_serve_says_variable_and_default(option):
+    told = next(o.help for o in commands.commands["serve"].params if option.flag in o.opts)
+    assert option.help in told
+    assert f"[{option.variable}]" in told
+    assert "Default: " in told
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,9 @@ def commands() -> None:
 
 def _option(option: Option) -> Callable[[Any], Any]:
     default = next(f.default for f in _fields() if f.name == option.name)
-    shown = "auto" if default is None and option.kind in ("tokens", "bytes") else default
-    text = f"{option.help}  [{option.variable}]" + (f"  Default: {shown}." if shown not in (None, (), False) else "")
+    open_value = "auto" if option.kind in ("tokens", "bytes") else "the model's own"
+    shown = {None: open_value, (): "none", False: "off"}.get(default, default)
+    text = f"{option.help}  [{option.variable}]  Default: {shown}."
     if option.kind == "bool":
         return click.option(option.flag, option.name, is_flag=True, default=None, help=text)
     metavar = {"int": "N", "tokens": "N|auto", "bytes": "SIZE|auto", "list": "NAME", "keys": "KEY"}.get(option.kind)
@@ -104,6 +105,26 @@ def _options(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
+# Options that several commands have.
+_model = click.option(
+    "--model",
+    "-m",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help="A name of `jilju models`, or the path of a GGUF file.",
+)
+_temperature = click.option(
+    "--temperature", type=click.FloatRange(0, 2), default=None, help="0 is greedy. Default: the model's own."
+)
+_threads = click.option(
+    "--threads",
+    type=click.IntRange(1, 256),
+    default=None,
+    help="Threads that compute. Default: the cores this process may use.",
+)
+_as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
 @commands.command()
 @click.argument("model", required=False)
 @_options
@@ -116,7 +137,7 @@ def serve(model: str | None, **flags: Any) -> None:
     Examples:
       jilju serve
       jilju serve smollm2-135m --port 9000
-      jilju serve ./model.gguf --host 0.0.0.0 --api-key team=some-long-secret
+      JILJU_API_KEY=team=some-long-secret jilju serve ./model.gguf --host 0.0.0.0 --allow-host chat.example.org
     """
     from jilju.serve.auth import check_bind
 
@@ -197,7 +218,7 @@ def _announce(console: Console, model: "ModelFile", config: ServeConfig, memory:
 @commands.command()
 @click.argument("model", required=False)
 @click.option("--system", default=None, metavar="TEXT", help="System prompt.")
-@click.option("--temperature", type=click.FloatRange(0, 2), default=None, help="0 is greedy. Default: the model's own.")
+@_temperature
 @click.option(
     "--max-tokens",
     type=click.IntRange(1),
@@ -209,14 +230,9 @@ def _announce(console: Console, model: "ModelFile", config: ServeConfig, memory:
     "--context",
     type=click.IntRange(16),
     default=None,
-    help="Longest conversation in tokens. Default: the model's own maximum.",
+    help="Longest conversation in tokens. Default: the model's own maximum, or what a quarter of the memory holds.",
 )
-@click.option(
-    "--threads",
-    type=click.IntRange(1, 256),
-    default=None,
-    help="Threads that compute. Default: the cores this process may use.",
-)
+@_threads
 def chat(model: str | None, system: str | None, context: int | None, threads: int | None, **sampling: Any) -> None:
     """Chat with MODEL in the terminal. An empty line or Ctrl-D ends it; Ctrl-C stops an answer; /new starts over.
 
@@ -279,30 +295,34 @@ def _params(defaults: "SamplingParams", given: dict[str, Any]) -> "SamplingParam
 
 @commands.command()
 @click.argument("prompt")
-@click.option(
-    "--model",
-    "-m",
-    default=DEFAULT_MODEL,
-    show_default=True,
-    help="A name of `jilju models`, or the path of a GGUF file.",
-)
+@_model
 @click.option(
     "--chat", "as_chat", is_flag=True, help="Send the prompt as a user's message through the model's chat template."
 )
-@click.option("--max-tokens", type=click.IntRange(0), default=128, show_default=True)
-@click.option("--temperature", type=click.FloatRange(0, 2), default=None, help="0 is greedy. Default: the model's own.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=None)
-@click.option("--top-k", type=click.IntRange(0), default=None)
-@click.option("--min-p", type=click.FloatRange(0, 1), default=None)
+@click.option("--max-tokens", type=click.IntRange(0), default=128, show_default=True, help="Longest answer in tokens.")
+@_temperature
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=None,
+    help="Sample from the most probable tokens that make up this share; 1 is off. Default: the model's own.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(0),
+    default=None,
+    help="Sample from so many most probable tokens; 0 is off. Default: the model's own.",
+)
+@click.option(
+    "--min-p",
+    type=click.FloatRange(0, 1),
+    default=None,
+    help="Drop tokens below this share of the most probable one's probability; 0 is off. Default: the model's own.",
+)
 @click.option("--seed", type=int, default=None, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Go on past the model's end of text.")
-@click.option(
-    "--threads",
-    type=click.IntRange(1, 256),
-    default=None,
-    help="Threads that compute. Default: the cores this process may use.",
-)
+@_threads
 def generate(
     prompt: str, model: str, as_chat: bool, threads: int | None, stop: tuple[str, ...], **sampling: Any
 ) -> None:
@@ -333,13 +353,7 @@ def generate(
 
 @commands.command()
 @click.argument("text")
-@click.option(
-    "--model",
-    "-m",
-    default=DEFAULT_MODEL,
-    show_default=True,
-    help="A name of `jilju models`, or the path of a GGUF file.",
-)
+@_model
 @click.option("--special", is_flag=True, help="Read the text of special tokens, such as <|im_end|>, as these tokens.")
 def tokenize(text: str, model: str, special: bool) -> None:
     """Print the tokens of TEXT: piece, id and bytes. `-` reads the text from standard input.
@@ -405,7 +419,12 @@ def pull(name: str, verify: bool) -> None:
 
 @commands.command()
 def models() -> None:
-    """List the models that have a name: size, licence, whether they are in the cache, and where that is."""
+    """List the models that have a name: size, licence, sampling defaults, whether they are in the cache, and where that is.
+
+    \b
+    Example:
+      jilju models
+    """
     from jilju.assemble.engine import show_bytes
     from jilju.model import sources
 
@@ -422,7 +441,13 @@ def models() -> None:
 
 @commands.group()
 def bench() -> None:
-    """Measure: `quality` gives perplexity, `speed` prefill and decode beside a peer engine."""
+    """Measure: `quality` gives perplexity, `speed` prefill and decode beside a peer engine.
+
+    \b
+    Examples:
+      jilju bench quality smollm2-135m --text LICENSE
+      jilju bench speed smollm2-135m --peer .venv-llama-cpp/bin/python
+    """
 
 
 @bench.command("quality")
@@ -441,10 +466,10 @@ def bench() -> None:
     show_default=True,
     help="Tokens of a window; the second half of each is scored.",
 )
-@click.option("--threads", type=click.IntRange(1, 256), default=None)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_threads
+@_as_json
 def bench_quality(model: str, text_file: Path, window: int, threads: int | None, as_json: bool) -> None:
-    """Perplexity of MODEL over a text: windows of 512 tokens, the second half of each scored.
+    """Perplexity of MODEL over a text, cut into windows; the second half of each is scored.
 
     \b
     Example:
@@ -485,8 +510,12 @@ def _read_text(path: Path) -> str:
     required=True,
     help="Python of an environment with llama-cpp-python.",
 )
-@click.option("--prompt-tokens", type=click.IntRange(2, 2000), default=512, show_default=True)
-@click.option("--output-tokens", type=click.IntRange(1, 1000), default=128, show_default=True)
+@click.option(
+    "--prompt-tokens", type=click.IntRange(2, 2000), default=512, show_default=True, help="Length of the prompt."
+)
+@click.option(
+    "--output-tokens", type=click.IntRange(1, 1000), default=128, show_default=True, help="Tokens decoded after it."
+)
 @click.option(
     "--repeats",
     type=click.IntRange(1),
@@ -494,8 +523,8 @@ def _read_text(path: Path) -> str:
     show_default=True,
     help="Counted pairs of runs, after one warm-up pair.",
 )
-@click.option("--threads", type=click.IntRange(1, 256), default=None)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@_threads
+@_as_json
 def bench_speed(
     model: str, peer: Path, prompt_tokens: int, output_tokens: int, repeats: int, threads: int | None, as_json: bool
 ) -> None:

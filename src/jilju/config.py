@@ -79,7 +79,7 @@ SERVE_OPTIONS: tuple[Option, ...] = (
     Option("max_rows", "int", "Sequences computed in one step.", low=1, high=256),
     Option("step_tokens", "int", "Tokens computed in one step; bounds how long a stream waits for others' prompts.", low=16, high=8192),
     Option("threads", "tokens", "Threads that compute, or auto: the cores this process may use.", low=1, high=256),
-    Option("served_model_name", "text", "Name of the model in the API; default: its own."),
+    Option("served_model_name", "text", "Name of the model in the API."),
     Option("log_level", "choice", "How much to log.", choices=("debug", "info", "warning", "error")),
     Option("log_format", "choice", "How to log.", choices=("text", "json")),
     Option("insecure", "bool", "Allow a bind beyond loopback without a key."),
