@@ -1,9 +1,10 @@
 # One command a job. Each does all its own set-up; every virtual environment is a folder here and can be deleted.
 #
-#   make serve    from a fresh clone to a chat in the browser       make check    format, lint, types, tidy
-#   make test     from a fresh clone to a passed suite              make oracle   compare with transformers on CPU torch
-#   make bench    speed beside llama.cpp, start, quality     make peers    install the engines to compare with
-#   make dev      the environment for work on jilju                 make clean    remove environments and builds
+#   make serve    from a fresh clone to a chat in the browser       make check          format, lint, types, tidy
+#   make test     from a fresh clone to a passed suite              make oracle         compare with transformers on CPU torch
+#   make bench    speed beside llama.cpp, start, quality            make peers          install the engines to compare with, ask their tokenizer
+#   make dev      the environment for work on jilju                 make install-check  what a user's environment holds
+#   make clean    remove environments and builds
 
 SHELL := /bin/bash
 MODEL ?=

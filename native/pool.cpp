@@ -72,7 +72,7 @@ void Pool::run(Function function, void* context, int64_t num_tiles) {
         for (int64_t tile = 0; tile < num_tiles; ++tile) function(context, tile, scratch_);
         return;
     }
-    // Close the last phase before its job changes: who reads any part of the new job then cannot take a tile of the old one.
+    // Close the last phase before its work changes: who reads any part of the new work then cannot take a tile of the old.
     const uint64_t last = next_.load(std::memory_order_relaxed);
     next_.store(last | kClosed, std::memory_order_relaxed);
     const uint32_t phase = static_cast<uint32_t>(last >> 32) + 1;
@@ -99,7 +99,7 @@ void Pool::take_tiles(uint32_t phase, int thread_index) {
     int64_t num_taken = 0;
     uint64_t next = next_.load(std::memory_order_acquire);
     while (next >> 32 == phase && static_cast<int64_t>(next & kClosed) < num_tiles) {
-        // Success means that the phase is not over, hence that what was read above is this phase's job.
+        // Success means that the phase is not over, hence that what was read above is this phase's work.
         if (!next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
         function(context, static_cast<int64_t>(next & kClosed), scratch);
         ++num_taken;

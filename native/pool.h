@@ -52,7 +52,7 @@ private:
     std::vector<std::thread> threads_;
     unsigned saved_mxcsr_ = 0;
     std::atomic<bool> stop_{false};
-    // The phase's job. A thread that read it has a right to it only once it has taken a tile of that phase from next_.
+    // The phase's work. A thread that read it has a right to it only once it has taken a tile of that phase from next_.
     std::atomic<Function> function_{nullptr};
     std::atomic<void*> context_{nullptr};
     std::atomic<int64_t> num_tiles_{0};

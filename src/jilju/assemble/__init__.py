@@ -1,5 +1,6 @@
-"""The composition root: the only place that names concrete classes. Two halves, so that the engine's process stays light.
+"""The composition root: the only place that names concrete classes. In parts, so that the engine's process stays light.
 
-`engine` makes what computes (model file, plan, backend, Engine); `server` makes what speaks (tokenizer, template, the
-supervised engine, the HTTP app); `engine_process` is the program of the engine's own process. Others are handed the parts.
+`engine` makes what computes (model file, plan, backend, Engine); `text` what reads and writes text (tokenizer, template); `server`
+puts the HTTP server together around a supervised engine; `engine_process` is the program of the engine's own process. Others are
+handed the parts.
 """

@@ -1,4 +1,4 @@
-"""What speaks, put together: text, the supervised engine, the HTTP app, logging.
+"""The server, put together: text, the supervised engine, the HTTP app, logging.
 
 Owns the order of a server's start. Knows nothing of flags; it is handed the resolved config.
 """
@@ -70,7 +70,7 @@ def fingerprint(model: ModelFile, options: EngineOptions) -> str:
     """Names weights, tokenizer, template and kernel set: two servers with the same one give the same bits.
 
     A file of the model table is named by its SHA-256; any other by its head (metadata, tokenizer, template, tensor list), its
-    size and a sample of 64 pages of its weights, since hashing a whole file would cost seconds at every start.
+    size and 64 samples of 4 KiB of its weights, since hashing a whole file would cost seconds at every start.
     """
     digest = hashlib.sha256()
     if model.entry is not None:

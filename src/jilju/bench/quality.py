@@ -1,8 +1,8 @@
 """Quality: the perplexity of a model over a text.
 
 Owns the method: the text's tokens are cut into windows, and of each window the second half is scored, each token given those
-before it in the window (the method of llama.cpp's perplexity tool, so figures compare). Knows nothing of backends: it is
-handed an engine and a tokenizer. Perplexity = exp(mean negative logprob of the scored tokens).
+before it in the window (the method of llama.cpp's perplexity tool, so figures compare). Knows nothing of backends or
+tokenizers: it is handed an engine and token ids. Perplexity = exp(mean negative logprob of the scored tokens).
 """
 
 import math
