@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -71,6 +72,7 @@ def test_there_are_examples_of_the_main_routes():
         assert any(ADDRESS + route in example for example in EXAMPLES), route
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not here: apt-get install curl")
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.split()[1].removeprefix(ADDRESS))
 def test_example(example, smollm2_server):
     words = shlex.split(example.replace(ADDRESS, smollm2_server.url))
