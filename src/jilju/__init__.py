@@ -3,7 +3,7 @@
     from jilju import LLM, SamplingParams
     print(LLM("smollm2-135m").generate("The sky is")[0].text)
 
-The two names are loaded on first use, so that importing one part (the engine process does) does not load them all.
+The names are loaded on first use, so that importing one part (the engine process does) does not load them all.
 """
 
 from typing import TYPE_CHECKING

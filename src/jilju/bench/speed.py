@@ -1,7 +1,7 @@
 """Speed: prefill of one long prompt and decode of one stream, in this process, side by side with a peer engine.
 
 Owns the method: runs of jilju and of the peer alternate, each figure is the median, the ratio is the median of the pairs'
-ratios, and other processes' CPU time is printed beside each pair, since this kind of figure means nothing on a busy machine.
+ratios, and each run tells what share of the cores other processes took, since such a figure means nothing on a busy machine.
 The peer is a program that reads a JSON line per run and answers with one (benchmarks/peers/). Knows nothing of backends.
 """
 

@@ -1,7 +1,7 @@
 """The event log: the one record of what happened.
 
-Owns bounded rings of step and request records, and nothing else: metrics, time ledger, pages and bills are folds over them.
-Holds no text and no tokens. Step records are made in the engine process and travel with the step's frame, so they outlive
+Owns a bounded ring of step records and who listens to them, and nothing else: metrics and the time ledger are folds over them
+and over the marks of requests. Holds no text and no tokens. Records are made in the engine process and travel with the step's frame, so they outlive
 an engine's death. Times are ns of the monotonic clock.
 """
 

@@ -1,6 +1,6 @@
 """NativeExecutor: the Executor protocol on the C++ core.
 
-Owns the loaded model and the result arrays; keeps the weights' mapping alive, for the kernels read it in place. Knows
+Owns the loaded model; keeps the weights' mapping alive, for the kernels read it in place. Knows
 nothing of sequences or requests. JILJU_ISA=generic|avx2 forces an instruction set; otherwise the CPU decides.
 """
 
