@@ -76,7 +76,7 @@ bench-start: .venv-dev/installed
 	@.venv-dev/bin/python benchmarks/start.py
 
 bench-speed: .venv-dev/installed .venv-llama-cpp/installed
-	@.venv-dev/bin/jilju bench speed smollm2-135m --peer .venv-llama-cpp/bin/python $(ARGS)
+	@.venv-dev/bin/jilju bench speed $(or $(MODEL),smollm2-135m) --peer .venv-llama-cpp/bin/python $(ARGS)
 
 bench-quality: .venv-dev/installed
 	@.venv-dev/bin/jilju bench quality smollm2-135m --text $(TEXT)

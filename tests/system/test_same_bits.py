@@ -11,8 +11,8 @@ from tests.system.prompts import CHAT_PROMPTS
 pytestmark = needs_smollm2
 NUM_NEIGHBOURS = 15
 PARAMS = (
-    SamplingParams(temperature=0.0, max_tokens=24, logprobs=3),
-    SamplingParams(temperature=1.0, top_k=40, top_p=0.95, seed=99, max_tokens=24, logprobs=3),
+    SamplingParams(temperature=0.0, max_tokens=16, logprobs=3),
+    SamplingParams(temperature=1.0, top_k=40, top_p=0.95, seed=99, max_tokens=16, logprobs=3),
 )
 
 
@@ -24,7 +24,7 @@ def bits(completion):
 def alone():
     """Each prompt alone, on one thread, each in an engine that has seen nothing like it."""
     with LLM("smollm2-135m", context=1024, kv_memory="256MiB", threads=1) as llm:
-        prompts = [llm.text.tokenizer.encode(p) * 4 for p in CHAT_PROMPTS[:3]]
+        prompts = [llm.text.tokenizer.encode(p) * 3 for p in CHAT_PROMPTS]
         return prompts, [[bits(llm.generate([p], params)[0]) for p in prompts] for params in PARAMS]
 
 
