@@ -2,7 +2,15 @@
 
 import pytest
 
-from jilju.config import SERVE_OPTIONS, ApiKey, ServeConfig, parse_bytes, resolve_serve_config, usable_cores
+from jilju.config import (
+    SERVE_OPTIONS,
+    ApiKey,
+    ServeConfig,
+    engine_config,
+    parse_bytes,
+    resolve_serve_config,
+    usable_cores,
+)
 from jilju.errors import ConfigError
 
 
@@ -89,3 +97,27 @@ def test_cores_are_those_of_the_affinity():
     cores, reason = usable_cores()
     assert cores >= 1
     assert reason
+
+
+def test_settings_of_an_engine_in_python():
+    config = engine_config("m", context=None, kv_memory="1GiB", max_rows=4, step_tokens=64, threads=2)
+    assert (config.model, config.context, config.kv_memory, config.threads) == ("m", None, 1 << 30, 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"max_rows": 0}, ["max_rows is 0", "1 to 256"]),
+        ({"max_rows": None}, ["max_rows is None", "1 to 256"]),
+        ({"step_tokens": "64"}, ["step_tokens is '64'", "16 to 8192"]),
+        ({"threads": True}, ["threads is True", "None or a whole number"]),
+        ({"context": -4}, ["context is -4", "16 to"]),
+        ({"kv_memory": -5}, ["kv_memory is -5", "1GiB"]),
+        ({"kv_memory": 1.5}, ["kv_memory is 1.5", "1GiB"]),
+        ({"kv_memory": "lots"}, ["kv_memory is 'lots'", "512MiB"]),
+    ],
+)
+def test_a_wrong_setting_of_an_engine_is_named_as_the_argument_is(given, words):
+    with pytest.raises(ConfigError) as caught:
+        engine_config("m", **given)
+    assert all(word in caught.value.message for word in words), caught.value.message

@@ -461,7 +461,7 @@ def bench() -> None:
 )
 @click.option(
     "--window",
-    type=click.IntRange(4),
+    type=click.IntRange(16),
     default=512,
     show_default=True,
     help="Tokens of a window; the second half of each is scored.",
@@ -511,7 +511,7 @@ def _read_text(path: Path) -> str:
     help="Python of an environment with llama-cpp-python.",
 )
 @click.option(
-    "--prompt-tokens", type=click.IntRange(2, 2000), default=512, show_default=True, help="Length of the prompt."
+    "--prompt-tokens", type=click.IntRange(16, 2000), default=512, show_default=True, help="Length of the prompt."
 )
 @click.option(
     "--output-tokens", type=click.IntRange(1, 1000), default=128, show_default=True, help="Tokens decoded after it."

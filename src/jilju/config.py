@@ -187,6 +187,28 @@ def resolve_serve_config(
     return ServeConfig(**values, origins=origins)
 
 
+def engine_config(model: str, **given: Any) -> ServeConfig:
+    """The config of an engine that is asked for in Python: values of their own types, within the bounds of the flags.
+
+    Raises ConfigError naming the argument.
+    """
+    values: dict[str, Any] = {}
+    for option in SERVE_OPTIONS:
+        if option.name not in given:
+            continue
+        value = given.pop(option.name)
+        if option.kind == "bytes" and isinstance(value, str):
+            value = parse_bytes(value, option.name)
+        low, high = (1, MAX_BYTES) if option.kind == "bytes" else (option.low, option.high)
+        is_open = value is None and option.kind in ("tokens", "bytes")
+        if not (is_open or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= high)):
+            also = {"tokens": "None or ", "bytes": "None, a size such as '1GiB', or "}.get(option.kind, "")
+            raise ConfigError(f"{option.name} is {value!r}; allowed: {also}a whole number from {low} to {high}")
+        values[option.name] = value
+    assert not given, f"no settings of an engine: {list(given)}"
+    return ServeConfig(model=model, **values)
+
+
 def available_memory_bytes() -> int:
     """Memory this process may still take: MemAvailable, or what the cgroup leaves if that is less."""
     available = 0

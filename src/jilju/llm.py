@@ -23,7 +23,7 @@ import msgspec
 
 from jilju.assemble.engine import build_engine, open_model, resolve_engine
 from jilju.assemble.text import load_text
-from jilju.config import DEFAULT_MODEL, ServeConfig, parse_bytes
+from jilju.config import DEFAULT_MODEL, engine_config
 from jilju.engine.request import (
     EngineEvent,
     FinishReason,
@@ -103,14 +103,8 @@ class LLM:
         self, model: str = DEFAULT_MODEL, *, context: int | None = None, kv_memory: int | str | None = None, max_rows: int = 32,
         step_tokens: int = 256, threads: int | None = None, progress: Callable[[int, int, str], None] | None = None,
     ):  # fmt: skip
-        kv_bytes = parse_bytes(kv_memory, "kv_memory") if isinstance(kv_memory, str) else kv_memory
-        config = ServeConfig(
-            model=model,
-            context=context,
-            kv_memory=kv_bytes,
-            max_rows=max_rows,
-            step_tokens=step_tokens,
-            threads=threads,
+        config = engine_config(
+            model, context=context, kv_memory=kv_memory, max_rows=max_rows, step_tokens=step_tokens, threads=threads
         )
         model_file = open_model(model, progress or _silent)
         self.config, options, self.memory = resolve_engine(model_file, config)
