@@ -1,9 +1,11 @@
-"""Tiny random models of each family, from file to logits, against `transformers` in float32."""
+"""Tiny random models of each family, from file to logits, against `transformers` in float32; the golden files too."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from real_model import greedy_at_each_place, load_by_transformers
 from tiny_models import (
     GOLDEN,
     MODELS,
@@ -19,6 +21,7 @@ from tiny_models import (
 from jilju.backends.reference import ReferenceExecutor
 from jilju.formats.gguf import GgufFile
 from jilju.model.decoder import build_plan
+from jilju.model.sources import list_models
 from jilju.model.spec import spec_from_gguf
 from jilju.model.weights import load_weights
 from jilju.plan import Limits
@@ -74,3 +77,13 @@ def test_golden_files_are_what_transformers_says_today(tiny: Tiny) -> None:
         assert set(file.tensors) == set(tensors)
         for name, x in tensors.items():
             assert file.tensor_data(name).tobytes() == np.ascontiguousarray(x).tobytes(), name
+
+
+def test_the_golden_answers_of_a_real_file_are_what_transformers_says_today() -> None:
+    golden = json.loads((GOLDEN_FOLDER / "smollm2-135m.greedy.json").read_text())
+    path = next(m.path for m in list_models() if m.entry.name == golden["model"])
+    if not path.is_file():
+        pytest.skip(f"{golden['model']} is not in the cache: jilju pull {golden['model']}")
+    model = load_by_transformers(path)
+    for answer in golden["greedy"]:
+        assert greedy_at_each_place(model, answer["prompt_ids"], answer["ids"]) == answer["ids"]
