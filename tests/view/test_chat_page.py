@@ -604,6 +604,7 @@ def test_a_refusal_says_what_to_do_and_can_be_tried_again(open_page, stub, statu
     )
     page, watch = open_page()
     watch.allowed.append(f"status of {status}")
+    expect(page.locator("#model-name")).to_have_text("stub-1b")  # from here on a body names it
     ask(page)
     fault = page.locator(".fault")
     expect(fault).to_contain_text(title)
