@@ -1,5 +1,6 @@
 """The command line as a user types it: in a process of its own, with a model that is at hand."""
 
+import signal
 import subprocess
 import sys
 
@@ -165,6 +166,27 @@ def test_a_bind_that_is_refused_fetches_no_model(tmp_path, monkeypatch):
     monkeypatch.setenv("JILJU_CACHE", str(tmp_path))
     assert "--insecure" in run("serve", "--host", "0.0.0.0").stderr
     assert not list(tmp_path.iterdir())
+
+
+@needs_smollm2
+def test_an_interrupt_stops_the_answer_and_not_the_chat():
+    process = subprocess.Popen(
+        [sys.executable, "-m", "jilju", "chat", "smollm2-135m", "--context", "1024", "--seed", "1"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.write("Write a story of a thousand words about a runner.\n")
+    process.stdin.flush()
+    first = process.stdout.read(40)  # the answer has begun
+    process.send_signal(signal.SIGINT)
+    stopped = process.stdout.readline()
+    while not stopped.endswith("[stopped]\n"):
+        assert stopped, "the chat ended with the answer"
+        stopped = process.stdout.readline()
+    rest, _ = process.communicate("Say hi.\n", timeout=60)
+    assert first
+    assert rest.strip(), "no answer after the stopped one"
+    assert process.returncode == 0
 
 
 @needs_smollm2

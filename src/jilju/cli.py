@@ -8,6 +8,7 @@ import contextlib
 import io
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -273,18 +274,37 @@ def chat(model: str | None, system: str | None, context: int | None, threads: in
 
 
 def _print_pieces(pieces: "Iterator[Piece]") -> "Completion | None":
-    """Print an answer as it comes; Ctrl-C stops it. None if it was stopped."""
+    """Print an answer as it comes; Ctrl-C stops it after the step that runs, a second one at once. None if it was stopped."""
     done = None
-    try:
+    with _interruptible() as is_stopped:
         for piece in pieces:
             click.echo(piece.text, nl=False)
             sys.stdout.flush()
             done = piece.completion or done
-    except KeyboardInterrupt:
-        pieces.close()  # type: ignore[attr-defined]
-        click.echo(" [stopped]", nl=False)
+            if is_stopped() and done is None:
+                pieces.close()  # type: ignore[attr-defined]
+                click.echo(" [stopped]", nl=False)
+                break
     click.echo()
     return done
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[Callable[[], bool]]:
+    """Within it a first Ctrl-C only sets what is yielded, so that no step of the engine is broken off in its middle."""
+    stopped = False
+
+    def on_interrupt(number: int, frame: object) -> None:
+        nonlocal stopped
+        if stopped:
+            raise KeyboardInterrupt
+        stopped = True
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield lambda: stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _params(defaults: "SamplingParams", given: dict[str, Any]) -> "SamplingParams":
