@@ -1,17 +1,25 @@
-"""Documents against code: the tables of fields, errors and flags hold every name that the code has, and no other."""
+"""Documents against code: tables of fields, errors and flags hold every name that the code has, and no other; links, commands
+and make targets exist.
+"""
 
 import re
 from pathlib import Path
 
 import msgspec
+import pytest
 
+from jilju.cli import commands
 from jilju.config import SERVE_OPTIONS, ServeConfig
 from jilju.errors import JiljuError, StartupError
+from jilju.formats.ggml import GgmlType
+from jilju.model.sources import MODELS
+from jilju.model.spec import FAMILIES
 from jilju.serve.openai_chat import CHAT, MESSAGE, PART
 from jilju.serve.openai_completions import COMPLETION
 from jilju.serve.sampling import STREAM_OPTIONS
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
 
 
 def section(name: str, heading: str) -> str:
@@ -87,3 +95,48 @@ def test_flags_of_serve():
             shown = "the model's own"
         assert row[:3] == [f"`{option.flag}`", f"`{option.variable}`", shown], row
         assert row[3] == option.help, row
+
+
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "benchmarks").glob("*.md")])
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document):
+    for target in re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (document.parent / target.partition("#")[0]).exists(), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_make_targets_are_there(document):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(re.findall(r"\bmake ([a-z][a-z-]+)(?=[`\n ])", code_of(document))) <= targets
+
+
+def test_commands_are_there():
+    told = {command for document in DOCUMENTS for command in re.findall(r"\bjilju ([a-z]+)\b", code_of(document))}
+    assert told >= {"serve", "chat", "generate", "tokenize", "pull", "models", "bench"}
+    assert told <= set(commands.commands) | {"import"}, "`from jilju import`"
+
+
+def test_decisions_are_numbered_in_their_order():
+    files = sorted((DOCS / "decisions").glob("*.md"))
+    assert [path.name[:4] for path in files] == [f"{number:04}" for number in range(1, len(files) + 1)]
+    for path in files:
+        assert path.read_text(encoding="utf-8").startswith(f"# {path.name[:4]} "), path.name
+
+
+def test_models_and_number_formats_are_told():
+    readme, changelog = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md"))
+    for entry in MODELS.values():
+        assert f"{entry.num_bytes / 1e6:.0f} MB" in readme
+        assert entry.name in readme and entry.name in changelog
+    row = next(line for line in readme.splitlines() if line.startswith("| models |"))
+    for name in (*GgmlType.__members__, *FAMILIES):
+        assert re.search(rf"\b{name}\b", row) and re.search(rf"\b{name}\b", changelog), name
+
+
+def code_of(document: Path) -> str:
+    """What stands in backquotes and code blocks."""
+    text = document.read_text(encoding="utf-8")
+    return "\n".join(re.findall(r"```[a-z]*\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text)) + "\n"
