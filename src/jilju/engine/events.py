@@ -1,8 +1,8 @@
 """The event log: the one record of what happened.
 
 Owns a bounded ring of step records and who listens to them, and nothing else: metrics and the time ledger are folds over them
-and over the marks of requests. Holds no text and no tokens. Records are made in the engine process and travel with the step's frame, so they outlive
-an engine's death. Times are ns of the monotonic clock.
+and over the marks of requests. Holds no text and no tokens. Records are made in the engine process and travel with the step's
+frame, so they outlive an engine's death. Times are ns of the monotonic clock.
 """
 
 from collections import deque

@@ -8,12 +8,12 @@ import importlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jilju.backends.native.encode import EncodedPlan, encode_plan
+from jilju.config import available_memory_bytes
 from jilju.errors import ConfigError, PlatformError, StartupError
 from jilju.plan import Batch, Limits, Plan, StepResult, WeightTensor
 from jilju.plan.batch import MAX_TOP
@@ -158,22 +158,10 @@ def _checked_data(plan: Plan, weights: Mapping[str, WeightTensor], name: str) ->
 
 def _check_memory(kv_bytes: int, workspace_bytes: int, limits: Limits) -> None:
     """The system grants more than it has and kills whoever touches it; so ask first what it has."""
-    available = _available_bytes()
-    if available is not None and kv_bytes + workspace_bytes > available:
+    available = available_memory_bytes()
+    if kv_bytes + workspace_bytes > available:
         raise StartupError(
             f"the KV cache needs {kv_bytes / 2**20:.0f} MiB ({limits.num_blocks} blocks of {limits.block_size} tokens) and the "
             f"workspace {workspace_bytes / 2**20:.0f} MiB, but {available / 2**20:.0f} MiB of memory are available; "
             "ask for a smaller KV cache"
         )
-
-
-def _available_bytes() -> int | None:
-    """MemAvailable of /proc/meminfo; None where there is none."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return None
