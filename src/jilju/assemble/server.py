@@ -34,6 +34,8 @@ def serve_model(
     check_bind(config.host, config.api_key, config.insecure)
     set_up_logging(config)
     config, options, memory = resolve_engine(model, config)
+    if config.served_model_name is None:
+        config = config.with_auto("served_model_name", model.name, "the model's name")
     announce(config, memory)
     client = SupervisedClient(engine_command(options))
     context = make_context(model, load_text(model), config, options, client)
