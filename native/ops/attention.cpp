@@ -141,9 +141,9 @@ void soften(const Scratch& s, int64_t row, int64_t num_visible, int64_t padded) 
     }
 }
 
-// outputs[r][d..) += weights[r] . values, one chain over the keys an output.
+// outputs[r][d..) += weights[r] . values of the keys [begin, end), one chain over the keys an output.
 template <int kRows, int kVectors>
-void gather(const Scratch& s, int64_t row, int64_t d, int64_t padded) {
+void gather(const Scratch& s, int64_t row, int64_t d, int64_t begin, int64_t end, int64_t padded) {
     F32 acc[kRows][kVectors];
     float* out = s.outputs + row * padded + d;
     const float* weights = s.scores + row * kKeyTile;
@@ -151,7 +151,7 @@ void gather(const Scratch& s, int64_t row, int64_t d, int64_t padded) {
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
         for (int i = 0; i < kVectors; ++i) acc[r][i] = load(out + r * padded + 8 * i);
-    for (int64_t key = 0; key < kKeyTile; ++key) {
+    for (int64_t key = begin; key < end; ++key) {
         F32 value[kVectors];
 #pragma GCC unroll 4
         for (int i = 0; i < kVectors; ++i) value[i] = load(s.values + key * padded + d + 8 * i);
@@ -169,10 +169,23 @@ void gather(const Scratch& s, int64_t row, int64_t d, int64_t padded) {
 }
 
 template <int kRows>
-void gather_row(const Scratch& s, int64_t row, int64_t padded) {
+void gather_row(const Scratch& s, int64_t row, int64_t begin, int64_t end, int64_t padded) {
     int64_t d = 0;
-    for (; d + 32 <= padded; d += 32) gather<kRows, 4>(s, row, d, padded);
-    for (; d < padded; d += 8) gather<kRows, 1>(s, row, d, padded);
+    for (; d + 32 <= padded; d += 32) gather<kRows, 4>(s, row, d, begin, end, padded);
+    for (; d < padded; d += 8) gather<kRows, 1>(s, row, d, begin, end, padded);
+}
+
+// All rows from `row` on, each over the keys that it sees: a value that it does not see may be infinite or NaN, and times a
+// weight of 0 that would still be NaN. Three rows share what the first of them sees, which is the least.
+template <class NumVisible>
+void gather_rows(const Scratch& s, int64_t row, int64_t rows, int64_t padded, NumVisible&& num_visible) {
+    for (; row + 3 <= rows; row += 3) {
+        const int64_t shared = num_visible(row);
+        gather_row<3>(s, row, 0, shared, padded);
+        for (int64_t r = row + 1; r < row + 3; ++r)
+            if (num_visible(r) > shared) gather_row<1>(s, r, shared, num_visible(r), padded);
+    }
+    for (; row < rows; ++row) gather_row<1>(s, row, 0, num_visible(row), padded);
 }
 
 // Join a split's partial result (outputs, denominator, maximum) to those before it.
@@ -226,10 +239,9 @@ void run_unit(const AttentionOp& op, const Step& step, const AttentionUnit& unit
             int64_t row = seeing;
             for (; row + 3 <= rows; row += 3) score<3>(s, row, head_dim, padded);
             for (; row < rows; ++row) score<1>(s, row, head_dim, padded);
-            for (row = seeing; row < rows; ++row)
-                soften(s, row, min_int(kKeyTile, first_position + row / group + 1 - position), padded);
-            for (row = seeing; row + 3 <= rows; row += 3) gather_row<3>(s, row, padded);
-            for (; row < rows; ++row) gather_row<1>(s, row, padded);
+            const auto num_visible = [&](int64_t r) { return min_int(kKeyTile, first_position + r / group + 1 - position); };
+            for (row = seeing; row < rows; ++row) soften(s, row, num_visible(row), padded);
+            gather_rows(s, seeing, rows, padded, num_visible);
         }
         for (int64_t row = first_row; row < rows; ++row) {
             const float denominator = sum(load(s.sums + row * 8));

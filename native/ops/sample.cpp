@@ -29,7 +29,7 @@ struct Scratch {
     Candidate* candidates;     // [vocab]
     double* bucket_masses;     // [kNumBuckets]
     int32_t* bucket_counts;    // [kNumBuckets]
-    uint32_t* seen;            // [vocab / 32] zero between uses
+    uint32_t* seen;            // [vocab / 32 + 1] a bit an id
 
     Scratch(float* p, int64_t vocab) {
         bucket_masses = reinterpret_cast<double*>(p);
@@ -216,7 +216,8 @@ private:
     Cut cut_{};
 };
 
-void penalize(float* logits, const int32_t* ids, int64_t count, float penalty, uint32_t* seen) {
+void penalize(float* logits, int64_t vocab, const int32_t* ids, int64_t count, float penalty, uint32_t* seen) {
+    std::memset(seen, 0, static_cast<size_t>(vocab / 32 + 1) * sizeof(uint32_t));  // other ops have the same scratch
     for (int64_t i = 0; i < count; ++i) {
         const uint32_t bit = 1u << (ids[i] & 31);
         if (seen[ids[i] >> 5] & bit) continue;
@@ -224,12 +225,11 @@ void penalize(float* logits, const int32_t* ids, int64_t count, float penalty, u
         float& l = logits[ids[i]];
         l = l > 0 ? l / penalty : l * penalty;
     }
-    for (int64_t i = 0; i < count; ++i) seen[ids[i] >> 5] = 0;
 }
 
 int32_t choose(float* logits, int64_t vocab, const BatchView& batch, int64_t i, const Scratch& s) {
     if (batch.repetition_penalties[i] != 1.0f)
-        penalize(logits, batch.penalty_ids + batch.penalty_starts[i], batch.penalty_starts[i + 1] - batch.penalty_starts[i], batch.repetition_penalties[i], s.seen);
+        penalize(logits, vocab, batch.penalty_ids + batch.penalty_starts[i], batch.penalty_starts[i + 1] - batch.penalty_starts[i], batch.repetition_penalties[i], s.seen);
     for (int32_t j = batch.banned_starts[i]; j < batch.banned_starts[i + 1]; ++j) logits[batch.banned_ids[j]] = -INFINITY;
 
     const float temperature = batch.temperatures[i];

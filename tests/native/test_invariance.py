@@ -132,3 +132,34 @@ def test_a_row_of_nans_is_flagged_and_hurts_nobody() -> None:
 
     heir = make_batch([BatchRow(healthy[:10], 0, range(4, 8))], [sampled(9, 10)])  # 10 keys where 40 NaNs were
     assert bits(run(sick, heir)) == bits(run(clean, heir))
+
+
+def test_nans_in_a_rows_own_future_leave_its_past_alone() -> None:
+    """Token 0 embeds to NaN. What comes before it, in the same chunk, is as finite as in a chunk of its own."""
+    for num_heads in (
+        2,
+        6,
+        14,
+    ):  # groups of 1, 3 and 7 query heads: rows of several queries share a register tile or not
+        plan, weights = decoder(Shape(num_heads=num_heads))
+        table = plan.ops[0].table
+        poisoned = weights[table.name].data.copy()
+        poisoned[: 4 * table.num_inputs] = np.full(table.num_inputs, np.nan, np.float32).view(np.uint8)
+        tensor = type(weights[table.name])(table.name, table.type, weights[table.name].shape, poisoned)
+        sick = loaded(plan, {**weights, table.name: tensor})
+        tokens = [t % 19 + 1 for t in range(70)] + [0]
+        scores = [Logit(t, target=tokens[t + 1], num_top=3) for t in range(69)]
+        want = run(sick, make_batch([BatchRow(tokens[:70], 0, range(5))], scores))
+        got = run(sick, make_batch([BatchRow(tokens, 0, range(5))], scores))
+        assert want.finite.all()
+        assert bits(got) == bits(want), f"{num_heads} heads: finite {got.finite.tolist()}"
+
+
+def test_a_penalty_after_other_ops_touches_every_id_once() -> None:
+    """Penalising all ids alike keeps their order, whatever attention left in the scratch that sampling uses next."""
+    executor = loaded(*decoder(Shape(head_dim=64, hidden=128)), num_threads=1)
+    for length in range(40, 60):
+        prompt, last = BatchRow(PROMPT[:length], 0, BLOCKS), length - 1
+        plain = run(executor, make_batch([prompt], [Logit(last, num_top=20)]))
+        penalised = run(executor, make_batch([prompt], [Logit(last, repetition_penalty=1e-3, penalty_ids=range(20))]))
+        assert penalised.token_ids[0] == plain.top_ids[0, 0], f"{length} tokens"
