@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from jilju.clock import VirtualClock
 from jilju.engine.loop import Engine
 from jilju.engine.request import (
+    PARAM_RANGES,
     EngineEvent,
     PromptScored,
     Request,
     RequestAborted,
     RequestEnded,
     RequestFailed,
+    SamplingParams,
     TokenEvent,
     is_terminal,
 )
@@ -405,3 +407,19 @@ def test_the_record_counts_what_the_plan_counts():
     h2.executor.launch = lambda batch: (seen.append(batch.shape), launch(batch))[1]
     h2.run(*(request(f"r{i}", list(range(i + 1)), 5) for i in range(5)))
     assert [(s.flops, s.bytes) for s in h2.engine.log.steps] == [(PLAN.flops(x), PLAN.bytes(x, 2)) for x in seen]
+
+
+@pytest.mark.parametrize(("name", "low", "high"), PARAM_RANGES)
+def test_the_largest_and_smallest_parameters_fit_a_batch(name, low, high):
+    """Or one request's setting would fail the step of all."""
+    limits = make_limits()
+    engine = Engine(PLAN, FakeExecutor(limits), limits, VirtualClock(1))
+    for value in (low, high):
+        if (name in ("top_p", "repetition_penalty") and value == 0) or name in ("max_tokens", "min_tokens"):
+            continue  # not allowed; these two do not enter a batch
+        params = {"seed": 1, "max_tokens": 2, name: value}
+        SamplingParams(**params).check()
+        engine.submit(Request(id=f"{name} {value}", prompt_ids=[1], params=SamplingParams(**params)))
+    engine.submit(request("neighbour", [1], 2))
+    while engine.has_work():
+        assert not [e for e in engine.step() if isinstance(e, RequestFailed)]

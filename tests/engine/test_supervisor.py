@@ -203,6 +203,11 @@ def test_the_watchdog_sees_silence_and_hung_steps_but_not_its_own_sleep():
     core.receive(1, Beat(int(STEP_S_MAX + 1) * SECOND), 100 * SECOND)
     assert "a step is in flight" in core.tick(100 * SECOND)
 
+    core = Supervisor(0)  # a step of 8192 tokens may take longer, and is not killed in each new engine again
+    core.receive(core.launched(0), Ready(msgspec.structs.replace(INFO, step_tokens=8192)), 0)
+    core.receive(1, Beat(int(STEP_S_MAX + 1) * SECOND), SECOND)
+    assert core.tick(SECOND) is None
+
 
 # ---- with real processes ----------------------------------------------------------------------------------------------
 
@@ -363,6 +368,21 @@ def test_stop_ends_the_process_and_what_is_live(folder):
         assert isinstance(last, RequestFailed) and last.code == "not_ready"
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+    asyncio.run(main())
+
+
+def test_a_signal_without_a_name_is_a_death_like_others(folder):
+    async def main():
+        client = make_client(folder, step_ms=2)
+        await client.start()
+        r = request("a", [1], 40)
+        stream = client.submit(r)
+        first = await anext(stream)
+        os.kill(client.process_id, signal.SIGRTMIN + 6)
+        assert_like_alone(r, [first, *await collect(stream)])
+        assert client.status().num_restarts == 1
+        await client.stop()
 
     asyncio.run(main())
 

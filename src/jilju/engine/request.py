@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length"]
 
 # field, lowest, highest; max_tokens -1 is the Python API's "to the end of the context"
 PARAM_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("temperature", 0, 2), ("top_k", 0, 1 << 31), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0, 2),
+    ("temperature", 0, 2), ("top_k", 0, (1 << 31) - 1), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0, 2),
     ("seed", -(1 << 63), (1 << 63) - 1), ("max_tokens", -1, 1 << 31), ("min_tokens", 0, 1 << 31), ("logprobs", 0, 20),
 )  # fmt: skip
 

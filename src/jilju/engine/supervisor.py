@@ -59,7 +59,8 @@ MAX_RESTARTS = 5  # in a row without a step between them
 STABLE_NS = 60 * 10**9  # an engine that was ready for so long ends the row too
 BACKOFF_S, BACKOFF_S_MAX = 0.1, 5.0
 WATCHDOG_S = 30.0  # without a sign of life
-STEP_S_MAX = 120.0  # a step in flight for longer hangs: the largest prefill chunk on the slowest backend stays below
+STEP_S_MAX = 120.0  # a step in flight for longer hangs, ...
+STEP_S_PER_TOKEN = 0.5  # ... unless it may hold more tokens than even the slowest backend computes by then
 PAUSE_NS = 2 * 10**9  # a gap between two looks at the clock: this process was stopped, the engine is not to blame
 STOP_S = 2.0  # from the end of the link to the end of the process
 
@@ -219,7 +220,8 @@ class Supervisor:
         silent_s = (now_ns - self._heard_ns) / 1e9
         if silent_s > WATCHDOG_S:
             return f"no sign of life for {silent_s:.0f} s"
-        if self._step_age_ns > STEP_S_MAX * 1e9:
+        step_tokens = self.info.step_tokens if self.info is not None else 0
+        if self._step_age_ns > max(STEP_S_MAX, STEP_S_PER_TOKEN * step_tokens) * 1e9:
             return f"a step is in flight for {self._step_age_ns / 1e9:.0f} s"
         return None
 
@@ -502,5 +504,5 @@ class SupervisedClient:
 
 def _describe_exit(status: int) -> str:
     if status < 0:
-        return f"the engine's process was ended by {signal.Signals(-status).name}"
+        return f"the engine's process was ended by signal {-status} ({signal.strsignal(-status)})"
     return f"the engine's process ended with exit status {status}; what it wrote before says why"
