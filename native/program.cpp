@@ -7,7 +7,7 @@
 namespace jilju {
 namespace {
 
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 class Reader {
 public:
@@ -151,10 +151,11 @@ Status decode_program(std::span<const int64_t> ints, std::span<const double> rea
                 break;
             }
             case 1: {
-                RmsNormOp op{in.value(), 0, in.value(), static_cast<float>(in.real())};
+                RmsNormOp op{in.value(), 0, in.value(), static_cast<float>(in.real()), false};
                 check_value(op.x);
                 check_value(op.out);
                 op.weight = vector(in.next());
+                op.add_to = in.next() != 0;
                 if (status.ok() && (op.x.width != op.out.width || op.x.width % p.weights[op.weight].num_inputs || op.x.logits != op.out.logits))
                     status = Status::invalid("rms_norm: widths differ");
                 p.ops.push_back(op);
@@ -194,19 +195,26 @@ Status decode_program(std::span<const int64_t> ints, std::span<const double> rea
                 break;
             }
             case 4: {
-                AttentionOp op{in.value(), in.value(), in.value(), in.value(), static_cast<int>(in.next()), static_cast<int>(in.next()), static_cast<float>(in.real())};
+                AttentionOp op{in.value(), in.value(), in.value(), in.value(), static_cast<int>(in.next()), static_cast<int>(in.next()), in.next(),
+                               static_cast<float>(in.real())};
                 for (const Value* v : {&op.q, &op.k, &op.v, &op.out}) check_value(*v);
                 const int64_t kv_width = p.num_kv_heads * p.head_dim;
                 if (p.num_kv_heads < 1 || p.head_dim < 1 || op.num_heads < 1 || op.num_heads % p.num_kv_heads || op.layer < 0 || op.layer >= p.num_layers ||
                     op.q.width != op.num_heads * p.head_dim || op.out.width != op.q.width || op.k.width != kv_width || op.v.width != kv_width || op.q.logits ||
                     op.k.logits || op.v.logits || op.out.logits)
                     return Status::invalid("attention: heads and widths differ");
+                if (op.window < 0) return Status::invalid("attention: a negative window");
+                if (op.window > 0) return Status::unsupported("attention with a window of " + std::to_string(op.window) + " keys has no kernel");
                 p.group = std::max(p.group, op.num_heads / p.num_kv_heads);
                 p.ops.push_back(op);
                 break;
             }
             case 5: {
-                const GluOp op{in.value(), in.value()};
+                const Value x = in.value(), out = in.value();
+                const int64_t activation = in.next();
+                if (activation != static_cast<int64_t>(Activation::kSilu) && activation != static_cast<int64_t>(Activation::kGeluTanh))
+                    return Status::unsupported("glu: activation " + std::to_string(activation) + " has no kernel");
+                const GluOp op{x, out, static_cast<Activation>(activation)};
                 check_value(op.x);
                 check_value(op.out);
                 if (op.x.width != 2 * op.out.width || op.x.logits != op.out.logits || overlap(op.x, op.out)) return Status::invalid("glu: widths differ or values overlap");

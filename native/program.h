@@ -45,12 +45,14 @@ struct Value {
     bool logits;
 };
 
+enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
+
 struct EmbedOp { int table; Value out; float scale; };
-struct RmsNormOp { Value x; int weight; Value out; float eps; };
+struct RmsNormOp { Value x; int weight; Value out; float eps; bool add_to; };
 struct LinearOp { Value x; Value out; std::vector<int> parts; std::vector<int> biases; bool add_to; };
 struct RopeOp { Value x; int64_t head_dim; bool halves; int table; };
-struct AttentionOp { Value q, k, v, out; int layer; int num_heads; float scale; };
-struct GluOp { Value x; Value out; };
+struct AttentionOp { Value q, k, v, out; int layer; int num_heads; int64_t window; float scale; };  // window 0: none
+struct GluOp { Value x; Value out; Activation activation; };
 struct TakeRowsOp { Value x; Value out; };
 struct SampleOp { Value logits; };
 using Op = std::variant<EmbedOp, RmsNormOp, LinearOp, RopeOp, AttentionOp, GluOp, TakeRowsOp, SampleOp>;

@@ -17,7 +17,7 @@ void embed(const EmbedOp& op, Step& step, Pool& pool) {
     });
 }
 
-// out = x / sqrt(mean(x^2) + eps) * weight, per head of weight's width        x, out [rows, heads * width]
+// out = x / sqrt(mean(x^2) + eps) * weight (+ out), per head of weight's width        x, out [rows, heads * width]
 void rms_norm(const RmsNormOp& op, Step& step, Pool& pool) {
     const std::vector<float>& weight = step.program->vectors[op.weight];
     const int64_t width = static_cast<int64_t>(weight.size()), whole = width / 8 * 8;
@@ -30,14 +30,30 @@ void rms_norm(const RmsNormOp& op, Step& step, Pool& pool) {
             for (int64_t i = 0; i < whole; i += 8) squares = fma(load(x + i), load(x + i), squares);
             if (tail) squares = fma(load_n(x + whole, tail), load_n(x + whole, tail), squares);
             const F32 scale = set1(1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + op.eps));
-            for (int64_t i = 0; i < whole; i += 8) store(out + i, mul(mul(load(x + i), scale), load(weight.data() + i)));
-            if (tail) store_n(out + whole, mul(mul(load_n(x + whole, tail), scale), load_n(weight.data() + whole, tail)), tail);
+            for (int64_t i = 0; i < whole; i += 8) {
+                const F32 normed = mul(mul(load(x + i), scale), load(weight.data() + i));
+                store(out + i, op.add_to ? add(load(out + i), normed) : normed);
+            }
+            if (tail) {
+                const F32 normed = mul(mul(load_n(x + whole, tail), scale), load_n(weight.data() + whole, tail));
+                store_n(out + whole, op.add_to ? add(load_n(out + whole, tail), normed) : normed, tail);
+            }
         }
     });
 }
 
-// out = silu(gate) * up        x = [gate | up] [rows, 2F], out [rows, F]
-void glu(const GluOp& op, Step& step, Pool& pool) {
+// g / (1 + exp(-g))
+JILJU_INLINE F32 silu(F32 g) { return div(g, add(set1(1.0f), exp(sub(zero(), g)))); }
+
+// g / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (g + 0.044715 g^3), as g / (1 + exp(-2u)): no difference of near numbers
+JILJU_INLINE F32 gelu_tanh(F32 g) {
+    const F32 minus_2u = mul(mul(g, set1(-1.5957691216f)), fma(mul(g, g), set1(0.044715f), set1(1.0f)));
+    return div(g, add(set1(1.0f), exp(minus_2u)));
+}
+
+// out = activation(gate) * up        x = [gate | up] [rows, 2F], out [rows, F]
+template <F32 (*kActivation)(F32)>
+void glu_rows(const GluOp& op, Step& step, Pool& pool) {
     constexpr int64_t kColumns = 2048;
     const int64_t width = op.out.width, pieces = ceil_div(width, kColumns);
     pool.for_tiles(step.rows(op.x) * pieces, [&](int64_t unit, float*) {
@@ -45,12 +61,18 @@ void glu(const GluOp& op, Step& step, Pool& pool) {
         const float* gate = step.at(op.x, row);
         const float* up = gate + width;
         float* out = step.at(op.out, row);
-        const auto activate = [](F32 g, F32 u) { return mul(div(g, add(set1(1.0f), exp(sub(zero(), g)))), u); };
         int64_t i = begin;
-        for (; i + 8 <= end; i += 8) store(out + i, activate(load(gate + i), load(up + i)));
+        for (; i + 8 <= end; i += 8) store(out + i, mul(kActivation(load(gate + i)), load(up + i)));
         const int tail = static_cast<int>(end - i);
-        if (tail) store_n(out + i, activate(load_n(gate + i, tail), load_n(up + i, tail)), tail);
+        if (tail) store_n(out + i, mul(kActivation(load_n(gate + i, tail)), load_n(up + i, tail)), tail);
     });
+}
+
+void glu(const GluOp& op, Step& step, Pool& pool) {
+    switch (op.activation) {
+        case Activation::kSilu: return glu_rows<silu>(op, step, pool);
+        case Activation::kGeluTanh: return glu_rows<gelu_tanh>(op, step, pool);
+    }
 }
 
 // out[i] = x[logit_tokens[i]]        x [tokens, D], out [logits, D]

@@ -64,7 +64,7 @@ Encoded encode(Format format) {
     const int64_t qkv = weight(format, q + 2 * kv, kHidden), out = weight(Format::kF32, kHidden, q), gate = weight(format, 2 * ffn, kHidden);
     const int64_t down = weight(format, kHidden, ffn), head = weight(format, kVocab, kHidden);
     const std::vector<int64_t> widths{kHidden, kHidden, q + 2 * kv, q, 2 * ffn, ffn};  // buffers of tokens: x h qkv attended gated f
-    e.ints = {1, kVocab, 1, kKvHeads, kHeadDim, 8, static_cast<int64_t>(e.data.size()), 13};
+    e.ints = {2, kVocab, 1, kKvHeads, kHeadDim, 8, static_cast<int64_t>(e.data.size()), 14};
     for (const int64_t width : widths) e.ints.insert(e.ints.end(), {0, width});
     e.ints.insert(e.ints.end(), {1, kHidden, 1, kVocab});
     e.ints.insert(e.ints.end(), weights.begin(), weights.end());
@@ -73,15 +73,16 @@ Encoded encode(Format format) {
         e.reals.insert(e.reals.end(), reals);
     };
     op({0, table, 0, 0, kHidden, 0}, {1.0});
-    op({1, 0, 0, kHidden, 0, 1, 0, kHidden, 0, norm}, {1e-5});
+    op({1, 0, 0, kHidden, 0, 1, 0, kHidden, 0, norm, 0}, {1e-5});
     op({2, 1, 0, kHidden, 0, 2, 0, q + 2 * kv, 0, 0, 1, 1, qkv, bias});
     op({3, 2, 0, q, 0, kHeadDim, 1}, {10000.0});
     op({3, 2, q, kv, 0, kHeadDim, 0}, {10000.0});
-    op({4, 2, 0, q, 0, 2, q, kv, 0, 2, q + kv, kv, 0, 3, 0, q, 0, 0, kHeads}, {0.25});
+    op({4, 2, 0, q, 0, 2, q, kv, 0, 2, q + kv, kv, 0, 3, 0, q, 0, 0, kHeads, 0}, {0.25});
     op({2, 3, 0, q, 0, 0, 0, kHidden, 0, 1, 1, 0, out});
     op({2, 0, 0, kHidden, 0, 4, 0, 2 * ffn, 0, 0, 1, 0, gate});
-    op({5, 4, 0, 2 * ffn, 0, 5, 0, ffn, 0});
+    op({5, 4, 0, 2 * ffn, 0, 5, 0, ffn, 0, 1});
     op({2, 5, 0, ffn, 0, 0, 0, kHidden, 0, 1, 1, 0, down});
+    op({1, 1, 0, kHidden, 0, 0, 0, kHidden, 0, norm, 1}, {1e-5});
     op({6, 0, 0, kHidden, 0, 6, 0, kHidden, 1});
     op({2, 6, 0, kHidden, 1, 7, 0, kVocab, 1, 0, 1, 0, head});
     op({7, 7, 0, kVocab, 1});

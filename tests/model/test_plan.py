@@ -91,6 +91,28 @@ def test_attention_counts_exact_causal_pairs() -> None:
     assert op.bytes(step, 2) == kv_width * (3 + 6) + kv_width * 4 + 2 * 4 * 64 * 4
 
 
+@given(starts=st.lists(st.integers(0, 12), max_size=4), count=st.integers(1, 9), window=st.integers(1, 12))
+def test_a_window_counts_the_keys_that_are_seen(starts: list[int], count: int, window: int) -> None:
+    step = StepShape(tuple(starts), (count,) * len(starts), 0)
+    seen = [[range(max(0, p - window + 1), p + 1) for p in range(start, start + count)] for start in starts]
+    assert step.num_attended(window) == sum(len(keys) for row in seen for keys in row)
+    assert step.num_keys_read(window) == sum(len({key for keys in row for key in keys}) for row in seen)
+    assert step.num_attended(30) == step.num_attended()
+    assert step.num_keys_read(30) == step.num_keys_read()
+
+
+def test_windows_and_additions_are_counted_by_their_ops() -> None:
+    step, whole, plan = StepShape((9,), (1,), 1), StepShape((3,), (1,), 1), plan_of(SPEC)
+    attention = next(op for op in plan.ops if isinstance(op, Attention))
+    windowed = msgspec.structs.replace(attention, window=4)
+    assert windowed.flops(step) == attention.flops(whole)
+    assert windowed.bytes(step, 2) == attention.bytes(whole, 2)
+    norm = next(op for op in plan.ops if isinstance(op, RmsNorm))
+    added = msgspec.structs.replace(norm, add_to=norm.out)
+    assert added.bytes(step, 2) - norm.bytes(step, 2) == 4 * norm.x.width
+    assert added.flops(step) - norm.flops(step) == norm.x.width
+
+
 @given(splits=st.lists(st.integers(1, 9), min_size=1, max_size=6))
 @settings(max_examples=30, deadline=None)
 def test_chunks_cost_what_the_whole_costs(splits: list[int]) -> None:
@@ -171,7 +193,9 @@ def programs(draw: st.DrawFn) -> Callable[[PlanBuilder], None]:
     """Random plans: norms, linears (some in place) and views of earlier results, in any order."""
     steps = draw(
         st.lists(
-            st.tuples(st.sampled_from(["norm", "linear", "add", "glu"]), st.integers(0, 99), st.integers(0, 99)),
+            st.tuples(
+                st.sampled_from(["norm", "norm add", "linear", "add", "glu"]), st.integers(0, 99), st.integers(0, 99)
+            ),
             max_size=25,
         )
     )
@@ -183,6 +207,8 @@ def programs(draw: st.DrawFn) -> Callable[[PlanBuilder], None]:
             name = f"w{number}"
             if kind == "norm":
                 values.append(b.rms_norm(x, WeightSpec(name, GgmlType.F32, 1, x.width), 1e-5))
+            elif kind == "norm add" and x.buffer != other.buffer and x.width == other.width:
+                b.rms_norm(x, WeightSpec(name, GgmlType.F32, 1, x.width), 1e-5, add_to=other)
             elif kind == "linear":
                 values.append(b.linear(x, WeightSpec(name, GgmlType.F32, 4 + second % 2 * 4, x.width)))
             elif kind == "glu" and x.width % 2 == 0:
@@ -251,6 +277,9 @@ BIAS = WeightSpec("bias", GgmlType.F32, 1, 7)
         (changed(PLAN, Linear, parts=LINEAR.parts[:2]), r"op 2 \(Linear\): outputs \[64, 32\] into width 128"),
         (changed(PLAN, Linear, biases=(BIAS,)), r"biases \[7\] do not match"),
         (changed(PLAN, Linear, add_to=NORM.out), "add_to must be the value that is written"),
+        (changed(PLAN, RmsNorm, add_to=NORM.x), "add_to must be the value that is written"),
+        (changed(PLAN, RmsNorm, add_to=NORM.out), r"op 1 \(RmsNorm\): reads columns .* before they are written"),
+        (changed(PLAN, Attention, window=-1), r"\(Attention\): a window of -1 keys"),
         (changed(PLAN, Attention, num_heads=3), "3 query heads over 2 KV heads"),
         (changed(PLAN, Attention, head_dim=8), "KV heads differ from the cache's"),
         (changed(PLAN, Attention, q=ATTENTION.k), "widths"),
@@ -290,4 +319,4 @@ def test_one_name_with_two_shapes() -> None:
 
 def test_step_shape_counts_pairs_and_keys() -> None:
     step = StepShape((0, 7, 3), (4, 1, 2), 3)
-    assert (step.num_tokens, step.num_attended, step.num_keys_read) == (7, 10 + 8 + 9, 4 + 8 + 5)
+    assert (step.num_tokens, step.num_attended(), step.num_keys_read()) == (7, 10 + 8 + 9, 4 + 8 + 5)

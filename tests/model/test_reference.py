@@ -109,9 +109,12 @@ def test_rope_sees_only_distances(seed: int, shift: int, style: str) -> None:
     count=st.integers(1, 6),
     num_kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
+    window=st.integers(0, 9),
 )
-@settings(max_examples=40, deadline=None)
-def test_attention_is_causal_and_grouped(seed: int, start: int, count: int, num_kv_heads: int, group: int) -> None:
+@settings(max_examples=60, deadline=None)
+def test_attention_is_causal_grouped_and_windowed(
+    seed: int, start: int, count: int, num_kv_heads: int, group: int, window: int
+) -> None:
     head_dim, scale, num_keys = 4, 0.7, start + count
     q = normal(seed, count, num_kv_heads * group, head_dim)
     k, v = normal(seed + 1, num_keys, num_kv_heads, head_dim), normal(seed + 2, num_keys, num_kv_heads, head_dim)
@@ -119,13 +122,14 @@ def test_attention_is_causal_and_grouped(seed: int, start: int, count: int, num_
     for i in range(count):
         for head in range(num_kv_heads * group):
             kv_head = head // group
-            scores = [scale * float(q[i, head].astype(float) @ k[j, kv_head]) for j in range(start + i + 1)]
+            seen = [j for j in range(num_keys) if j <= start + i and (window == 0 or j > start + i - window)]
+            scores = [scale * float(q[i, head].astype(float) @ k[j, kv_head]) for j in seen]
             weights = [math.exp(score - max(scores)) for score in scores]
-            for j, weight in enumerate(weights):
+            for j, weight in zip(seen, weights, strict=True):
                 want[i, head] += weight / sum(weights) * v[j, kv_head].astype(float)
     steepest = scale * head_dim * abs(q).max() * abs(k).max()  # a score's rounding error goes through exp
     bound = 4 * (num_keys + head_dim + steepest) * EPSILON * (1 + steepest) * abs(v).max()
-    assert_close(reference.attention(q, k, v, start, scale), want, bound)
+    assert_close(reference.attention(q, k, v, start, scale, window), want, bound)
 
 
 def test_glu_gates_with_silu_even_far_out() -> None:
@@ -134,6 +138,16 @@ def test_glu_gates_with_silu_even_far_out() -> None:
     assert_close(
         reference.glu(np.concatenate([gate, up], axis=1)), np.array(want), 4 * EPSILON * abs(np.array(want)) + 1e-36
     )
+
+
+def test_glu_gates_with_gelu_even_far_out() -> None:
+    gate = np.array([[-1e20, -200.0, -9, -3, -1, 0, 1, 3, 200, 1e20]], np.float32)
+    up = np.arange(1, 11, dtype=np.float32)[None]
+    slopes = [math.sqrt(2 / math.pi) * (g + 0.044715 * g**3) for g in gate[0].tolist()]
+    want = np.array([[g / 2 * (1 + math.tanh(s)) for g, s in zip(gate[0].tolist(), slopes, strict=True)]])
+    # exp(-2s) multiplies the rounding of its argument by 2s; float64's 1 + tanh is 0 or a few 1e-16 far out
+    bound = (8 + 4 * np.minimum(abs(np.array(slopes)), 20)) * EPSILON * abs(want * up) + 1e-14
+    assert_close(reference.glu(np.concatenate([gate, up], axis=1), "gelu_tanh"), want * up, bound)
 
 
 # ---- sampling

@@ -9,7 +9,7 @@ from jilju.backends.native import NativeExecutor
 from jilju.backends.reference import ReferenceExecutor
 from jilju.formats.ggml import BLOCK_LAYOUTS, GgmlType, row_bytes
 from jilju.formats.quants import quantize
-from jilju.plan import Executor, KvSpec, Limits, Plan, PlanBuilder, WeightSpec, WeightTensor
+from jilju.plan import Activation, Executor, KvSpec, Limits, Plan, PlanBuilder, Value, WeightSpec, WeightTensor
 
 LIMITS = Limits(num_blocks=96, block_size=16, max_rows=32, max_tokens=600, max_context=1024, num_threads=2)
 EXECUTORS: dict[str, Callable[[], Executor]] = {"reference": ReferenceExecutor, "native": NativeExecutor}
@@ -67,6 +67,9 @@ class Shape:
     vocab: int = 20
     style: str = "halves"
     bias: bool = True
+    post_norms: bool = False  # around attention and gate, as Gemma's
+    activation: Activation = "silu"
+    window: int = 0  # of every second layer
     type: GgmlType = GgmlType.F32
 
 
@@ -75,6 +78,12 @@ def decoder(shape: Shape, seed: int = 0) -> tuple[Plan, Mapping[str, WeightTenso
     w = Weights(seed)
     b = PlanBuilder(KvSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim), shape.vocab)
     q_width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+
+    def add(h: Value, matrix: WeightSpec, x: Value) -> Value:
+        if shape.post_norms:
+            return b.rms_norm(b.linear(h, matrix), w.vector(shape.hidden), 1e-5, add_to=x)
+        return b.linear(h, matrix, add_to=x)
+
     x = b.embed(w.matrix(shape.vocab, shape.hidden, shape.type), scale=1.5)
     for layer in range(shape.num_layers):
         widths = (q_width, kv_width, kv_width)
@@ -83,12 +92,13 @@ def decoder(shape: Shape, seed: int = 0) -> tuple[Plan, Mapping[str, WeightTenso
         h = b.linear(b.rms_norm(x, w.vector(shape.hidden), 1e-5), *parts, biases=biases)
         q, k, v = b.split(h, *widths)
         q, k = (b.rope(part, shape.head_dim, 10_000.0, shape.style) for part in (q, k))
-        h = b.attention(q, k, v, layer, shape.num_heads, shape.head_dim**-0.5)
-        x = b.linear(h, w.matrix(shape.hidden, q_width, shape.type), add_to=x)
+        window = shape.window if layer % 2 == 0 else 0
+        h = b.attention(q, k, v, layer, shape.num_heads, shape.head_dim**-0.5, window)
+        x = add(h, w.matrix(shape.hidden, q_width, shape.type), x)
         h = b.linear(
             b.rms_norm(x, w.vector(shape.hidden), 1e-5), *(w.matrix(shape.ffn, shape.hidden, shape.type) for _ in "gu")
         )
-        x = b.linear(b.glu(h), w.matrix(shape.hidden, shape.ffn, shape.type), add_to=x)
+        x = add(b.glu(h, shape.activation), w.matrix(shape.hidden, shape.ffn, shape.type), x)
     head = w.matrix(shape.vocab, shape.hidden, shape.type)
     b.sample(b.linear(b.rms_norm(b.take_rows(x), w.vector(shape.hidden), 1e-5), head))
     return b.build(), w.tensors

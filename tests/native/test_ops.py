@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
+from jilju.errors import StartupError
 from jilju.formats.ggml import BLOCK_LAYOUTS, GgmlType
 from jilju.formats.quants import dequantize
-from jilju.plan import KvSpec, PlanBuilder
+from jilju.plan import Activation, KvSpec, PlanBuilder
 from tests.model.batches import BatchRow, Logit, make_batch, run
 from tests.native.plans import FLOATS, Shape, Weights, decoder, loaded
 
@@ -97,6 +98,65 @@ def test_norms_of_single_heads_and_half_precision_vectors() -> None:
     rows, logits = [BatchRow(range(20), 0, [0, 1])], [Logit(t) for t in range(20)]
     got, want = (logprobs_of(loaded(plan, w.tensors, name), rows, logits, 20) for name in ("native", "reference"))
     assert_within(got, want, 20 * EPSILON * (1 + abs(want)) * 4)
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gates_near_zero_and_far_out(activation: Activation) -> None:
+    """The logits of token t are the gates after the activation, turned by t: two vectors and a tail, in every order."""
+    gates = [-1e20, -1e4, -90, -88, -87, -44, -20, -9, -5, -2, -1, -1e-3, 0, 1e-30, 1e-3, 1, 2, 3, 4]
+    n = len(gates)
+    w = Weights(0)
+    table = np.array([np.roll(gates, t).tolist() + [1.0] * n for t in range(n)])
+    b = PlanBuilder(KvSpec(0, 1, 8), n)
+    b.sample(b.glu(b.take_rows(b.embed(w.values(table))), activation))
+    plan = b.build()
+    rows, logits = [BatchRow(range(n), 0, [0, 1])], [Logit(t) for t in range(n)]
+    got, want = (logprobs_of(loaded(plan, w.tensors, name), rows, logits, n) for name in ("native", "reference"))
+    assert_within(got, want, 20 * EPSILON * (4 + abs(want)))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gates_that_are_not_finite_are_said_so(activation: Activation, bad: float) -> None:
+    w = Weights(0)
+    table = np.ones((11, 22), np.float32)
+    table[3, 9] = bad
+    b = PlanBuilder(KvSpec(0, 1, 8), 11)
+    b.sample(b.glu(b.take_rows(b.embed(w.values(table))), activation))
+    executor = loaded(b.build(), w.tensors)
+    result = run(executor, make_batch([BatchRow(range(11), 0, [0])], [Logit(t) for t in range(11)]))
+    assert result.finite.tolist() == [t != 3 for t in range(11)]
+
+
+def test_a_norm_is_added_to_the_residual() -> None:
+    """logits = x + rms_norm(x @ m.T); 19 columns end in a tail."""
+    w = Weights(seed=6)
+    table, matrix, weight = w.matrix(19, 19), w.matrix(19, 19), w.vector(19)
+    b = PlanBuilder(KvSpec(0, 1, 8), 19)
+    x = b.take_rows(b.embed(table))
+    b.sample(b.rms_norm(b.linear(x, matrix), weight, 1e-3, add_to=x))
+    plan = b.build()
+    rows, logits = [BatchRow(range(19), 0, [0, 1])], [Logit(t) for t in range(19)]
+    got, want = (logprobs_of(loaded(plan, w.tensors, name), rows, logits, 19) for name in ("native", "reference"))
+    assert_within(got, want, 60 * EPSILON * (4 + abs(want)))
+
+
+def test_a_decoder_with_post_norms_and_gelu_stays_near_the_reference() -> None:
+    shape = Shape(post_norms=True, activation="gelu_tanh", bias=False)
+    plan, weights = decoder(shape, seed=8)
+    tokens = np.random.default_rng(7).integers(0, shape.vocab, 60).tolist()
+    rows, logits = [BatchRow(tokens, 0, range(5, 9))], [Logit(t) for t in range(0, 60, 3)]
+    got, want = (
+        logprobs_of(loaded(plan, weights, name), rows, logits, shape.vocab) for name in ("native", "reference")
+    )
+    spread = want.max(axis=1, keepdims=True) - want.min(axis=1, keepdims=True)
+    assert_within(got, want, 4 * shape.num_layers * HALF_EPSILON * np.broadcast_to(1 + spread, got.shape))
+
+
+def test_a_window_is_refused() -> None:
+    plan, weights = decoder(Shape(window=4))
+    with pytest.raises(StartupError, match="attention with a window of 4 keys"):
+        loaded(plan, weights)
 
 
 def test_generic_and_avx2_agree_within_rounding(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ blocks. Written to be read, not to be fast. BLAS picks its kernels by shape, so 
 threads (OPENBLAS_NUM_THREADS), not those of Limits. Knows nothing of models, the engine or files.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy.typing as npt
 from jilju.errors import StartupError
 from jilju.formats.quants import dequantize
 from jilju.plan import (
+    Activation,
     Attention,
     Batch,
     Embed,
@@ -72,8 +74,9 @@ def rope(x: Floats, positions: Ints, head_dim: int, theta: float, style: str) ->
     return out.reshape(x.shape)
 
 
-def attention(q: Floats, k: Floats, v: Floats, start: int, scale: float) -> Floats:
-    """One row of a batch: its queries over all keys and values of the sequence so far, its own included.
+def attention(q: Floats, k: Floats, v: Floats, start: int, scale: float, window: int = 0) -> Floats:
+    """One row of a batch: its queries over all keys and values of the sequence so far, or the last `window` of them, its
+    own included.
 
     q [count, heads, d]; k, v [start + count, kv_heads, d] -> [count, heads, d]
     """
@@ -83,19 +86,24 @@ def attention(q: Floats, k: Floats, v: Floats, start: int, scale: float) -> Floa
     queries = q.reshape(count, num_kv_heads, group, head_dim).transpose(1, 2, 0, 3)  # [kv_heads, group, count, d]
     keys, values = k.transpose(1, 2, 0)[:, None], v.transpose(1, 0, 2)[:, None]  # [kv_heads, 1, d, keys], [.., keys, d]
     scores = queries @ keys * np.float32(scale)  # [kv_heads, group, count, keys]
-    future = np.arange(num_keys) > start + np.arange(count)[:, None]  # [count, keys]
-    scores[..., future] = -np.inf
+    distance = start + np.arange(count)[:, None] - np.arange(num_keys)  # [count, keys]; negative: a key of the future
+    scores[..., (distance < 0) | (distance >= (window or num_keys))] = -np.inf
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     out: Floats = weights @ values  # [kv_heads, group, count, d]
     return out.transpose(2, 0, 1, 3).reshape(count, num_heads, head_dim)
 
 
-def glu(x: Floats) -> Floats:
-    """x = [gate | up] [rows, 2F] -> silu(gate) * up [rows, F]"""
+def glu(x: Floats, activation: Activation = "silu") -> Floats:
+    """x = [gate | up] [rows, 2F] -> activation(gate) * up [rows, F]; (1 + tanh(u)) / 2 is 1 / (1 + exp(-2u))"""
     gate, up = np.split(x, 2, axis=-1)
-    with np.errstate(over="ignore"):  # exp(-gate) may be infinite: the quotient is then 0, as it should
-        out: Floats = gate / (1 + np.exp(-gate)) * up
+    with np.errstate(over="ignore"):  # exp may be infinite: the quotient is then 0, as it should
+        match activation:
+            case "silu":
+                slope = gate
+            case "gelu_tanh":
+                slope = np.float32(2 * math.sqrt(2 / math.pi)) * (gate + np.float32(0.044715) * gate * gate * gate)
+        out: Floats = gate / (1 + np.exp(-slope)) * up
     return out
 
 
@@ -238,9 +246,9 @@ class ReferenceExecutor:
                 case Embed():
                     self._view(op.out, batch)[:] = embed(self._weights[op.table.name], batch.token_ids, op.scale)
                 case RmsNorm():
-                    self._view(op.out, batch)[:] = rms_norm(
-                        self._view(op.x, batch), self._weights[op.weight.name], op.eps
-                    )
+                    result = rms_norm(self._view(op.x, batch), self._weights[op.weight.name], op.eps)
+                    out = self._view(op.out, batch)
+                    out[:] = result if op.add_to is None else out + result
                 case Linear():
                     parts, biases = ([self._weights[w.name] for w in group] for group in (op.parts, op.biases))
                     result = linear(self._view(op.x, batch), parts, biases)
@@ -252,7 +260,7 @@ class ReferenceExecutor:
                 case Attention():
                     self._attend(op, batch)
                 case Glu():
-                    self._view(op.out, batch)[:] = glu(self._view(op.x, batch))
+                    self._view(op.out, batch)[:] = glu(self._view(op.x, batch), op.activation)
                 case TakeRows():
                     self._view(op.out, batch)[:] = self._view(op.x, batch)[batch.logit_tokens]
                 case Sample():
@@ -288,5 +296,5 @@ class ReferenceExecutor:
             )
             slots = blocks * self._limits.block_size + positions % self._limits.block_size
             keys[slots[start:]], values[slots[start:]] = k[tokens], v[tokens]
-            out[tokens] = attention(q[tokens], keys[slots], values[slots], int(start), op.scale)
+            out[tokens] = attention(q[tokens], keys[slots], values[slots], int(start), op.scale, op.window)
             first += count

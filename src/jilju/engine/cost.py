@@ -15,11 +15,9 @@ from jilju.plan import Op, Plan, StepShape, Value, WeightSpec
 
 @dataclass(frozen=True)
 class _Totals(StepShape):
-    """A shape whose sums are made once, not once an op."""
+    """A shape whose tokens are counted once, not once an op."""
 
     num_tokens: int = 0
-    num_attended: int = 0
-    num_keys_read: int = 0
 
 
 class StepCost:
@@ -46,8 +44,6 @@ def step_totals(step: Step) -> StepShape:
         counts=counts,
         num_logits=sum([row.num_logits for row in step.rows]),
         num_tokens=sum(counts),
-        num_attended=sum([q * c + q * (q + 1) // 2 for c, q in zip(starts, counts, strict=True)]),
-        num_keys_read=sum(starts) + sum(counts),
     )
 
 

@@ -5,10 +5,23 @@
 
 from jilju.plan.batch import Batch, StepResult, StepShape
 from jilju.plan.executor import Executor, Limits, WeightTensor
-from jilju.plan.ops import Attention, Embed, Glu, Linear, Op, RmsNorm, Rope, Sample, TakeRows, Value, WeightSpec
+from jilju.plan.ops import (
+    Activation,
+    Attention,
+    Embed,
+    Glu,
+    Linear,
+    Op,
+    RmsNorm,
+    Rope,
+    Sample,
+    TakeRows,
+    Value,
+    WeightSpec,
+)
 from jilju.plan.plan import Buffer, KvSpec, Plan, PlanBuilder
 
 __all__ = [
-    "Attention", "Batch", "Buffer", "Embed", "Executor", "Glu", "KvSpec", "Limits", "Linear", "Op", "Plan", "PlanBuilder",
+    "Activation", "Attention", "Batch", "Buffer", "Embed", "Executor", "Glu", "KvSpec", "Limits", "Linear", "Op", "Plan", "PlanBuilder",
     "RmsNorm", "Rope", "Sample", "StepResult", "StepShape", "TakeRows", "Value", "WeightSpec", "WeightTensor",
 ]  # fmt: skip

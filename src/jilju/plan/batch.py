@@ -23,14 +23,22 @@ class StepShape:
     def num_tokens(self) -> int:
         return sum(self.counts)
 
-    @property
-    def num_attended(self) -> int:
-        """Query-key pairs of exact causal attention, one head: sum over rows of q*c + q*(q+1)/2."""
-        return sum(q * c + q * (q + 1) // 2 for c, q in zip(self.starts, self.counts, strict=True))
+    def num_attended(self, window: int = 0) -> int:
+        """Query-key pairs of exact causal attention, one head: the query at position p sees p + 1 keys, at most a window."""
 
-    @property
-    def num_keys_read(self) -> int:
-        return sum(c + q for c, q in zip(self.starts, self.counts, strict=True))
+        def pairs(end: int) -> int:  # of the queries [0, end)
+            ramp = min(end, window or end)
+            return ramp * (ramp + 1) // 2 + (end - ramp) * ramp
+
+        return sum(pairs(c + q) - pairs(c) for c, q in zip(self.starts, self.counts, strict=True))
+
+    def num_keys_read(self, window: int = 0) -> int:
+        """Keys that some query sees: a row's, from the first that its first query sees."""
+        total = 0
+        for c, q in zip(self.starts, self.counts, strict=True):
+            first = max(0, c + 1 - window) if window else 0
+            total += c + q - first
+        return total
 
 
 @dataclass(frozen=True, slots=True)

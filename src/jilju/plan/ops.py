@@ -13,6 +13,7 @@ from jilju.formats.ggml import GgmlType, row_bytes
 from jilju.plan.batch import StepShape
 
 Rows = Literal["tokens", "logits"]
+Activation = Literal["silu", "gelu_tanh"]
 ACTIVATION_BYTES = 4  # float32 activations; what a fused op really moves is the backend's to say
 
 
@@ -91,16 +92,20 @@ class Embed(Op, frozen=True, tag="embed"):
 
 
 class RmsNorm(Op, frozen=True, tag="rms_norm"):
-    """out = x / sqrt(mean(x^2) + eps) * weight, over each row's last `weight.num_inputs` columns (a head, if narrower)"""
+    """out = x / sqrt(mean(x^2) + eps) * weight (+ add_to), over each `weight.num_inputs` columns (a head, if narrower)
+
+    With add_to, out is add_to: a norm of what is about to be added to the residual.
+    """
 
     x: Value
     weight: WeightSpec
     eps: float
     out: Value
+    add_to: Value | None = None
 
     @property
     def reads(self) -> tuple[Value, ...]:
-        return (self.x,)
+        return (self.x,) if self.add_to is None else (self.x, self.add_to)
 
     @property
     def writes(self) -> tuple[Value, ...]:
@@ -111,10 +116,11 @@ class RmsNorm(Op, frozen=True, tag="rms_norm"):
         return (self.weight,)
 
     def flops(self, step: StepShape) -> int:
-        return 4 * _rows(self.x, step) * self.x.width
+        return (4 if self.add_to is None else 5) * _rows(self.x, step) * self.x.width
 
     def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
-        return 2 * _rows(self.x, step) * self.x.width * ACTIVATION_BYTES + self.weight.num_bytes
+        moved = self.x.width * (2 if self.add_to is None else 3)
+        return _rows(self.x, step) * moved * ACTIVATION_BYTES + self.weight.num_bytes
 
 
 class Linear(Op, frozen=True, tag="linear"):
@@ -178,6 +184,7 @@ class Rope(Op, frozen=True, tag="rope"):
 class Attention(Op, frozen=True, tag="attention"):
     """Write k, v to the row's slots, then out = softmax(scale * q K^T) V over positions [0, own position], causal.
 
+    With a window, over positions (own position - window, own position]: `window` keys, its own included.
     q, out [tokens, num_heads * head_dim]; k, v [tokens, num_kv_heads * head_dim]; query head h uses KV head
     h // (num_heads / num_kv_heads). K and V of the step are read back from the cache, in its number format.
     """
@@ -191,6 +198,7 @@ class Attention(Op, frozen=True, tag="attention"):
     num_kv_heads: int
     head_dim: int
     scale: float
+    window: int = 0  # 0: none
 
     @property
     def reads(self) -> tuple[Value, ...]:
@@ -201,19 +209,23 @@ class Attention(Op, frozen=True, tag="attention"):
         return (self.out,)
 
     def flops(self, step: StepShape) -> int:
-        return 4 * self.num_heads * self.head_dim * step.num_attended
+        return 4 * self.num_heads * self.head_dim * step.num_attended(self.window)
 
     def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
         kv_width = 2 * self.num_kv_heads * self.head_dim * kv_element_bytes
-        return kv_width * (step.num_keys_read + step.num_tokens) + 2 * step.num_tokens * self.q.width * ACTIVATION_BYTES
+        num_keys = step.num_keys_read(self.window) + step.num_tokens  # read, and written
+        return kv_width * num_keys + 2 * step.num_tokens * self.q.width * ACTIVATION_BYTES
 
 
 class Glu(Op, frozen=True, tag="glu"):
-    """out = silu(gate) * up        x = [gate | up] [tokens, 2F], out [tokens, F]"""
+    """out = activation(gate) * up        x = [gate | up] [rows, 2F], out [rows, F]
+
+    silu(g) = g / (1 + exp(-g)); gelu_tanh(g) = g / 2 * (1 + tanh(sqrt(2/pi) * (g + 0.044715 g^3))).
+    """
 
     x: Value
     out: Value
-    activation: Literal["silu"] = "silu"
+    activation: Activation = "silu"
 
     @property
     def reads(self) -> tuple[Value, ...]:
@@ -224,7 +236,7 @@ class Glu(Op, frozen=True, tag="glu"):
         return (self.out,)
 
     def flops(self, step: StepShape) -> int:
-        return 5 * _rows(self.x, step) * self.out.width
+        return (5 if self.activation == "silu" else 9) * _rows(self.x, step) * self.out.width
 
     def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
         return 3 * _rows(self.x, step) * self.out.width * ACTIVATION_BYTES

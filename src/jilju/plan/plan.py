@@ -7,7 +7,21 @@ buffer, so that the workspace stays small. Knows nothing of files, backends or t
 import msgspec
 
 from jilju.plan.batch import StepShape
-from jilju.plan.ops import Attention, Embed, Glu, Linear, Op, RmsNorm, Rope, Rows, Sample, TakeRows, Value, WeightSpec
+from jilju.plan.ops import (
+    Activation,
+    Attention,
+    Embed,
+    Glu,
+    Linear,
+    Op,
+    RmsNorm,
+    Rope,
+    Rows,
+    Sample,
+    TakeRows,
+    Value,
+    WeightSpec,
+)
 
 
 class Buffer(msgspec.Struct, frozen=True):
@@ -123,6 +137,7 @@ def _check_shapes(where: str, op: Op, plan: Plan) -> None:
                 op.weight.num_outputs == 1 and op.x.width % op.weight.num_inputs == 0,
                 f"weight of {op.weight.num_inputs} for width {op.x.width}",
             )
+            require(op.add_to is None or op.add_to == op.out, "add_to must be the value that is written")
         case Linear():
             require(
                 all(w.num_inputs == op.x.width for w in op.parts),
@@ -150,6 +165,7 @@ def _check_shapes(where: str, op: Op, plan: Plan) -> None:
             widths = [op.q.width, op.k.width, op.v.width, op.out.width]
             wanted = [n * op.head_dim for n in (op.num_heads, op.num_kv_heads, op.num_kv_heads, op.num_heads)]
             require(widths == wanted, f"widths {widths} of q, k, v, out, wanted {wanted}")
+            require(op.window >= 0, f"a window of {op.window} keys")
         case Glu():
             require(op.x.width == 2 * op.out.width, f"width {op.x.width} into {op.out.width}")
         case TakeRows():
@@ -182,9 +198,9 @@ class PlanBuilder:
         self._ops.append(Embed(table, out, scale))
         return out
 
-    def rms_norm(self, x: Value, weight: WeightSpec, eps: float) -> Value:
-        out = self._new(x.rows, x.width)
-        self._ops.append(RmsNorm(x, weight, eps, out))
+    def rms_norm(self, x: Value, weight: WeightSpec, eps: float, add_to: Value | None = None) -> Value:
+        out = add_to if add_to is not None else self._new(x.rows, x.width)
+        self._ops.append(RmsNorm(x, weight, eps, out, add_to))
         return out
 
     def linear(
@@ -205,14 +221,17 @@ class PlanBuilder:
         self._ops.append(Rope(x, head_dim, theta, style))  # type: ignore[arg-type]
         return x
 
-    def attention(self, q: Value, k: Value, v: Value, layer: int, num_heads: int, scale: float) -> Value:
+    def attention(
+        self, q: Value, k: Value, v: Value, layer: int, num_heads: int, scale: float, window: int = 0
+    ) -> Value:
         out = self._new("tokens", q.width)
-        self._ops.append(Attention(q, k, v, out, layer, num_heads, self._kv.num_kv_heads, self._kv.head_dim, scale))
+        kv = self._kv
+        self._ops.append(Attention(q, k, v, out, layer, num_heads, kv.num_kv_heads, kv.head_dim, scale, window))
         return out
 
-    def glu(self, x: Value) -> Value:
+    def glu(self, x: Value, activation: Activation = "silu") -> Value:
         out = self._new(x.rows, x.width // 2)
-        self._ops.append(Glu(x, out))
+        self._ops.append(Glu(x, out, activation))
         return out
 
     def take_rows(self, x: Value) -> Value:

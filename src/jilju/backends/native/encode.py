@@ -8,9 +8,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jilju.plan import Attention, Embed, Glu, Linear, Plan, RmsNorm, Rope, Sample, TakeRows, Value, WeightSpec
+from jilju.plan import (
+    Activation,
+    Attention,
+    Embed,
+    Glu,
+    Linear,
+    Plan,
+    RmsNorm,
+    Rope,
+    Sample,
+    TakeRows,
+    Value,
+    WeightSpec,
+)
 
-VERSION = 1
+VERSION = 2
+
+ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +58,7 @@ def encode_plan(plan: Plan) -> EncodedPlan:
                 ints += [0, ids[op.table.name], *value(op.out)]
                 reals += [op.scale]
             case RmsNorm():
-                ints += [1, *value(op.x), *value(op.out), ids[op.weight.name]]
+                ints += [1, *value(op.x), *value(op.out), ids[op.weight.name], op.add_to is not None]
                 reals += [op.eps]
             case Linear():
                 ints += [2, *value(op.x), *value(op.out), op.add_to is not None, len(op.parts), len(op.biases)]
@@ -53,10 +68,10 @@ def encode_plan(plan: Plan) -> EncodedPlan:
                 reals += [op.theta]
             case Attention():
                 ints += [4, *value(op.q), *value(op.k), *value(op.v), *value(op.out), op.layer, op.num_heads]
+                ints += [op.window]
                 reals += [op.scale]
             case Glu():
-                assert op.activation == "silu", op.activation
-                ints += [5, *value(op.x), *value(op.out)]
+                ints += [5, *value(op.x), *value(op.out), ACTIVATIONS[op.activation]]
             case TakeRows():
                 ints += [6, *value(op.x), *value(op.out)]
             case Sample():
