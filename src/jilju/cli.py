@@ -10,13 +10,22 @@ import os
 import platform
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 
 from jilju import __version__
@@ -146,20 +155,23 @@ def serve(model: str | None, **flags: Any) -> None:
     check_bind(config.host, config.api_key, config.insecure)  # before a model is fetched for nothing
     with _fetching() as progress:
         model_file = _open_or_fall_back(config, progress)
-    from jilju.assemble.server import serve_model
+    from jilju.assemble.launch import launch_engine
 
     console = Console(stderr=True, highlight=False)
-    sys.exit(
-        serve_model(
+    with _loading(console) as on_loading:
+        launched = launch_engine(
             model_file,
             config,
             announce=lambda resolved, memory: _announce(console, model_file, resolved, memory),
-            on_ready=lambda url: console.print(
-                f"\nready: {url}  (chat in a browser, or point an OpenAI client at {url}/v1; Ctrl-C ends)",
-                soft_wrap=True,
-            ),
+            on_loading=on_loading,
         )
-    )
+        from jilju.assemble.server import serve_model  # takes a while to import, in which the engine loads
+
+        def on_ready(url: str) -> None:
+            text = f"ready: {url}  (chat in a browser, or point an OpenAI client at {url}/v1; Ctrl-C ends)"
+            console.print("\n" + text, soft_wrap=True)
+
+        sys.exit(serve_model(launched, on_ready=on_ready))
 
 
 def _open_or_fall_back(config: ServeConfig, progress: Callable[[int, int, str], None]) -> "ModelFile":
@@ -633,6 +645,33 @@ def _fetching() -> Iterator[Callable[[int, int, str], None]]:
                 click.echo(f"{text}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB", err=True)
 
         yield show
+
+
+@contextlib.contextmanager
+def _loading(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar of a load that takes a while, gone when it is done; where there is no terminal, its begin and its end."""
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), console=console, transient=True)
+    task = None
+    begin = 0.0
+
+    def show(done_bytes: int, total_bytes: int, text: str) -> None:
+        nonlocal task, begin
+        if task is None:
+            task, begin = bar.add_task(text, total=total_bytes), time.perf_counter()
+            if console.is_terminal:
+                bar.start()
+            else:
+                console.print(f"{text}: {total_bytes / 1e6:.0f} MB")
+        bar.update(task, completed=done_bytes, total=total_bytes, description=text)
+        if done_bytes == total_bytes:
+            bar.stop()
+            console.print(f"{text}: done, {total_bytes / 1e6:.0f} MB in {time.perf_counter() - begin:.1f} s")
+            task = None
+
+    try:
+        yield show
+    finally:
+        bar.stop()
 
 
 @contextlib.contextmanager

@@ -5,7 +5,18 @@ import threading
 import time
 
 from jilju.clock import VirtualClock, WallClock
-from jilju.engine.link import SILENCE_NS, Abort, Beat, FrameReader, FrameWriter, Hello, Stepped, Submit, ToServer
+from jilju.engine.link import (
+    LINK_VERSION,
+    SILENCE_NS,
+    Abort,
+    Beat,
+    FrameReader,
+    FrameWriter,
+    Hello,
+    Stepped,
+    Submit,
+    ToServer,
+)
 from jilju.engine.link import _run_steps as run_steps
 from jilju.engine.link import _ServerEnd as ServerEnd
 from jilju.engine.loop import Engine
@@ -26,7 +37,7 @@ class Served:
         engine = Engine(tiny_plan(), self.executor, limits, WallClock())
         self._writer, self._reader = FrameWriter(1), FrameReader(ToServer, 1)
         self._end = ServerEnd(theirs, WallClock())
-        self.send(Hello(1))
+        self.send(Hello(LINK_VERSION))
         assert self._end.greet()
         self._thread = threading.Thread(target=run_steps, args=(engine, self._end))
         self._thread.start()
@@ -102,7 +113,7 @@ def test_a_server_that_is_silent_gets_no_further_steps():
     clock = VirtualClock(1)
     end = ServerEnd(theirs, clock)
     writer = FrameWriter(1)
-    ours.sendall(writer.frame(Hello(1)))
+    ours.sendall(writer.frame(Hello(LINK_VERSION)))
     assert end.greet() and end.receive(wait=False) == []
     clock.advance_ns(SILENCE_NS + 1)
     received = []

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import msgspec
@@ -286,6 +287,55 @@ def test_damage_on_the_link_restarts_the_engine_and_loses_nothing(folder):
         await client.stop()
 
     asyncio.run(main())
+
+
+def test_a_load_says_how_far_it_is_the_first_time_only(folder):
+    (folder / "tell_load").touch()
+    told = []
+
+    async def main():
+        client = SupervisedClient([*COMMAND, str(folder), "1"], env=ENV, on_loading=lambda *far: told.append(far))
+        await client.start()
+        os.kill(client.process_id, signal.SIGKILL)
+        await wait_until(lambda: client.status().num_restarts == 1 and client.status().state == "ready")
+        await client.stop()
+
+    asyncio.run(main())
+    assert told == [(1, 2, "packing weights"), (2, 2, "packing weights")]
+
+
+def test_an_engine_launched_ahead_loads_before_there_is_a_loop_and_is_the_one_that_serves(folder):
+    client = make_client(folder)
+    client.launch()
+    while not (folder / "pid").exists() or not (folder / "pid").read_text():
+        time.sleep(0.005)
+
+    async def main():
+        await client.start()
+        assert client.process_id == int((folder / "pid").read_text()) and client.status().num_restarts == 0
+        r = request("a", [1, 2], 20)
+        assert_like_alone(r, await collect(client.submit(r)))
+        os.kill(client.process_id, signal.SIGKILL)
+        await wait_until(lambda: client.status().num_restarts == 1 and client.status().state == "ready")
+        await client.stop()
+
+    asyncio.run(main())
+
+
+def test_an_engine_launched_ahead_for_nothing_is_ended(folder):
+    (folder / "slow_load").touch()
+    client = make_client(folder)
+    client.launch()
+    while not (folder / "pid").exists() or not (folder / "pid").read_text():
+        time.sleep(0.005)
+    asyncio.run(client.stop())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((folder / "pid").read_text()), 0)
+
+
+def test_a_launch_that_cannot_be_is_a_startup_error():
+    with pytest.raises(StartupError, match=r"the engine's process cannot be started: .*/nowhere/python"):
+        SupervisedClient(["/nowhere/python"]).launch()
 
 
 def test_a_load_failure_is_told_in_the_engines_own_words(folder):

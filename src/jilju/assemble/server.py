@@ -1,54 +1,35 @@
-"""The server, put together: text, the supervised engine, the HTTP app, logging.
+"""The server, put together: text, the HTTP app, logging, around an engine that was launched.
 
-Owns the order of a server's start. Knows nothing of flags; it is handed the resolved config.
+Owns what a server's start does while the engine loads. Knows nothing of flags; it is handed the resolved config.
 """
 
 import hashlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from jilju import __version__
-from jilju.assemble.engine import EngineOptions, MemoryPlan, ModelFile, make_executor, resolve_engine
+from jilju.assemble.engine import EngineOptions, ModelFile, make_executor
+from jilju.assemble.launch import Launched
 from jilju.assemble.text import ModelText, load_text
 from jilju.config import ServeConfig
-from jilju.engine.supervisor import SupervisedClient
-from jilju.serve.auth import check_bind
 from jilju.serve.context import SamplingDefaults, ServerContext
 from jilju.serve.request_log import make_formatter
 from jilju.serve.runner import run_server
 from jilju.view import DIRECTORY as VIEW_DIRECTORY
 
 
-def serve_model(
-    model: ModelFile,
-    config: ServeConfig,
-    *,
-    announce: Callable[[ServeConfig, MemoryPlan], None],
-    on_ready: Callable[[str], None],
-) -> int:
-    """Plan, announce the plan, load, serve until a signal; returns the exit status. Raises StartupError."""
-    check_bind(config.host, config.api_key, config.insecure)
-    set_up_logging(config)
-    config, options, memory = resolve_engine(model, config)
-    if config.served_model_name is None:
-        config = config.with_auto("served_model_name", model.name, "the model's name")
-    announce(config, memory)
-    client = SupervisedClient(engine_command(options))
-    context = make_context(model, load_text(model), config, options, client)
+def serve_model(launched: Launched, *, on_ready: Callable[[str], None]) -> int:
+    """Make the server while the engine loads, serve until a signal; returns the exit status. Raises StartupError."""
+    set_up_logging(launched.config)
+    config = launched.config
+    context = make_context(launched, load_text(launched.model))
     return run_server(context, host=config.host, port=config.port, on_ready=on_ready)
 
 
-def engine_command(options: EngineOptions) -> Sequence[str]:
-    return (sys.executable, "-m", "jilju.assemble.engine_process", msgspec.json.encode(options).decode())
-
-
-def make_context(
-    model: ModelFile, text: ModelText, config: ServeConfig, options: EngineOptions, client: SupervisedClient
-) -> ServerContext:
+def make_context(launched: Launched, text: ModelText) -> ServerContext:
+    model, config, options = launched.model, launched.config, launched.options
     d = text.defaults
     defaults = SamplingDefaults()
     if d is not None:
@@ -61,7 +42,7 @@ def make_context(
             source=d.source,
         )
     return ServerContext(
-        model_name=config.served_model_name or model.name, tokenizer=text.tokenizer, template=text.template, client=client,
+        model_name=config.served_model_name or model.name, tokenizer=text.tokenizer, template=text.template, client=launched.client,
         max_context=options.max_context, fingerprint=fingerprint(model, options), version=__version__, defaults=defaults,
         quantization=quantization(model), keys=config.api_key, allowed_hosts=frozenset((config.host, *config.allow_host)),
         view_dir=VIEW_DIRECTORY,

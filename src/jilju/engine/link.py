@@ -33,7 +33,7 @@ from jilju.errors import InternalError, JiljuError, StartupError
 
 logger = logging.getLogger(__name__)
 
-LINK_VERSION = 1  # raised with every change of a message: an engine of another installation is refused, not misread
+LINK_VERSION = 2  # raised with every change of a message: an engine of another installation is refused, not misread
 MAX_FRAME_BYTES = 16 * 2**20
 BEAT_S = 0.5  # a side that has said nothing for so long says that it lives
 SILENCE_NS = 5 * 10**9  # a server that is silent for so long is stopped or gone: no step is begun until it speaks
@@ -70,6 +70,14 @@ class Beat(msgspec.Struct, frozen=True, tag="beat"):
     step_age_ns: int = 0
 
 
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """How far a load has come, for whoever waits; loads that take no time say nothing."""
+
+    done_bytes: int
+    total_bytes: int
+    text: str  # what is going on: "packing weights"
+
+
 class Ready(msgspec.Struct, frozen=True, tag="ready"):
     info: EngineInfo
 
@@ -91,8 +99,9 @@ class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
 
 
 ToEngine = Hello | Submit | Abort | Beat
-ToServer = Ready | LoadFailed | Stepped | Beat
+ToServer = Loading | Ready | LoadFailed | Stepped | Beat
 
+LoadProgress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is going on
 Message = TypeVar("Message")
 
 
@@ -156,8 +165,8 @@ class FrameReader(Generic[Message]):
 # ---- the engine's end ---------------------------------------------------------------------------------------------------
 
 
-def serve_engine(engine_factory: Callable[[], Engine], sock: socket.socket) -> None:
-    """Main function of the engine's process: load, say so, run steps until the link ends.
+def serve_engine(engine_factory: Callable[[LoadProgress], Engine], sock: socket.socket) -> None:
+    """Main function of the engine's process: load, telling how far it is, run steps until the link ends.
 
     A StartupError of the factory is told to the server; anything else it raises ends the process with a traceback.
     """
@@ -167,7 +176,7 @@ def serve_engine(engine_factory: Callable[[], Engine], sock: socket.socket) -> N
         if not server.greet():
             return
         try:
-            engine = engine_factory()
+            engine = engine_factory(lambda done, total, text: server.send(Loading(done, total, text)))
         except StartupError as error:
             server.send(LoadFailed(error.message))
             return

@@ -13,8 +13,9 @@ import asyncio
 import logging
 import signal
 import socket
+import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import msgspec
 
@@ -31,6 +32,8 @@ from jilju.engine.link import (
     Hello,
     LinkBroken,
     LoadFailed,
+    Loading,
+    LoadProgress,
     Ready,
     Stepped,
     Submit,
@@ -302,14 +305,24 @@ def _limits_of(info: EngineInfo) -> Limits:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """An engine's process and our end of its link, to which nobody listens yet."""
+
+    epoch: int
+    process: subprocess.Popen[bytes]
+    sock: socket.socket
+    frames: FrameWriter
+
+
 @dataclass(slots=True)
 class _Process:
-    """A running engine process and our end of its link."""
+    """A running engine process that is spoken to."""
 
-    process: asyncio.subprocess.Process
+    process: subprocess.Popen[bytes]
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
-    frames: FrameWriter = field(init=False)
+    frames: FrameWriter
 
     def send(self, message: ToEngine) -> None:
         if not self.writer.is_closing():
@@ -318,17 +331,22 @@ class _Process:
     async def end(self, grace_s: float) -> int:
         """Close the link and see the process out, by force after a while. Returns its exit status."""
         self.writer.close()
-        try:
-            async with asyncio.timeout(grace_s):
-                return await self.process.wait()
-        except TimeoutError:
-            if self.process.returncode is None:
-                self.process.kill()
-            return await self.process.wait()
+        return await _see_out(self.process, grace_s)
+
+
+async def _see_out(process: subprocess.Popen[bytes], grace_s: float) -> int:
+    try:
+        return await asyncio.to_thread(process.wait, grace_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return await asyncio.to_thread(process.wait)
 
 
 class SupervisedClient:
-    """An engine in a process of its own. `command` starts it; the number of its link's file descriptor is appended."""
+    """An engine in a process of its own. `command` starts it; the number of its link's file descriptor is appended.
+
+    `on_loading` hears how far the first engine's load has come.
+    """
 
     def __init__(
         self,
@@ -337,13 +355,16 @@ class SupervisedClient:
         env: Mapping[str, str] | None = None,
         clock: Clock | None = None,
         max_requests: int = MAX_REQUESTS,
+        on_loading: LoadProgress | None = None,
     ):
         self.log = EventLog()
+        self._on_loading = on_loading
         self._command = tuple(command)
         self._env = dict(env) if env is not None else None
         self._clock = clock or WallClock()
         self._core = Supervisor(self._clock.now_ns(), max_requests)
         self._streams: dict[str, EventStream] = {}
+        self._launched: _Launched | None = None  # ahead of `start`
         self._process: _Process | None = None  # while it can be spoken to
         self._life: asyncio.Task[None] | None = None
         self._is_loaded: asyncio.Future[None] | None = None
@@ -356,6 +377,17 @@ class SupervisedClient:
     def process_id(self) -> int | None:
         """Of the engine that runs now."""
         return self._process.process.pid if self._process is not None else None
+
+    def launch(self) -> None:
+        """Start the engine's process now, without a loop: it loads while the caller makes the rest. `start` waits for it.
+
+        Raises StartupError if there can be no process.
+        """
+        assert self._life is None and self._launched is None, "launched twice"
+        try:
+            self._launched = self._spawn()
+        except OSError as error:
+            raise StartupError(f"the engine's process cannot be started: {error}") from error
 
     async def start(self) -> None:
         assert self._life is None, "started twice"
@@ -383,6 +415,10 @@ class SupervisedClient:
         if self._life is not None:
             self._life.cancel()
             await asyncio.gather(self._life, return_exceptions=True)
+        if self._launched is not None:  # and nobody came to listen
+            self._launched.sock.close()
+            await _see_out(self._launched.process, STOP_S)
+            self._launched = None
         if self._is_loaded is not None and not self._is_loaded.done():
             self._is_loaded.set_exception(StartupError("the engine was stopped before it was loaded"))
         self._deliver(self._core.fail_all(NotReady.code, "the engine was stopped"))
@@ -431,13 +467,13 @@ class SupervisedClient:
 
     async def _live_once(self) -> str:
         """Start an engine and read what it says until it ends; returns why it did."""
-        epoch = self._core.launched(self._clock.now_ns())
         try:
-            engine = await self._spawn()
+            launched = self._launched = self._launched or self._spawn()
         except OSError as error:
             return f"the engine's process cannot be started: {error}"
-        engine.frames = FrameWriter(epoch)
-        engine.send(Hello(LINK_VERSION))
+        epoch = launched.epoch
+        reader, writer = await asyncio.open_unix_connection(sock=launched.sock)
+        engine, self._launched = _Process(launched.process, reader, writer, launched.frames), None
         self._process = engine
         reasons: list[str] = []
         pulse = asyncio.create_task(self._pulse(engine, reasons))
@@ -463,32 +499,37 @@ class SupervisedClient:
         if isinstance(message, Stepped) and message.record is not None:
             self.log.add_step(message.record)
         self._deliver(events)
-        if isinstance(message, LoadFailed):
+        assert self._is_loaded is not None, "an engine speaks before start()"
+        if isinstance(message, Loading):
+            if self._on_loading is not None and not self._is_loaded.done():
+                self._on_loading(message.done_bytes, message.total_bytes, message.text)
+        elif isinstance(message, LoadFailed):
             reasons.append(message.message)
         elif isinstance(message, Ready):
             for request in self._core.resubmissions():
                 self._send(Submit(request))
-            assert self._is_loaded is not None, "an engine is ready before start()"
             if not self._is_loaded.done():
                 self._is_loaded.set_result(None)
 
-    async def _spawn(self) -> _Process:
+    def _spawn(self) -> _Launched:
+        """A new process, greeted: it loads from here on."""
+        epoch = self._core.launched(self._clock.now_ns())
+        frames = FrameWriter(epoch)
         ours, its = socket.socketpair()
         with its:  # open in the child only, so that each side sees the other's end
+            ours.sendall(frames.frame(Hello(LINK_VERSION)))  # alone in the buffer, it fits
             try:
-                process = await asyncio.create_subprocess_exec(
-                    *self._command,
-                    str(its.fileno()),
+                process = subprocess.Popen(
+                    [*self._command, str(its.fileno())],
                     pass_fds=(its.fileno(),),
                     env=self._env,
-                    stdin=asyncio.subprocess.DEVNULL,
+                    stdin=subprocess.DEVNULL,
                     stdout=2,  # standard output belongs to the server
                 )
             except BaseException:
                 ours.close()
                 raise
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
-        return _Process(process, reader, writer)
+        return _Launched(epoch, process, ours, frames)
 
     async def _pulse(self, engine: _Process, reasons: list[str]) -> None:
         while True:
@@ -496,8 +537,7 @@ class SupervisedClient:
             reason = self._core.tick(self._clock.now_ns())
             if reason is not None:
                 reasons.append(f"the engine was killed: {reason}")
-                if engine.process.returncode is None:
-                    engine.process.kill()
+                engine.process.kill()
                 return
             await asyncio.sleep(BEAT_S)
 
