@@ -30,7 +30,7 @@ def tiny_engine(name: str = "llama-tied"):
     return build_engine(options)
 
 
-@pytest.mark.parametrize("name", ["llama-tied", "qwen2-untied"])
+@pytest.mark.parametrize("name", ["llama-tied", "qwen2-untied", "qwen3-tied", "gemma3-windows"])
 def test_perplexity_is_that_of_the_oracles_logits(name):
     """One window of 64 tokens, scored from the token after the middle on; the golden logits are those of transformers."""
     with np.load(GOLDEN / f"{name}.npz") as stored:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from jilju.backends.reference import ReferenceExecutor
+from jilju.errors import StartupError
 from jilju.formats.gguf import GgufFile
 from jilju.model.decoder import build_plan
 from jilju.model.spec import spec_from_gguf
@@ -51,7 +52,11 @@ def load(executor: Executor, name: str) -> GgufFile:
     limits = Limits(
         num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE, max_rows=2, max_tokens=64, max_context=128, num_threads=1
     )
-    executor.load(plan, load_weights(file, plan), limits)
+    try:
+        executor.load(plan, load_weights(file, plan), limits)
+    except StartupError as error:
+        assert "attention with a window" in str(error), error
+        pytest.skip(str(error))
     return file
 
 
@@ -61,7 +66,7 @@ def golden(name: str) -> tuple[list[int], np.ndarray]:
 
 
 def test_there_is_a_golden_model_of_each_family() -> None:
-    assert [name.split("-")[0] for name in NAMES] == ["llama", "qwen2"]
+    assert [name.split("-")[0] for name in NAMES] == ["gemma3", "llama", "qwen2", "qwen3"]
 
 
 @pytest.mark.parametrize("name", NAMES)

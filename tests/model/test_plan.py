@@ -20,6 +20,7 @@ from jilju.plan import (
     Plan,
     PlanBuilder,
     RmsNorm,
+    Rope,
     Sample,
     StepShape,
     TakeRows,
@@ -27,7 +28,7 @@ from jilju.plan import (
     WeightSpec,
 )
 
-from .tiny import SPEC
+from .tiny import GEMMA3, QWEN2, QWEN3, SPEC
 
 SMOLLM2 = ModelSpec(
     family="llama",
@@ -45,8 +46,8 @@ SMOLLM2 = ModelSpec(
     rms_eps=1e-5,
     tied_head=True,
     attention_bias=False,
+    attention_scale=64**-0.5,
 )
-QWEN2 = msgspec.structs.replace(SPEC, family="qwen2", rope_style="halves", attention_bias=True, tied_head=False)
 
 
 def types_of(spec: ModelSpec, matrix: GgmlType = GgmlType.F32, table: GgmlType = GgmlType.F32) -> dict[str, GgmlType]:
@@ -126,7 +127,7 @@ def test_chunks_cost_what_the_whole_costs(splits: list[int]) -> None:
 # ---- the decoder
 
 
-@pytest.mark.parametrize("spec", [SPEC, QWEN2, SMOLLM2], ids=lambda spec: spec.name + "-" + spec.family)
+@pytest.mark.parametrize("spec", [SPEC, QWEN2, QWEN3, GEMMA3, SMOLLM2], ids=lambda spec: spec.name + "-" + spec.family)
 def test_a_plan_uses_every_tensor_with_its_shape(spec: ModelSpec) -> None:
     plan = plan_of(spec)
     shapes = {
@@ -149,6 +150,29 @@ def test_the_residual_is_added_in_place() -> None:
     added = [op for op in plan.ops if isinstance(op, Linear) and op.add_to is not None]
     assert len(added) == 2 * SPEC.num_layers
     assert {op.out for op in added} == {plan.ops[0].writes[0]}
+
+
+def test_windows_and_bases_go_by_layer() -> None:
+    spec = msgspec.structs.replace(GEMMA3, num_layers=13, global_every=6)
+    plan = plan_of(spec)
+    windows = [op.window for op in plan.ops if isinstance(op, Attention)]
+    assert windows == [0 if layer in (5, 11) else 5 for layer in range(13)]
+    thetas = [op.theta for op in plan.ops if isinstance(op, Rope)]
+    assert thetas == [1e6 if layer in (5, 11) else 1e4 for layer in range(13) for _ in "qk"]
+
+
+def test_norms_are_where_the_family_has_them() -> None:
+    """q and k are normed head by head before rope; what a post norm gives is added to the residual, in place."""
+    for spec, num_added in ((QWEN3, 0), (GEMMA3, 2)):
+        ops = plan_of(spec).ops
+        for index, op in enumerate(ops):
+            if isinstance(op, Attention):
+                norms = [norm for norm in ops[index - 4 : index] if isinstance(norm, RmsNorm)]
+                ropes = [rope for rope in ops[index - 4 : index] if isinstance(rope, Rope)]
+                assert [norm.out for norm in norms] == [rope.x for rope in ropes] == [op.q, op.k]
+                assert [norm.weight.num_inputs for norm in norms] == [24, 24]
+        added = [op for op in ops if isinstance(op, RmsNorm) and op.add_to is not None]
+        assert [op.out for op in added] == [ops[0].writes[0]] * num_added * spec.num_layers
 
 
 # ---- sharing buffers
@@ -179,7 +203,7 @@ class Unshared(PlanBuilder):
         return plan
 
 
-@pytest.mark.parametrize("spec", [SPEC, QWEN2], ids=lambda spec: spec.family)
+@pytest.mark.parametrize("spec", [SPEC, QWEN2, QWEN3, GEMMA3], ids=lambda spec: spec.family)
 def test_shared_buffers_compute_what_separate_ones_do(spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = plan_of(spec)
     monkeypatch.setattr("jilju.model.decoder.PlanBuilder", Unshared)

@@ -11,16 +11,13 @@ from jilju.errors import ModelFileError
 from jilju.formats.ggml import GgmlType
 from jilju.formats.gguf import GgufFile
 from jilju.model.decoder import build_plan
-from jilju.model.spec import ModelSpec, spec_from_gguf
+from jilju.model.spec import LayerSpec, ModelSpec, spec_from_gguf
 from jilju.model.weights import load_weights
 
-from .tiny import SPEC, write
+from .tiny import GEMMA3, QWEN2, QWEN3, SPEC, write
 
-QWEN2 = msgspec.structs.replace(
-    SPEC, family="qwen2", rope_style="halves", attention_bias=True, tied_head=False, num_kv_heads=1, rope_theta=1e6
-)
 BIASED = msgspec.structs.replace(SPEC, attention_bias=True)
-WIDE_HEADS = msgspec.structs.replace(SPEC, head_dim=24, num_kv_heads=1)
+WIDE_HEADS = msgspec.structs.replace(SPEC, head_dim=24, num_kv_heads=1, attention_scale=24**-0.5)
 
 
 def read(path: Path) -> ModelSpec:
@@ -28,7 +25,7 @@ def read(path: Path) -> ModelSpec:
         return spec_from_gguf(file)
 
 
-@pytest.mark.parametrize("spec", [SPEC, QWEN2], ids=lambda spec: spec.family)
+@pytest.mark.parametrize("spec", [SPEC, QWEN2, QWEN3, GEMMA3], ids=lambda spec: spec.family)
 def test_what_a_file_says_is_what_the_spec_holds(spec: ModelSpec, tmp_path: Path) -> None:
     assert read(write(tmp_path / "m.gguf", spec)) == spec
 
@@ -43,6 +40,27 @@ def test_defaults_of_the_format(tmp_path: Path) -> None:
     spec = msgspec.structs.replace(SPEC, num_kv_heads=4)
     keys = {"llama.attention.head_count_kv": None, "llama.rope.freq_base": None, "general.name": None}
     assert read(write(tmp_path / "m.gguf", spec, keys=keys)) == msgspec.structs.replace(spec, name="llama")
+
+
+def test_defaults_of_gemma3(tmp_path: Path) -> None:
+    """As real files are: five windowed layers of base 10,000, then one that sees all."""
+    keys = {"gemma3.attention.sliding_window_pattern": None, "gemma3.rope.freq_base_swa": None}
+    spec = read(write(tmp_path / "m.gguf", msgspec.structs.replace(GEMMA3, num_layers=7), keys=keys))
+    assert [spec.layer(index).window for index in range(7)] == [5, 5, 5, 5, 5, 0, 5]
+    assert [spec.layer(index).rope_theta for index in range(7)] == [1e4, 1e4, 1e4, 1e4, 1e4, 1e6, 1e4]
+
+
+def test_gemma3_without_a_window_sees_all_keys_in_every_layer(tmp_path: Path) -> None:
+    spec = msgspec.structs.replace(GEMMA3, window=0, global_every=1)
+    assert read(write(tmp_path / "m.gguf", spec)) == spec
+    assert {spec.layer(index) for index in range(2)} == {LayerSpec(0, 1e6)}
+
+
+def test_the_27b_model_of_gemma3_scales_by_its_hidden_width(tmp_path: Path) -> None:
+    spec = msgspec.structs.replace(
+        GEMMA3, num_layers=62, hidden_width=8, ffn_width=2, num_heads=2, embedding_scale=8**0.5
+    )
+    assert read(write(tmp_path / "m.gguf", spec)).attention_scale == 4**-0.5
 
 
 NEUTRAL = {
@@ -93,6 +111,8 @@ def test_values_without_effect_are_accepted(tmp_path: Path) -> None:
         ("llama.vocab_size", 41),
         ("llama.logit_softcap", 30.0),
         ("llama.expert_count", False),
+        ("llama.attention.sliding_window_pattern", 2),  # gemma3's own
+        ("llama.rope.freq_base_swa", 1e4),
     ],
 )
 def test_what_contradicts_or_is_not_understood_is_refused(key: str, value: Any, tmp_path: Path) -> None:
@@ -102,6 +122,27 @@ def test_what_contradicts_or_is_not_understood_is_refused(key: str, value: Any, 
     assert str(path) in str(caught.value)
     named_by_key = key in caught.value.field or (key.endswith("key_length") and "head_count" in caught.value.field)
     assert named_by_key or caught.value.field.startswith("tensor '")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("gemma3.attention.sliding_window", 0),
+        ("gemma3.attention.sliding_window", [5, 0]),
+        ("gemma3.attention.sliding_window_pattern", 0),
+        ("gemma3.attention.sliding_window_pattern", [True, False]),
+        ("gemma3.rope.freq_base_swa", 0.0),
+        ("gemma3.rope.local.freq_base", 1e4),
+        ("gemma3.rope.scaling.type", "linear"),
+        ("gemma3.rope.scaling.factor", 8.0),
+        ("gemma3.final_logit_softcapping", 30.0),
+        ("gemma3.attention.value_length", 16),
+    ],
+)
+def test_what_gemma3_does_not_understand_is_refused(key: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError) as caught:
+        read(write(tmp_path / "m.gguf", GEMMA3, keys={key: value}))
+    assert key in caught.value.field
 
 
 def test_a_vocabulary_of_another_size_is_refused(tmp_path: Path) -> None:

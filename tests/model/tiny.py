@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import msgspec
 import numpy as np
 
 from jilju.formats.ggml import GgmlType
@@ -27,11 +28,22 @@ SPEC = ModelSpec(
     rms_eps=2.0**-17,
     tied_head=True,
     attention_bias=False,
+    attention_scale=16**-0.5,
 )
+QWEN2 = msgspec.structs.replace(
+    SPEC, family="qwen2", rope_style="halves", attention_bias=True, tied_head=False, num_kv_heads=1, rope_theta=1e6
+)
+QWEN3 = msgspec.structs.replace(
+    SPEC, family="qwen3", rope_style="halves", head_norms=True, head_dim=24, attention_scale=24**-0.5, rope_theta=1e6
+)
+GEMMA3 = msgspec.structs.replace(
+    SPEC, family="gemma3", rope_style="halves", head_norms=True, post_norms=True, activation="gelu_tanh", head_dim=24,
+    attention_scale=24**-0.5, embedding_scale=8.0, rope_theta=1e6, window=5, global_every=2, local_rope_theta=1e4,
+)  # fmt: skip
 
 
 def keys_of(spec: ModelSpec) -> dict[str, Any]:
-    return {
+    keys: dict[str, Any] = {
         "general.name": spec.name,
         f"{spec.family}.block_count": spec.num_layers,
         f"{spec.family}.context_length": spec.max_context,
@@ -42,6 +54,15 @@ def keys_of(spec: ModelSpec) -> dict[str, Any]:
         f"{spec.family}.attention.layer_norm_rms_epsilon": spec.rms_eps,
         f"{spec.family}.rope.freq_base": spec.rope_theta,
     }
+    if spec.head_dim != spec.hidden_width // spec.num_heads:
+        keys |= {f"{spec.family}.attention.{part}_length": spec.head_dim for part in ("key", "value")}
+    if spec.window:
+        keys |= {
+            f"{spec.family}.attention.sliding_window": spec.window,
+            f"{spec.family}.attention.sliding_window_pattern": spec.global_every,
+            f"{spec.family}.rope.freq_base_swa": spec.local_rope_theta,
+        }
+    return keys
 
 
 def write(

@@ -1,7 +1,7 @@
 """Tiny models of each family: random weights in `transformers`, and the same weights as a GGUF file.
 
-The export is that of llama.cpp's converter: its names and keys, the llama family's q and k rows permuted, a byte-level
-tokenizer beside them. Weights come from numpy's generator, so that they are the same with any version of torch.
+The export is that of llama.cpp's converter: its names and keys, the llama family's q and k rows permuted, 1 added to the
+weights of Gemma's norms, a byte-level tokenizer beside them. Weights come from numpy's generator, so that they are the same with any version of torch.
 """
 
 from pathlib import Path
@@ -10,7 +10,17 @@ from typing import NamedTuple
 import gguf
 import numpy as np
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 NUM_TOKENS = 64
 VOCAB_SIZE = 300
@@ -27,6 +37,9 @@ class Tiny(NamedTuple):
     tied: bool
     rope_theta: float
     head_dim: int | None = None  # None: hidden_width / num_heads
+    window: int = 0  # of gemma3
+    global_every: int | None = None  # None: no key says so, which is 6
+    scaled_width: int | None = None  # None: attention's scale is that of the head size
 
     @property
     def head_size(self) -> int:
@@ -36,12 +49,19 @@ class Tiny(NamedTuple):
 GOLDEN = (
     Tiny("llama-tied", "llama", 2, 64, 4, 2, 96, tied=True, rope_theta=10_000.0),
     Tiny("qwen2-untied", "qwen2", 2, 64, 4, 1, 96, tied=False, rope_theta=1_000_000.0),
+    Tiny("qwen3-tied", "qwen3", 2, 48, 4, 2, 64, tied=True, rope_theta=1_000_000.0, head_dim=20),
+    Tiny("gemma3-windows", "gemma3", 3, 48, 4, 1, 64, True, 1_000_000.0, head_dim=24, window=20, global_every=3),
 )
 MODELS = (
     *GOLDEN,
     Tiny("llama-untied-wide-heads", "llama", 3, 80, 5, 1, 176, tied=False, rope_theta=100_000.0, head_dim=24),
     Tiny("llama-all-heads", "llama", 2, 72, 6, 6, 100, tied=False, rope_theta=500_000.0),
     Tiny("qwen2-tied", "qwen2", 3, 126, 9, 3, 130, tied=True, rope_theta=1_000_000.0),
+    Tiny("qwen3-untied", "qwen3", 3, 64, 6, 2, 100, tied=False, rope_theta=1_000_000.0, head_dim=32),
+    Tiny("gemma3-five-to-one", "gemma3", 13, 64, 4, 2, 80, tied=True, rope_theta=1_000_000.0, head_dim=16, window=9),
+    Tiny("gemma3-window-of-one", "gemma3", 2, 64, 4, 4, 80, True, 1_000_000.0, head_dim=16, window=1, global_every=2),
+    Tiny("gemma3-long-window", "gemma3", 2, 64, 4, 4, 80, True, 1_000_000.0, head_dim=16, window=500, global_every=2),
+    Tiny("gemma3-27b", "gemma3", 62, 24, 2, 1, 24, True, 1_000_000.0, head_dim=8, window=16, scaled_width=12),
 )
 
 
@@ -60,23 +80,47 @@ def build(tiny: Tiny, seed: int = 0) -> PreTrainedModel:
         "rope_parameters": {"rope_type": "default", "rope_theta": tiny.rope_theta},
         "attn_implementation": "eager",
     }
-    if tiny.family == "llama":
-        model: PreTrainedModel = LlamaForCausalLM(LlamaConfig(**sizes, head_dim=tiny.head_size))
-    else:
-        assert tiny.head_dim is None, "qwen2 has no head size of its own"
-        model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+    model: PreTrainedModel
+    match tiny.family:
+        case "llama":
+            model = LlamaForCausalLM(LlamaConfig(**sizes, head_dim=tiny.head_size))
+        case "qwen2":
+            assert tiny.head_dim is None, "qwen2 has no head size of its own"
+            model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+        case "qwen3":
+            model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=tiny.head_size))
+        case "gemma3":
+            sizes["rope_parameters"] = {
+                "full_attention": {"rope_type": "default", "rope_theta": tiny.rope_theta},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+            }
+            config = Gemma3TextConfig(
+                **sizes,
+                head_dim=tiny.head_size,
+                sliding_window=tiny.window,
+                sliding_window_pattern=tiny.global_every or 6,
+                query_pre_attn_scalar=tiny.scaled_width or tiny.head_size,
+            )
+            model = Gemma3ForCausalLM(config)
     rng = np.random.default_rng(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             x = rng.standard_normal(tuple(parameter.shape)).astype(np.float32)
             if name.endswith("norm.weight"):
-                x = 1 + x / 5
+                x = norm_shift(tiny) + x / 5
             elif name.endswith("bias"):
                 x = x / 2
             elif "embed_tokens" not in name:
                 x = x * 1.5 / parameter.shape[1] ** 0.5
+            elif tiny.family == "gemma3":
+                x = x / parameter.shape[1] ** 0.5  # which the model undoes
             parameter.copy_(torch.from_numpy(x))
     return model.float().eval()
+
+
+def norm_shift(tiny: Tiny) -> float:
+    """1, as what a norm multiplies by; Gemma's weights in `transformers` are less by 1, not so in GGUF."""
+    return 0.0 if tiny.family == "gemma3" else 1.0
 
 
 def token_ids(seed: int = 1) -> list[int]:
@@ -104,6 +148,14 @@ LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+}
+GEMMA_LAYER_NAMES = {
+    **LAYER_NAMES,
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 
 
@@ -111,6 +163,8 @@ def tensors_for_gguf(model: PreTrainedModel, tiny: Tiny) -> dict[str, np.ndarray
     tensors = {}
     for name, parameter in model.named_parameters():  # a tied head is named once, as the embedding
         x = parameter.detach().numpy()
+        if name.endswith("norm.weight"):
+            x = x + np.float32(1 - norm_shift(tiny))
         if name in NAMES:
             tensors[NAMES[name]] = x
             continue
@@ -118,7 +172,8 @@ def tensors_for_gguf(model: PreTrainedModel, tiny: Tiny) -> dict[str, np.ndarray
         part, kind = part.rsplit(".", 1)
         if tiny.family == "llama" and part in ("self_attn.q_proj", "self_attn.k_proj"):
             x = interleaved(x, tiny.head_size)
-        tensors[f"blk.{layer}.{LAYER_NAMES[part]}.{kind}"] = x
+        names = GEMMA_LAYER_NAMES if tiny.family == "gemma3" else LAYER_NAMES
+        tensors[f"blk.{layer}.{names[part]}.{kind}"] = x
     return tensors
 
 
@@ -144,6 +199,10 @@ def write_gguf(path: Path, model: PreTrainedModel, tiny: Tiny) -> None:
         writer.add_value_length(tiny.head_dim)
     if tiny.family == "llama":
         writer.add_rope_dimension_count(tiny.head_size)
+    if tiny.window:
+        writer.add_sliding_window(tiny.window)
+    if tiny.global_every:
+        writer.add_sliding_window_pattern(tiny.global_every)
     add_tokenizer(writer, "smollm" if tiny.family == "llama" else "qwen2")
     for name, x in tensors_for_gguf(model, tiny).items():
         writer.add_tensor(name, x)

@@ -13,9 +13,14 @@ import msgspec
 from jilju.errors import ModelFileError
 from jilju.formats.gguf import GgufFile
 
-FamilyName = Literal["llama", "qwen2"]
+FamilyName = Literal["llama", "qwen2", "qwen3", "gemma3"]
 RopeStyle = Literal["halves", "interleaved"]
-DEFAULT_ROPE_THETA = 10_000.0  # the GGUF specification's value of an absent rope.freq_base
+Activation = Literal["silu", "gelu_tanh"]
+DEFAULT_ROPE_THETA = (
+    10_000.0  # the GGUF specification's value of an absent rope.freq_base, and Gemma's of windowed layers
+)
+DEFAULT_GLOBAL_EVERY = 6  # Gemma 3: five windowed layers, then one that sees all keys
+GEMMA3_27B_LAYERS = 62  # the one model of its family whose attention scale is not head_dim^-0.5, which no key says
 MAX_INT32 = 2**31 - 1
 
 
@@ -23,13 +28,34 @@ class Family(msgspec.Struct, frozen=True):
     """What `general.architecture` implies and no key says."""
 
     rope_style: RopeStyle
-    attention_bias: bool  # biases on q, k and v
+    attention_bias: bool = False  # biases on q, k and v
+    head_norms: bool = False  # norms of each head of q and k, before rope
+    post_norms: bool = False  # norms of what attention and gate add to the residual
+    activation: Activation = "silu"
+    scaled_embedding: bool = False  # rows of the table times the root of their width
+    own_keys: frozenset[str] = frozenset()  # read beside READ_KEYS
 
 
 FAMILIES: dict[FamilyName, Family] = {
-    "llama": Family(rope_style="interleaved", attention_bias=False),  # its q and k rows are permuted in the file
+    "llama": Family(rope_style="interleaved"),  # its q and k rows are permuted in the file
     "qwen2": Family(rope_style="halves", attention_bias=True),
+    "qwen3": Family(rope_style="halves", head_norms=True),
+    "gemma3": Family(  # its norms' weights have their + 1 in the file
+        rope_style="halves",
+        head_norms=True,
+        post_norms=True,
+        activation="gelu_tanh",
+        scaled_embedding=True,
+        own_keys=frozenset({"attention.sliding_window_pattern", "rope.freq_base_swa"}),
+    ),
 }
+
+
+class LayerSpec(msgspec.Struct, frozen=True):
+    """What may differ from layer to layer."""
+
+    window: int  # keys that a query sees, its own included; 0: all before it
+    rope_theta: float
 
 
 class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,6 +76,19 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     rms_eps: float
     tied_head: bool  # the head is the embedding table
     attention_bias: bool
+    attention_scale: float
+    head_norms: bool = False
+    post_norms: bool = False
+    activation: Activation = "silu"
+    embedding_scale: float = 1.0
+    window: int = 0  # of all layers but every global_every-th, which sees all keys; 0: of none
+    global_every: int = 1
+    local_rope_theta: float = DEFAULT_ROPE_THETA  # of the layers with a window; rope_theta is of the others
+
+    def layer(self, index: int) -> LayerSpec:
+        if self.window and (index + 1) % self.global_every:
+            return LayerSpec(self.window, self.local_rope_theta)
+        return LayerSpec(0, self.rope_theta)
 
     @property
     def q_width(self) -> int:
@@ -83,10 +122,16 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 shapes[f"{prefix}.attn_q.bias"] = (self.q_width,)
                 shapes[f"{prefix}.attn_k.bias"] = (self.kv_width,)
                 shapes[f"{prefix}.attn_v.bias"] = (self.kv_width,)
+            if self.head_norms:
+                shapes[f"{prefix}.attn_q_norm.weight"] = (self.head_dim,)
+                shapes[f"{prefix}.attn_k_norm.weight"] = (self.head_dim,)
+            if self.post_norms:
+                shapes[f"{prefix}.post_attention_norm.weight"] = (hidden,)
+                shapes[f"{prefix}.post_ffw_norm.weight"] = (hidden,)
         return shapes
 
 
-# Keys under the architecture's prefix that are read below.
+# Keys under the architecture's prefix that are read below, of every family.
 READ_KEYS = frozenset({
     "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
@@ -105,6 +150,8 @@ NEUTRAL_VALUES: dict[str, Any] = {
     "attention.max_alibi_bias": 0.0,
     "attention.clamp_kqv": 0.0,
     "logit_scale": 1.0,
+    "attn_logit_softcapping": 0.0,
+    "final_logit_softcapping": 0.0,
     "use_parallel_residual": False,
     "tensor_data_layout": "Meta AI original pth",  # q and k permuted, as in every llama file
 }
@@ -133,40 +180,47 @@ class _SpecReader:
         num_kv_heads = self._int("attention.head_count_kv", default=num_heads)
         if num_heads % num_kv_heads:
             self._fail_key("attention.head_count_kv", num_kv_heads, f"a divisor of the {num_heads} query heads")
+        num_layers = self._int("block_count", maximum=len(self._gguf.tensors))
+        head_dim = self._head_dim(hidden, num_heads)
+        max_context = self._int("context_length")
+        scaled_width = hidden / num_heads if (self._family, num_layers) == ("gemma3", GEMMA3_27B_LAYERS) else head_dim
         spec = ModelSpec(
             family=self._family,
             name=self._value("general.name", str, default=self._family),
-            num_layers=self._int("block_count", maximum=len(self._gguf.tensors)),
+            num_layers=num_layers,
             hidden_width=hidden,
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=self._head_dim(hidden, num_heads),
+            head_dim=head_dim,
             ffn_width=self._int("feed_forward_length"),
             vocab_size=self._vocab_size(),
-            max_context=self._int("context_length"),
+            max_context=max_context,
             rope_theta=self._positive_float("rope.freq_base", default=DEFAULT_ROPE_THETA),
             rope_style=family.rope_style,
             rms_eps=self._positive_float("attention.layer_norm_rms_epsilon"),
             tied_head="output.weight" not in self._gguf.tensors,
             attention_bias=family.attention_bias,
+            head_norms=family.head_norms,
+            post_norms=family.post_norms,
+            activation=family.activation,
+            embedding_scale=math.sqrt(hidden) if family.scaled_embedding else 1.0,
+            attention_scale=scaled_width**-0.5,
+            **self._windows(max_context),
         )
-        window = self._int("attention.sliding_window", default=spec.max_context)
-        if window < spec.max_context:
-            self._fail_key("attention.sliding_window", window, f"absent or at least the context of {spec.max_context}")
         self._check_tensors(spec)
         return spec
 
     def _refuse_unknown_keys(self) -> None:
-        prefix = f"{self._family}."
+        prefix, read_keys = f"{self._family}.", READ_KEYS | FAMILIES[self._family].own_keys
         for key in self._gguf.metadata:
-            if not key.startswith(prefix) or key.removeprefix(prefix) in READ_KEYS:
+            if not key.startswith(prefix) or key.removeprefix(prefix) in read_keys:
                 continue
             name = key.removeprefix(prefix)
             if name not in NEUTRAL_VALUES:
                 self._fail(
                     f"metadata {key!r}",
                     "a key that jilju does not know",
-                    f"of {prefix}*: {', '.join(sorted(READ_KEYS))}",
+                    f"of {prefix}*: {', '.join(sorted(read_keys))}",
                 )
             neutral, given = NEUTRAL_VALUES[name], self._gguf.metadata[key]
             if given != neutral or isinstance(given, bool) != isinstance(neutral, bool):
@@ -188,6 +242,21 @@ class _SpecReader:
             if given != head_dim:
                 self._fail_key(key, given, f"absent or the head size {head_dim}")
         return head_dim
+
+    def _windows(self, max_context: int) -> dict[str, Any]:
+        """The fields of windows. Of a family without windowed layers, a window is allowed if it never shuts out a key."""
+        if self._family == "gemma3":
+            if f"{self._family}.attention.sliding_window" not in self._gguf.metadata:
+                return {}
+            return {
+                "window": self._int("attention.sliding_window"),
+                "global_every": self._int("attention.sliding_window_pattern", default=DEFAULT_GLOBAL_EVERY),
+                "local_rope_theta": self._positive_float("rope.freq_base_swa", default=DEFAULT_ROPE_THETA),
+            }
+        window = self._int("attention.sliding_window", default=max_context)
+        if window < max_context:
+            self._fail_key("attention.sliding_window", window, f"absent or at least the context of {max_context}")
+        return {}
 
     def _vocab_size(self) -> int:
         """Rows of the embedding table, which other places of the file must agree with."""
