@@ -9,7 +9,8 @@ import pytest
 
 from jilju.formats.gguf import GgufFile
 from jilju.model.sources import cache_dir
-from jilju.text.gguf_tokenizer import PRE_TOKENIZERS, load_tokenizer
+from jilju.text.byte_level import PRE_TOKENIZERS
+from jilju.text.gguf_tokenizer import load_tokenizer
 from jilju.text.template import ChatTemplate
 from jilju.text.tokenizer import Tokenizer
 

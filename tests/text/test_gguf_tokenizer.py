@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jilju.errors import InvalidValue, ModelFileError
-from jilju.text.gguf_tokenizer import MAX_MERGES, MAX_TOKENS, PRE_TOKENIZERS, load_tokenizer
+from jilju.text.byte_level import PRE_TOKENIZERS
+from jilju.text.gguf_tokenizer import MAX_MERGES, MAX_TOKENS, load_tokenizer
 from jilju.text.specials import longest_of
 
 PREFIX = "tokenizer.ggml."
@@ -90,7 +91,7 @@ def test_a_lone_surrogate_is_refused(tiny):
 @pytest.mark.parametrize(
     ("key", "value", "field"),
     [
-        ("model", "llama", "model"),
+        ("model", "t5", "model"),
         ("model", None, "model"),
         ("pre", "made-up", "pre"),
         ("pre", 7, "pre"),

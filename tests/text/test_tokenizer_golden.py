@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from jilju.text.gguf_tokenizer import PRE_TOKENIZERS, load_tokenizer
+from jilju.text.byte_level import PRE_TOKENIZERS
+from jilju.text.gguf_tokenizer import load_tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tokenizer"
 

@@ -1,21 +1,22 @@
-"""The tokenizer that a GGUF file describes: byte-level BPE (`tokenizer.ggml.model` = gpt2).
+"""The tokenizer that a GGUF file describes, byte-level BPE or SPM (`tokenizer.ggml.model` = gpt2 or llama).
 
-Owns the checks of the file's tables, the pre-tokenizers by name (`tokenizer.ggml.pre`) and which tokens end a turn; merging
-itself is done by the `tokenizers` library. The measure is llama.cpp's tokenizer on the same file: the same ids for the same
-text, where docs/decisions/0004-tokenizer-differences.md says nothing else. A vocabulary or a pre-tokenizer that is not known
-here is refused, never guessed. Knows nothing of chats or engines.
+Owns the checks of the file's tables, special tokens inside text, bos and eos, and which tokens end a turn. The measure is
+llama.cpp's tokenizer on the same file: the same ids for the same text, where docs/decisions/0004-tokenizer-differences.md says
+nothing else. What is not known here is refused, never guessed. Knows nothing of chats or engines.
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from math import isfinite
+from typing import Any, Protocol
 
-from tokenizers import Regex, models, pre_tokenizers
-from tokenizers import Tokenizer as LibraryTokenizer
+import numpy as np
 
 from jilju.errors import InvalidValue, ModelFileError
+from jilju.text.byte_level import PRE_TOKENIZERS, ByteLevelScheme
 from jilju.text.specials import longest_of
+from jilju.text.spm import SpmScheme
 from jilju.text.tokenizer import Tokenizer
 
 # Token types of the GGUF specification.
@@ -25,39 +26,6 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 MAX_TOKENS = 1 << 20
 MAX_MERGES = 1 << 21
 MAX_TOKEN_CHARS = 4096
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
-_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-
-
-class PreTokenizer(NamedTuple):
-    """How text is cut before merging: each pattern cuts what the one before it left; text between matches is a piece."""
-
-    patterns: tuple[str, ...]
-    whole_words: bool = False  # a piece that is a token is that token, whatever the merges say
-    add_bos: bool = False  # where the file does not say
-
-
-_DIGITS_THEN_GPT2 = PreTokenizer((r"\p{N}", _GPT2))
-_LLAMA3 = PreTokenizer((_CONTRACTIONS + _WORDS + r"\p{N}{1,3}" + _REST,), whole_words=True, add_bos=True)
-_QWEN2 = PreTokenizer((_CONTRACTIONS + _WORDS + r"\p{N}" + _REST,))
-
-# Each of these names is compared with llama.cpp over the corpus in tests/golden/tokenizer.
-PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
-    "default": PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "gpt-2": PreTokenizer((_GPT2,)),
-    "llama-bpe": _LLAMA3,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
-    "smollm": _DIGITS_THEN_GPT2,
-    "starcoder": _DIGITS_THEN_GPT2,
-    "refact": _DIGITS_THEN_GPT2,
-    "command-r": _DIGITS_THEN_GPT2,
-}
 
 # Control tokens that end an answer by their text, since files name only one eos: the list llama.cpp goes by. The last eight
 # are those of code models, where the next file or repository begins.
@@ -90,15 +58,19 @@ _END_TEXTS = (
 )
 
 
-def _byte_of_char() -> dict[str, int]:
-    """The byte-level alphabet: a printable Latin-1 byte is its own character, the others are U+0100 upwards in order."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + index): byte for index, byte in enumerate(others)}
-
-
-_BYTE_OF_CHAR: Mapping[str, int] = _byte_of_char()
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Scheme(Protocol):
+    """What kinds of tokenizer differ in."""
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text: none holds special tokens, they stand between."""
+        ...
+
+    def token_bytes(self, token: str) -> bytes:
+        """What a normal token, as it is written in the file, stands for."""
+        ...
 
 
 class GgufTokenizer:
@@ -106,7 +78,7 @@ class GgufTokenizer:
 
     def __init__(
         self,
-        bpe: LibraryTokenizer,
+        scheme: Scheme,
         tokens: list[str],
         types: list[int],
         *,
@@ -114,17 +86,18 @@ class GgufTokenizer:
         eos_ids: tuple[int, ...],
         add_bos: bool,
         add_eos: bool,
+        adds_space: bool = False,
     ):
         self.vocab_size = len(tokens)
         self.bos_id = bos_id
         self.eos_ids = eos_ids
         self.add_bos = add_bos
         self.add_eos = add_eos
-        marked = [id_ for id_, type_ in enumerate(types) if type_ != NORMAL]
-        self.special_ids = frozenset(id_ for id_ in marked if types[id_] in (CONTROL, UNKNOWN))
+        self.special_ids = frozenset(_ids_of(types, CONTROL, UNKNOWN))
         self.special_texts: Mapping[str, int] = {tokens[id_]: id_ for id_ in sorted(self.special_ids)}
-        user_texts = {tokens[id_]: id_ for id_ in marked if types[id_] == USER_DEFINED}
-        self._bpe = bpe
+        user_texts = {tokens[id_]: id_ for id_ in _ids_of(types, USER_DEFINED)}
+        self._scheme = scheme
+        self._adds_space = adds_space
         self._tokens = tokens
         self._types = types
         self._marked_ids = {**self.special_texts, **user_texts}
@@ -137,12 +110,13 @@ class GgufTokenizer:
         ids: list[int] = []
         if add_special_tokens and self.add_bos and self.bos_id is not None:
             ids.append(self.bos_id)
-        # Text and marked tokens take turns: the pattern is one group, so `split` keeps what it matched.
-        for index, piece in enumerate(marked.split(text) if marked else (text,)):
-            if index % 2 == 1:
-                ids.append(self._marked_ids[piece])
-            elif piece:
-                ids += self._bpe.encode_batch_fast([piece], add_special_tokens=False)[0].ids
+        # Texts and marked tokens take turns, a text first and last: the pattern is one group, so `split` keeps what it matched.
+        pieces = marked.split(text) if marked else [text]
+        texts = self._scheme.encode(pieces[::2])
+        ids += texts[0]
+        for mark, following in zip(pieces[1::2], texts[1:], strict=True):
+            ids.append(self._marked_ids[mark])
+            ids += following
         if add_special_tokens and self.add_eos and self.eos_ids:
             ids.append(self.eos_ids[0])
         return ids
@@ -151,10 +125,7 @@ class GgufTokenizer:
         token = self._token(token_id)
         match self._types[token_id]:
             case 1:  # NORMAL
-                try:
-                    return bytes([_BYTE_OF_CHAR[char] for char in token])
-                except KeyError:  # written as plain text in the file
-                    return token.encode()
+                return self._scheme.token_bytes(token)
             case 5:  # UNUSED: padding of the embedding table, stands for nothing
                 return b""
             case 6:  # BYTE: load_tokenizer checked the form
@@ -168,7 +139,8 @@ class GgufTokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         kept = (id_ for id_ in ids if not (skip_special_tokens and id_ in self.special_ids))
-        return b"".join(map(self.token_bytes, kept)).decode(errors="replace")
+        text = b"".join(map(self.token_bytes, kept)).decode(errors="replace")
+        return text.removeprefix(" ") if self._adds_space else text
 
     def _token(self, token_id: int) -> str:
         if not 0 <= token_id < self.vocab_size:
@@ -179,41 +151,67 @@ class GgufTokenizer:
 def load_tokenizer(metadata: Mapping[str, Any], *, file: str) -> Tokenizer:
     """The tokenizer of a GGUF file's metadata. `file` names it in errors: ModelFileError for every table that lies."""
     fields = _Fields(metadata, file)
-    model = fields.text("tokenizer.ggml.model")
-    if model != "gpt2":
-        raise ModelFileError(file, "tokenizer.ggml.model", model, "gpt2 (byte-level BPE), the only kind read so far")
-    pre_name = fields.text("tokenizer.ggml.pre")
-    if pre_name not in PRE_TOKENIZERS:
-        raise ModelFileError(file, "tokenizer.ggml.pre", pre_name, f"one of {', '.join(sorted(PRE_TOKENIZERS))}")
-    if fields.flag("tokenizer.ggml.add_space_prefix", False):
-        raise ModelFileError(file, "tokenizer.ggml.add_space_prefix", True, "false for byte-level BPE")
-    pre = PRE_TOKENIZERS[pre_name]
-
-    tokens, vocab = fields.tokens()
-    types = fields.token_types(tokens)
-    merges = fields.merges(vocab)
-    eos_ids = _end_ids(fields, vocab, types)
     try:
-        bpe = LibraryTokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre.whole_words))
-        bpe.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        return GgufTokenizer(
-            bpe,
-            tokens,
-            types,
-            bos_id=fields.token_id("tokenizer.ggml.bos_token_id", len(tokens)),
-            eos_ids=eos_ids,
-            add_bos=fields.flag("tokenizer.ggml.add_bos_token", pre.add_bos),
-            add_eos=fields.flag("tokenizer.ggml.add_eos_token", False),
-        )
+        match fields.text("tokenizer.ggml.model"):
+            case "gpt2":
+                return _byte_level(fields)
+            case "llama":
+                return _spm(fields)
+            case other:
+                raise ModelFileError(
+                    file, "tokenizer.ggml.model", other, "gpt2 (byte-level BPE) or llama (SPM), the kinds read so far"
+                )
     except RecursionError:
         raise ModelFileError(
             file, "tokenizer.ggml.tokens", "special tokens that nest in one another", "distinct special tokens"
         ) from None
+
+
+def _byte_level(fields: "_Fields") -> Tokenizer:
+    pre_name = fields.text("tokenizer.ggml.pre")
+    if pre_name not in PRE_TOKENIZERS:
+        raise fields.refusal("tokenizer.ggml.pre", pre_name, f"one of {', '.join(sorted(PRE_TOKENIZERS))}")
+    if fields.flag("tokenizer.ggml.add_space_prefix", False):
+        raise fields.refusal("tokenizer.ggml.add_space_prefix", True, "false for byte-level BPE")
+    pre = PRE_TOKENIZERS[pre_name]
+    tokens, vocab = fields.tokens()
+    types = fields.token_types(tokens)
+    return GgufTokenizer(
+        ByteLevelScheme(vocab, fields.merges(vocab), pre),
+        tokens,
+        types,
+        bos_id=fields.token_id("tokenizer.ggml.bos_token_id", len(tokens)),
+        eos_ids=_end_ids(fields, vocab, types),
+        add_bos=fields.flag("tokenizer.ggml.add_bos_token", pre.add_bos),
+        add_eos=fields.flag("tokenizer.ggml.add_eos_token", False),
+    )
+
+
+def _spm(fields: "_Fields") -> Tokenizer:
+    """Defaults are those of sentencepiece's Llama models, which files of that kind leave out."""
+    fields.only("tokenizer.ggml.pre", "default")  # patterns are for byte-level BPE
+    fields.only("tokenizer.ggml.remove_extra_whitespaces", False)  # nor is any other normalization done
+    fields.only("tokenizer.ggml.precompiled_charsmap", [])
+    tokens, vocab = fields.tokens()
+    types = fields.token_types(tokens)
+    adds_space = fields.flag("tokenizer.ggml.add_space_prefix", True)
+    add_bos = fields.flag("tokenizer.ggml.add_bos_token", True)
+    bos_id = fields.token_id("tokenizer.ggml.bos_token_id", len(tokens))
+    if add_bos and bos_id is None:
+        raise fields.refusal("tokenizer.ggml.bos_token_id", "missing", "an id, as bos is to be added")
+    # Special texts are no result of merging: text never becomes a control token by itself.
+    made = _ids_of(types, NORMAL, USER_DEFINED)
+    scheme = SpmScheme(tokens, vocab, fields.scores(len(tokens)), made, fields.byte_ids(vocab, types), adds_space)
+    return GgufTokenizer(
+        scheme,
+        tokens,
+        types,
+        bos_id=bos_id,
+        eos_ids=_end_ids(fields, vocab, types),
+        add_bos=add_bos,
+        add_eos=fields.flag("tokenizer.ggml.add_eos_token", False),
+        adds_space=adds_space,
+    )
 
 
 class _Fields:
@@ -222,6 +220,15 @@ class _Fields:
     def __init__(self, metadata: Mapping[str, Any], file: str):
         self._metadata = metadata
         self._file = file
+
+    def refusal(self, key: str, given: object, allowed: str) -> ModelFileError:
+        return ModelFileError(self._file, key, given, allowed)
+
+    def only(self, key: str, value: object) -> None:
+        """Refuse anything but `value`, or nothing."""
+        given = self._metadata.get(key, value)
+        if given != value or type(given) is not type(value):
+            raise self.refusal(key, _shown(given), f"{value!r}, or nothing, for this kind of tokenizer")
 
     def text(self, key: str) -> str:
         value = self._metadata.get(key)
@@ -246,7 +253,7 @@ class _Fields:
     def tokens(self) -> tuple[list[str], dict[str, int]]:
         key = "tokenizer.ggml.tokens"
         tokens = self._array(key, str, MAX_TOKENS)
-        vocab = {token: id_ for id_, token in enumerate(tokens)}
+        vocab = dict(zip(tokens, range(len(tokens)), strict=True))
         if len(vocab) != len(tokens):
             id_ = next(id_ for id_, token in enumerate(tokens) if vocab[token] != id_)
             raise ModelFileError(
@@ -267,12 +274,31 @@ class _Fields:
         for type_ in set(types):
             if not NORMAL <= type_ <= BYTE:
                 raise ModelFileError(self._file, f"{key}[{types.index(type_)}]", type_, f"{NORMAL} to {BYTE}")
-        for id_, token in enumerate(tokens) if BYTE in types else ():
-            if types[id_] == BYTE and not _BYTE_TOKEN.fullmatch(token):
+        for id_ in _ids_of(types, BYTE):
+            if not _BYTE_TOKEN.fullmatch(tokens[id_]):
                 raise ModelFileError(
-                    self._file, f"tokenizer.ggml.tokens[{id_}]", repr(token), "<0x00> to <0xFF> for a byte token"
+                    self._file, f"tokenizer.ggml.tokens[{id_}]", repr(tokens[id_]), "<0x00> to <0xFF> for a byte token"
                 )
         return types
+
+    def scores(self, num_tokens: int) -> list[float]:
+        key = "tokenizer.ggml.scores"
+        scores = self._array(key, float, MAX_TOKENS)
+        if len(scores) != num_tokens:
+            raise self.refusal(key, f"{len(scores)} entries", f"one for each of the {num_tokens} tokens")
+        if not all(map(isfinite, scores)):
+            index = next(index for index, score in enumerate(scores) if not isfinite(score))
+            raise self.refusal(f"{key}[{index}]", scores[index], "a finite number")
+        return scores
+
+    def byte_ids(self, vocab: Mapping[str, int], types: list[int]) -> list[int]:
+        """The ids of the tokens <0x00> to <0xFF>."""
+        ids = [vocab.get(f"<0x{byte:02X}>", -1) for byte in range(256)]
+        missing = [byte for byte, id_ in enumerate(ids) if id_ < 0 or types[id_] != BYTE]
+        if missing:
+            given = f"without the byte token <0x{missing[0]:02X}>"
+            raise self.refusal("tokenizer.ggml.tokens", given, "a token for every byte, of type 6")
+        return ids
 
     def merges(self, vocab: dict[str, int]) -> list[tuple[str, str]]:
         key = "tokenizer.ggml.merges"
@@ -316,6 +342,10 @@ class _Fields:
             index = next(index for index, entry in enumerate(value) if type(entry) is not kind)
             raise ModelFileError(self._file, f"{key}[{index}]", _shown(value[index]), f"{kind.__name__}")
         return value
+
+
+def _ids_of(types: list[int], *wanted: int) -> list[int]:
+    return np.flatnonzero(np.isin(types, wanted)).tolist()
 
 
 def _end_ids(fields: _Fields, vocab: Mapping[str, int], types: list[int]) -> tuple[int, ...]:

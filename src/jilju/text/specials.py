@@ -29,7 +29,12 @@ def _tree(ordered: list[str], start: int) -> str:
     groups: dict[str, list[str]] = {}
     for text in longer:
         groups.setdefault(text[end], []).append(text)
-    branches = "|".join(_tree(group, end) for group in groups.values())
+    # characters with the same rest share it: <unused0> to <unused6241> are a dozen branches, not six thousand
+    chars_before: dict[str, str] = {}
+    for char, group in groups.items():
+        rest = _tree(group, end + 1)
+        chars_before[rest] = chars_before.get(rest, "") + char
+    branches = "|".join(f"[{re.escape(chars)}]{rest}" for rest, chars in chars_before.items())
     return f"{stem}(?:{branches}){'?' if ends_here else ''}"
 
 
