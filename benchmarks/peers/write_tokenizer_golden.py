@@ -3,11 +3,12 @@
 Runs under an environment that has llama-cpp-python, on the named models in jilju's cache (`jilju pull` puts them there). For every
 line of corpus.json the ids with special tokens as text and as tokens, and the ids that end a generation. The vocabulary of
 smollm2-135m, with two numbers in it, is also read under each pre-tokenizer that jilju knows; one that cuts as an earlier one
-did names that one.
+did names that one. Besides, spm-small.json: small SPM vocabularies made here, with texts that are hard for them.
 """
 
 import json
 import os
+import random
 import shutil
 import struct
 import tempfile
@@ -18,13 +19,15 @@ from llama_cpp import Llama
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden" / "tokenizer"
-MODELS = ("smollm2-135m", "qwen2.5-coder-0.5b")
+MODELS = ("smollm2-135m", "qwen2.5-coder-0.5b", "gemma3-270m")
 PRE_TOKENIZERS = ("default", "gpt-2", "llama-bpe", "llama3", "llama-v3", "qwen2", "deepseek-r1-qwen", "smollm")
 PRE_TOKENIZERS += ("starcoder", "refact", "command-r")
 # Tokens and merges of smollm2-135m that nothing else is built from, as numbers of the same length: its own vocabulary has
 # single digits only, and patterns that cut numbers differently would not show.
 RESPELLED = {"np": "23", "n p": "2 3", "Lif": "123", "L if": "1 23"}
-STRING = 8  # GGUF's number of a string value
+# GGUF's numbers of value types
+UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 4, 5, 6, 7, 8, 9
+UNKNOWN, NORMAL, CONTROL, USER_DEFINED, BYTE = 2, 1, 3, 4, 6  # of token types
 
 
 def load(path: Path) -> Llama:
@@ -42,11 +45,55 @@ def end_ids(llm: Llama) -> list[int]:
 
 def string(text: str) -> bytes:
     """As it lies in the file."""
-    return struct.pack("<Q", len(text)) + text.encode()
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
 
 
 def pair(key: str, value: str) -> bytes:
     return string(key) + struct.pack("<I", STRING) + string(value)
+
+
+def array(key: str, kind: int, values: list) -> bytes:
+    pack = {INT32: struct.Struct("<i").pack, FLOAT32: struct.Struct("<f").pack, STRING: string}[kind]
+    return string(key) + struct.pack("<IIQ", ARRAY, kind, len(values)) + b"".join(map(pack, values))
+
+
+def small_spm(seed: int) -> dict:
+    """A vocabulary of few letters: scores tie, tokens overlap one another and hold spaces, most characters are none."""
+    chance, letters = random.Random(seed), "aab\u2581한국"
+    marked = {"<unk>": UNKNOWN, "<s>": CONTROL, "</s>": CONTROL, **{f"<0x{byte:02X}>": BYTE for byte in range(256)}}
+    marked |= {"  ": USER_DEFINED, "\n": USER_DEFINED, "\n\n": USER_DEFINED, "<b>": USER_DEFINED}
+    normal = ["".join(chance.choices(letters, k=chance.randint(1, 6))) for _ in range(90)]
+    normal = list(dict.fromkeys([*letters, *"</s>0x", "</", *normal]))
+    return {
+        "tokens": [*marked, *normal],
+        "types": [*marked.values(), *[NORMAL] * len(normal)],
+        "scores": [0.0] * len(marked) + [-float(chance.randrange(12)) for _ in normal],
+        "adds_space": seed % 2 == 1,
+    }
+
+
+def small_lines() -> list[str]:
+    chance = random.Random(0)
+    lines = ["".join(chance.choices("aab 한국", k=chance.choice((3, 20, 100)))) for _ in range(60)]
+    pieces = ["a", "b", " ", "  ", "<b>", "<s>", "</s>", "\n", "é", "<0x41>", "\u2581", "한", "👍", "\x00"]
+    return lines + ["".join(chance.choices(pieces, k=chance.randint(1, 20))) for _ in range(60)]
+
+
+def write_vocabulary(vocabulary: dict, to: Path) -> None:
+    """A GGUF file of the vocabulary alone."""
+    pairs = [pair("general.architecture", "llama"), pair("tokenizer.ggml.model", "llama")]
+    pairs += [pair("tokenizer.ggml.pre", "default")]
+    for key, kind, name in (
+        ("tokens", STRING, "tokens"),
+        ("scores", FLOAT32, "scores"),
+        ("token_type", INT32, "types"),
+    ):
+        pairs.append(array(f"tokenizer.ggml.{key}", kind, vocabulary[name]))
+    for id_, name in enumerate(("unknown", "bos", "eos")):
+        pairs.append(string(f"tokenizer.ggml.{name}_token_id") + struct.pack("<II", UINT32, id_))
+    pairs.append(string("tokenizer.ggml.add_space_prefix") + struct.pack("<I?", BOOL, vocabulary["adds_space"]))
+    to.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(pairs)) + b"".join(pairs) + bytes(64))
 
 
 def with_pre(path: Path, metadata: dict[str, str], pre: str, to: Path) -> None:
@@ -67,7 +114,9 @@ def with_pre(path: Path, metadata: dict[str, str], pre: str, to: Path) -> None:
 
 
 def renderings(llm: Llama, chats: list[list[dict[str, str]]]) -> list[str]:
-    """The model's own template, by llama-cpp-python's renderer."""
+    """The model's own template, by llama-cpp-python's renderer; nothing for a model that has none."""
+    if "tokenizer.chat_template" not in llm.metadata:
+        return []
     template = Jinja2ChatFormatter(
         template=llm.metadata["tokenizer.chat_template"],
         bos_token=llm._model.token_get_text(llm.token_bos()),
@@ -103,7 +152,21 @@ def main(models: dict[str, Path]) -> None:
         text = json.dumps(golden, separators=(",", ":")).replace("],[", "],\n[").replace(',"', ',\n"')
         assert json.loads(text) == golden, f"{name}: the line breaks changed the text"
         (GOLDEN / f"{name}.json").write_text(text + "\n")
-        print(f"{name}: {len(lines)} lines, {len(chats)} chats")
+        print(f"{name}: {len(lines)} lines, {len(prompts)} chats")
+    write_small_spm()
+
+
+def write_small_spm() -> None:
+    small, lines = [small_spm(seed) for seed in range(4)], small_lines()
+    with tempfile.TemporaryDirectory() as scratch:
+        for vocabulary in small:
+            write_vocabulary(vocabulary, Path(scratch) / "small.gguf")
+            llm = load(Path(scratch) / "small.gguf")
+            vocabulary["ids"] = tokenize(llm, lines, special=False)
+            vocabulary["special_ids"] = tokenize(llm, lines, special=True)
+    text = json.dumps({"lines": lines, "vocabularies": small}, separators=(",", ":")).replace("],[", "],\n[")
+    (GOLDEN / "spm-small.json").write_text(text + "\n")
+    print(f"spm-small: {len(lines)} lines, {len(small)} vocabularies")
 
 
 def cache() -> Path:

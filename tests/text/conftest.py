@@ -15,7 +15,8 @@ from jilju.text.template import ChatTemplate
 from jilju.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "tokenizer"
-KEYS = ("model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id", "add_bos_token")
+KEYS = ("model", "pre", "tokens", "token_type", "merges", "scores", "bos_token_id", "eos_token_id", "eot_token_id")
+KEYS += ("add_bos_token", "add_space_prefix")
 TEMPLATE = "tokenizer.chat_template"
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -85,7 +86,7 @@ def _named(name: str) -> tuple[str, dict[str, Any]]:
     return name, _metadata_of(name)
 
 
-@pytest.fixture(scope="session", params=["smollm2-135m", "qwen2.5-coder-0.5b"])
+@pytest.fixture(scope="session", params=["smollm2-135m", "qwen2.5-coder-0.5b", "gemma3-270m"])
 def model(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     """A named model and its metadata; skipped by name where the file is not in the cache."""
     return _named(request.param)

@@ -25,6 +25,7 @@ def template(model):
     return ChatTemplate(metadata["tokenizer.chat_template"], bos_token="<bos>", eos_token="<|im_end|>", file=name)
 
 
+@pytest.mark.parametrize("model", ["smollm2-135m", "qwen2.5-coder-0.5b"], indirect=True)
 @pytest.mark.parametrize("index", range(len(CHATS)))
 def test_the_models_templates_render_as_their_peer_does(template, tokenizer, golden, index):
     assert template.render(CHATS[index]) == golden["prompts"][index]

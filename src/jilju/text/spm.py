@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain, pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 SPACE = "\u2581"  # how a space is written in tokens
 SHORT = 48  # characters up to which looking through all pairs again is cheaper than keeping a queue
@@ -111,17 +112,18 @@ class SpmScheme:
         return [part for part in parts if part]
 
 
-def _codes(text: str) -> np.ndarray:
+def _codes(text: str) -> NDArray[np.uint32]:
     """Code points, uint32 [characters]."""
     return np.frombuffer(text.encode("utf-32-le"), np.uint32)
 
 
-def _pair_hashes(codes: np.ndarray) -> np.ndarray:
+def _pair_hashes(codes: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """A number below 2 ** PAIR_BITS for each two neighbours, uint32 [characters - 1]; wraps around."""
-    return (codes[:-1] * np.uint32(0x9E3779B1) + codes[1:] * np.uint32(0x85EBCA6B)) >> np.uint32(32 - PAIR_BITS)
+    mixed: NDArray[np.uint32] = codes[:-1] * np.uint32(0x9E3779B1) + codes[1:] * np.uint32(0x85EBCA6B)
+    return mixed >> np.uint32(32 - PAIR_BITS)
 
 
-def _pairs_within(tokens: Sequence[str]) -> np.ndarray:
+def _pairs_within(tokens: Sequence[str]) -> NDArray[np.bool_]:
     """A flag by pair hash, bool [2 ** PAIR_BITS]: may a token hold this pair of neighbours. Some that none holds are flagged
     too, where hashes meet, which costs a cut and changes nothing else."""
     flags = np.zeros(1 << PAIR_BITS, bool)
