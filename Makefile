@@ -14,7 +14,7 @@ PIP = -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
-.PHONY: serve test check bench bench-speed bench-start bench-quality peers oracle oracle-write dev clean install-check
+.PHONY: serve test check bench bench-machine bench-model bench-start bench-quality peers oracle oracle-write dev clean install-check
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -39,11 +39,13 @@ endef
 	$(call environment,.venv-oracle,torch,installing CPU torch,torch==2.13.0)
 	$(call environment,.venv-oracle,installed,installing transformers,--group oracle)
 
+# built here, for this machine's own instruction set: it is to be compared at its best
+.venv-llama-cpp/installed: export CMAKE_ARGS = -DGGML_NATIVE=ON
 .venv-llama-cpp/installed:
-	$(call environment,.venv-llama-cpp,installed,building llama-cpp-python: 5 to 15 minutes,llama-cpp-python==0.3.36)
+	$(call environment,.venv-llama-cpp,installed,building llama-cpp-python: 5 to 15 minutes,--no-binary llama-cpp-python llama-cpp-python==0.3.36)
 
 .venv-openvino/installed:
-	$(call environment,.venv-openvino,installed,installing openvino-genai,openvino-genai==2026.4.0.0 huggingface_hub)
+	$(call environment,.venv-openvino,installed,installing openvino-genai,openvino==2026.4.0 openvino-genai==2026.4.0.0 huggingface_hub)
 
 dev: .venv-dev/installed
 	@echo "ready: .venv-dev/bin/jilju, .venv-dev/bin/pytest"
@@ -69,14 +71,17 @@ peers: .venv-llama-cpp/installed .venv-openvino/installed .venv-dev/installed
 	@.venv-dev/bin/jilju pull qwen2.5-coder-0.5b
 	@.venv-llama-cpp/bin/python benchmarks/peers/write_tokenizer_golden.py
 
-bench: bench-speed bench-start bench-quality
+bench: bench-machine bench-model bench-start bench-quality
 
 bench-start: .venv-dev/installed
 	@.venv-dev/bin/jilju pull smollm2-135m >/dev/null && .venv-dev/bin/jilju pull qwen2.5-coder-0.5b >/dev/null
 	@.venv-dev/bin/python benchmarks/start.py
 
-bench-speed: .venv-dev/installed .venv-llama-cpp/installed
-	@.venv-dev/bin/jilju bench speed $(or $(MODEL),smollm2-135m) --peer .venv-llama-cpp/bin/python $(ARGS)
+bench-machine: .venv-dev/installed
+	@.venv-dev/bin/jilju bench machine $(ARGS)
+
+bench-model: .venv-dev/installed .venv-llama-cpp/installed
+	@.venv-dev/bin/jilju bench model $(or $(MODEL),smollm2-135m) --prefill 512 --rows 1,8,16 --contexts 512 --peers llama.cpp $(ARGS)
 
 bench-quality: .venv-dev/installed
 	@.venv-dev/bin/jilju bench quality smollm2-135m --text $(TEXT)

@@ -10,6 +10,7 @@
 
 #include "model.h"
 #include "philox.h"
+#include "roofs.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -131,6 +132,21 @@ std::vector<uint32_t> philox(std::vector<uint32_t> counter, std::vector<uint32_t
     return {words.begin(), words.end()};
 }
 
+
+// Probes: what the machine can do, for the benchmarks.
+double read_bandwidth(int64_t num_bytes, int num_threads, double seconds) {
+    nb::gil_scoped_release release;
+    double rate = 0;
+    require(jilju::read_bandwidth(num_bytes, num_threads, seconds, &rate));
+    return rate;
+}
+double fma_peak(int num_threads, double seconds) {
+    nb::gil_scoped_release release;
+    double rate = 0;
+    require(jilju::fma_peak(num_threads, seconds, &rate));
+    return rate;
+}
+
 }  // namespace
 
 NB_MODULE(_kernels, m) {
@@ -143,6 +159,8 @@ NB_MODULE(_kernels, m) {
     m.def("unpack", &unpack, "isa"_a, "format"_a, "data"_a.noconvert(), "out"_a.noconvert());
     m.def("exp", &exp_all, "isa"_a, "x"_a.noconvert(), "out"_a.noconvert());
     m.def("philox4x32_10", &philox, "counter"_a, "key"_a);
+    m.def("read_bandwidth", &read_bandwidth, "num_bytes"_a, "num_threads"_a, "seconds"_a);
+    m.def("fma_peak", &fma_peak, "num_threads"_a, "seconds"_a);
     m.attr("OP_KINDS") = nb::make_tuple("embed", "rms_norm", "linear", "rope", "attention", "glu", "take_rows", "sample", "other");
 
     nb::class_<PyModel>(m, "Model")

@@ -20,7 +20,8 @@ def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("serve",), ("chat",), ("generate",), ("tokenize",), ("pull",), ("models",), ("bench",), ("bench", "quality"), ("bench", "speed")],
+    [(), ("serve",), ("chat",), ("generate",), ("tokenize",), ("pull",), ("models",), ("bench",), ("bench", "quality"), ("bench", "machine"),
+     ("bench", "model")],
 )  # fmt: skip
 def test_help_is_there_and_shows_examples(command):
     done = run(*command, "--help")
@@ -63,6 +64,26 @@ def test_an_error_is_one_line_without_a_traceback(arguments, words):
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("jilju: ")
     assert all(word in lines[0] for word in words), lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--rows", "1,none"), ["--rows", "1,none", "numbers from 1 on"]),
+        (("--peers", "nobody"), ["--peers", "nobody", "llama.cpp"]),
+    ],
+)
+def test_lists_of_a_benchmark_are_checked(arguments, words):
+    done = run("bench", "model", "no-such-model", *arguments)
+    assert done.returncode == 2
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+def test_a_peer_that_is_not_installed_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run("bench", "model", "no-such-model", "--peers", "openvino")
+    assert done.returncode == 1
+    assert ".venv-openvino" in done.stderr and "make peers" in done.stderr
 
 
 def test_a_file_that_is_no_model_is_named(tmp_path):

@@ -25,7 +25,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "view": set(),
     "assemble": PLAN | {"text", "model", "engine", "backends", "serve", "bench", "view"},
     "llm": PLAN | {"text", "engine", "assemble"},
-    "cli": PLAN | {"text", "model", "engine", "serve", "bench", "assemble", "llm"},
+    "terminal": set(),
+    "cli_bench": PLAN | {"text", "model", "engine", "bench", "assemble", "llm", "terminal"},
+    "cli": PLAN | {"text", "model", "engine", "serve", "assemble", "llm", "terminal", "cli_bench"},
     "__init__": {"llm", "engine"},
     "__main__": {"cli"},
 }

@@ -12,25 +12,18 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskProgressColumn,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from jilju import __version__
+from jilju.cli_bench import bench
 from jilju.config import DEFAULT_MODEL, FALLBACK_MODEL, SERVE_OPTIONS, Option, ServeConfig, resolve_serve_config
-from jilju.errors import ConfigError, InvalidRequest, JiljuError, ModelSourceError, PlatformError
+from jilju.errors import InvalidRequest, JiljuError, ModelSourceError, PlatformError
+from jilju.terminal import fetching, threads_option
 
 if TYPE_CHECKING:
     from jilju.assemble.engine import MemoryPlan, ModelFile
@@ -126,13 +119,6 @@ _model = click.option(
 _temperature = click.option(
     "--temperature", type=click.FloatRange(0, 2), default=None, help="0 is greedy. Default: the model's own."
 )
-_threads = click.option(
-    "--threads",
-    type=click.IntRange(1, 256),
-    default=None,
-    help="Threads that compute. Default: the cores this process may use.",
-)
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 @commands.command()
@@ -153,7 +139,7 @@ def serve(model: str | None, **flags: Any) -> None:
 
     config = resolve_serve_config(model, flags)
     check_bind(config.host, config.api_key, config.insecure)  # before a model is fetched for nothing
-    with _fetching() as progress:
+    with fetching() as progress:
         model_file = _open_or_fall_back(config, progress)
     from jilju.assemble.launch import launch_engine
 
@@ -245,7 +231,7 @@ def _announce(console: Console, model: "ModelFile", config: ServeConfig, memory:
     default=None,
     help="Longest conversation in tokens. Default: the model's own maximum, or what a quarter of the memory holds.",
 )
-@_threads
+@threads_option
 def chat(model: str | None, system: str | None, context: int | None, threads: int | None, **sampling: Any) -> None:
     """Chat with MODEL in the terminal. An empty line or Ctrl-D ends it; Ctrl-C stops an answer; /new starts over.
 
@@ -256,7 +242,7 @@ def chat(model: str | None, system: str | None, context: int | None, threads: in
     """
     from jilju.llm import LLM
 
-    with _fetching() as progress:
+    with fetching() as progress:
         llm = LLM(model or DEFAULT_MODEL, context=context, threads=threads, progress=progress)
     with llm:
         params = _params(llm.defaults, sampling)
@@ -354,7 +340,7 @@ def _params(defaults: "SamplingParams", given: dict[str, Any]) -> "SamplingParam
 @click.option("--seed", type=int, default=None, help="Same seed, same text.")
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Go on past the model's end of text.")
-@_threads
+@threads_option
 def generate(
     prompt: str, model: str, as_chat: bool, threads: int | None, stop: tuple[str, ...], **sampling: Any
 ) -> None:
@@ -369,7 +355,7 @@ def generate(
     from jilju.llm import LLM
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    with _fetching() as progress:
+    with fetching() as progress:
         llm = LLM(model, threads=threads, progress=progress)
     with llm:
         params = _params(llm.defaults, {**sampling, "stop": stop or None})
@@ -399,7 +385,7 @@ def tokenize(text: str, model: str, special: bool) -> None:
     from jilju.assemble.text import load_text
 
     given = sys.stdin.read() if text == "-" else text
-    with _fetching() as progress:
+    with fetching() as progress:
         model_file = open_model(model, progress)
     tokenizer = load_text(model_file).tokenizer
     table = Table(box=None, pad_edge=False)
@@ -442,7 +428,7 @@ def pull(name: str, verify: bool) -> None:
     """
     from jilju.model import sources
 
-    with _fetching() as progress:
+    with fetching() as progress:
         path = sources.pull(name, progress)
         if verify:
             sources.verify(name, progress)
@@ -471,180 +457,7 @@ def models() -> None:
     click.echo(f"cache: {sources.cache_dir()}  (JILJU_CACHE names another)\nAny other GGUF file is given by its path.")
 
 
-@commands.group()
-def bench() -> None:
-    """Measure: `quality` gives perplexity, `speed` prefill and decode beside a peer engine.
-
-    \b
-    Examples:
-      jilju bench quality smollm2-135m --text LICENSE
-      jilju bench speed smollm2-135m --peer .venv-llama-cpp/bin/python
-    """
-
-
-@bench.command("quality")
-@click.argument("model", default=DEFAULT_MODEL)
-@click.option(
-    "--text",
-    "text_file",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    required=True,
-    help="UTF-8 text to score.",
-)
-@click.option(
-    "--window",
-    type=click.IntRange(16),
-    default=512,
-    show_default=True,
-    help="Tokens of a window; the second half of each is scored.",
-)
-@_threads
-@_as_json
-def bench_quality(model: str, text_file: Path, window: int, threads: int | None, as_json: bool) -> None:
-    """Perplexity of MODEL over a text, cut into windows; the second half of each is scored.
-
-    \b
-    Example:
-      jilju bench quality smollm2-135m --text LICENSE
-    """
-    import msgspec
-
-    from jilju.bench.quality import measure_quality
-    from jilju.llm import LLM
-
-    with _fetching() as progress:
-        llm = LLM(model, context=window, kv_memory="256MiB", threads=threads, progress=progress)
-    with llm, _counting("windows", quiet=as_json) as count:
-        tokenizer = llm.text.tokenizer
-        ids = tokenizer.encode(_read_text(text_file))
-        bos = tokenizer.bos_id if tokenizer.add_bos else None
-        quality = measure_quality(llm.engine, ids, window=window, bos_id=bos, progress=count)
-    if as_json:
-        click.echo(msgspec.json.encode({"model": llm.name, "text": text_file.name, **msgspec.to_builtins(quality)}))
-    else:
-        click.echo(
-            f"{llm.name}: perplexity {quality.perplexity:.3f} over {quality.num_scored} tokens in {quality.num_windows} windows of {window}"
-        )
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--text {path} is no UTF-8 at byte {error.start}; give a text file in UTF-8") from None
-
-
-@bench.command("speed")
-@click.argument("model", default=DEFAULT_MODEL)
-@click.option(
-    "--peer",
-    type=click.Path(exists=True, path_type=Path),
-    required=True,
-    help="Python of an environment with llama-cpp-python.",
-)
-@click.option(
-    "--prompt-tokens", type=click.IntRange(16, 2000), default=512, show_default=True, help="Length of the prompt."
-)
-@click.option(
-    "--output-tokens", type=click.IntRange(1, 1000), default=128, show_default=True, help="Tokens decoded after it."
-)
-@click.option(
-    "--repeats",
-    type=click.IntRange(1),
-    default=5,
-    show_default=True,
-    help="Counted pairs of runs, after one warm-up pair.",
-)
-@_threads
-@_as_json
-def bench_speed(
-    model: str, peer: Path, prompt_tokens: int, output_tokens: int, repeats: int, threads: int | None, as_json: bool
-) -> None:
-    """Prefill and one-stream decode of MODEL beside llama.cpp: same file, same threads, runs in turn.
-
-    \b
-    Example (`make bench` sets it up):
-      jilju bench speed smollm2-135m --peer .venv-llama-cpp/bin/python
-    """
-    import random
-
-    import msgspec
-
-    from jilju.bench.speed import BUSY_SHARE, Peer, compare
-    from jilju.llm import LLM
-
-    script = Path("benchmarks/peers/peer_llama_cpp.py")
-    if not script.exists():
-        raise JiljuError(f"{script} is not here; run this in the project's folder")
-    with _fetching() as progress:
-        llm = LLM(
-            model,
-            context=prompt_tokens + output_tokens + 1,
-            kv_memory="512MiB",
-            step_tokens=512,
-            threads=threads,
-            progress=progress,
-        )
-    with llm, _counting("pairs", quiet=as_json) as count:
-        assert llm.config.threads is not None
-        other = Peer(peer, script, Path(llm.path), llm.config.threads)
-        prompt = random.Random(1).choices(range(1000, 40000), k=prompt_tokens)
-        try:
-            result = compare(llm.engine, other, prompt, output_tokens, repeats, count)
-        finally:
-            other.close()
-    if as_json:
-        click.echo(msgspec.json.encode(result))
-        return
-    import statistics
-
-    table = Table(
-        box=None,
-        pad_edge=False,
-        title=f"{llm.name}, {llm.config.threads} threads, medians of {repeats} pairs",
-        title_justify="left",
-    )
-    for heading in ("tokens/s", "jilju", result.peer_name, "ratio"):
-        table.add_column(heading, justify="left" if heading == "tokens/s" else "right")
-    for label, field in (
-        (f"prefill {prompt_tokens}", "prefill_tok_s"),
-        (f"decode {output_tokens}, one stream", "decode_tok_s"),
-    ):
-        ours, theirs = (statistics.median(getattr(run, field) for run in runs) for runs in (result.ours, result.peer))
-        table.add_row(label, f"{ours:.1f}", f"{theirs:.1f}", f"{result.ratio(field):.2f}x")
-    Console(highlight=False).print(table)
-    busiest = max(run.others_share for run in result.ours + result.peer)
-    click.echo(
-        f"other processes took up to {busiest:.1%} of the cores in a run"
-        + ("; above 3 %: measure again on a quiet machine" if busiest > BUSY_SHARE else "")
-    )
-
-
-@contextlib.contextmanager
-def _fetching() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar that appears only if something is fetched; plain lines where standard error is no terminal."""
-    console = Console(stderr=True, highlight=False)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = None
-        tenth = -1
-
-        def show(done_bytes: int, total_bytes: int, text: str) -> None:
-            nonlocal task, tenth
-            if console.is_terminal:
-                task = bar.add_task(text, total=total_bytes) if task is None else task
-                bar.update(task, completed=done_bytes, total=total_bytes, description=text)
-            elif total_bytes and done_bytes * 10 // total_bytes != tenth:
-                tenth = done_bytes * 10 // total_bytes
-                click.echo(f"{text}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB", err=True)
-
-        yield show
+commands.add_command(bench)
 
 
 @contextlib.contextmanager
@@ -672,14 +485,6 @@ def _loading(console: Console) -> Iterator[Callable[[int, int, str], None]]:
         yield show
     finally:
         bar.stop()
-
-
-@contextlib.contextmanager
-def _counting(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    console = Console(stderr=True, highlight=False)
-    with Progress(console=console, disable=quiet or not console.is_terminal, transient=True) as bar:
-        task = bar.add_task(what)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 if __name__ == "__main__":

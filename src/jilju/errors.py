@@ -24,7 +24,8 @@
         ├── ModelFileError             a model file that lies, is cut short or is not supported
         ├── ModelSourceError           a model that cannot be fetched
         ├── ConfigError                a flag or an environment variable
-        └── PlatformError              a machine that jilju does not run on
+        ├── PlatformError              a machine that jilju does not run on
+        └── BusyMachine                a measurement that other processes disturb
 
 Knows nothing of HTTP beyond the numbers. A message says what was given, what is allowed and what to do.
 """
@@ -181,4 +182,8 @@ class ConfigError(StartupError):
 
 
 class PlatformError(StartupError):
+    pass
+
+
+class BusyMachine(StartupError):
     pass

@@ -37,7 +37,7 @@ def measure_quality(
     *,
     window: int = 512,
     bos_id: int | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Quality:
     """Score `token_ids`. Raises InvalidValue if they do not fill one window."""
     parts = list(windows(token_ids, window, bos_id))
@@ -53,7 +53,7 @@ def measure_quality(
         total -= math.fsum(scored)
         num_scored += len(scored)
         running.append(math.exp(total / num_scored))
-        progress(index + 1, len(parts))
+        progress(index + 1, len(parts), "windows")
     return Quality(
         num_text_tokens=len(token_ids),
         window=window,

@@ -4,5 +4,6 @@ The package imports without its compiled extension; making a `NativeExecutor` wi
 """
 
 from jilju.backends.native.executor import NativeExecutor, StepProfile
+from jilju.backends.native.probes import NativeProbes
 
-__all__ = ["NativeExecutor", "StepProfile"]
+__all__ = ["NativeExecutor", "NativeProbes", "StepProfile"]

@@ -34,7 +34,7 @@ class NativeExecutor:
     invariant = True
 
     def __init__(self, *, profile: bool = False) -> None:
-        self._kernels = _import_kernels()
+        self._kernels = import_kernels()
         self._isa = os.environ.get("JILJU_ISA", "")
         try:
             self.kernel_set: str = self._kernels.kernel_set(self._isa)
@@ -114,7 +114,7 @@ class NativeExecutor:
         return needs
 
 
-def _import_kernels() -> Any:
+def import_kernels() -> Any:
     try:
         return importlib.import_module("jilju.backends.native._kernels")
     except ImportError as error:

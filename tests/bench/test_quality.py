@@ -1,4 +1,4 @@
-"""The benchmarks' methods: perplexity against logits of transformers and against llama.cpp, speed against a peer of known pace."""
+"""The method of `jilju bench quality`: perplexity against logits of transformers and against llama.cpp."""
 
 import json
 import math
@@ -11,11 +11,10 @@ import pytest
 
 from jilju.assemble.engine import EngineOptions, build_engine
 from jilju.bench.quality import measure_quality, windows
-from jilju.bench.speed import Comparison, Peer, Run, compare
-from jilju.errors import InvalidValue, StartupError
+from jilju.errors import InvalidValue
 from tests.system.conftest import needs_smollm2
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden" / "model"
 LLAMA_CPP_PERPLEXITY = (
     15.9546  # llama-cpp-python 0.3.36, smollm2-135m over LICENSE by the same windows, 1020 tokens scored
@@ -50,7 +49,7 @@ def test_windows_are_whole_and_begin_with_bos():
 def test_the_figure_of_several_windows_is_over_all_their_tokens():
     ids = [(7 * i) % 300 for i in range(48)]
     engine, told = tiny_engine(), []
-    whole = measure_quality(engine, ids, window=16, progress=lambda done, total: told.append((done, total)))
+    whole = measure_quality(engine, ids, window=16, progress=lambda done, total, what: told.append((done, total)))
     parts = [measure_quality(engine, ids[i : i + 16], window=16) for i in (0, 16, 32)]
     assert whole.perplexity == pytest.approx(math.prod(p.perplexity for p in parts) ** (1 / 3))
     assert whole.num_scored == sum(p.num_scored for p in parts) == 3 * 7
@@ -75,47 +74,9 @@ def test_perplexity_of_a_real_model_is_that_of_llama_cpp():
         "--text",
         str(ROOT / "LICENSE"),
         "--json",
+        "-",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     quality = json.loads(done.stdout)
     assert (quality["num_text_tokens"], quality["num_scored"], quality["window"]) == (2215, 1020, 512)
     assert quality["perplexity"] == pytest.approx(LLAMA_CPP_PERPLEXITY, rel=0.01)
-
-
-PEER = """
-import json, sys
-print(json.dumps({"name": "known"}), flush=True)
-for line in sys.stdin:
-    run = json.loads(line)
-    assert run["prompt_ids"] == [5, 6, 7, 8]
-    print(json.dumps({"prefill_s": 2.0, "decode_s": run["num_output"] / 4}), flush=True)
-"""
-
-
-@pytest.fixture
-def peer(tmp_path):
-    (script := tmp_path / "peer.py").write_text(PEER)
-    made = Peer(Path(sys.executable), script, Path("model.gguf"), 1)
-    yield made
-    made.close()
-
-
-def test_runs_alternate_and_the_first_pair_is_not_counted(peer):
-    told = []
-    result = compare(tiny_engine(), peer, [5, 6, 7, 8], 6, 2, lambda done, total: told.append((done, total)))
-    assert result.peer_name == "known"
-    assert [(run.prefill_tok_s, run.decode_tok_s) for run in result.peer] == [(2.0, 4.0)] * 2
-    assert len(result.ours) == 2
-    assert all(run.prefill_tok_s > 0 and run.decode_tok_s > 0 for run in result.ours)
-    assert told == [(0, 2), (1, 2), (2, 2)]
-
-
-def test_the_ratio_is_the_median_of_the_pairs_ratios():
-    ours, peer = ([Run(rate, 1.0, 0.0) for rate in rates] for rates in ((10.0, 30.0, 20.0), (10.0, 10.0, 40.0)))
-    assert Comparison(ours=ours, peer=peer, peer_name="known").ratio("prefill_tok_s") == 1.0
-
-
-def test_a_peer_that_does_not_start_is_an_error_with_its_command(tmp_path):
-    (script := tmp_path / "broken.py").write_text("raise SystemExit(3)")
-    with pytest.raises(StartupError, match=r"exit status 3; run it by hand .*broken\.py"):
-        Peer(Path(sys.executable), script, Path("model.gguf"), 1)

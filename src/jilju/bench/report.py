@@ -1,0 +1,90 @@
+"""Report: what was measured, as tables for a terminal and as groups of bars for a chart.
+
+Owns the columns and their order. Knows nothing of how a figure is had.
+"""
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from jilju.bench.chart import Bar, Group
+from jilju.bench.machine import Machine
+from jilju.bench.model import Figure, ModelReport
+
+
+def table_of(title: str, headings: Sequence[str]) -> Table:
+    """The first column is text, the others are figures."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for index, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if index else "left")
+    return table
+
+
+def machine_table(machine: Machine) -> Table:
+    threads = range(1, len(machine.fma_gflop_s) + 1)
+    title = f"roofs of this machine (others took up to {machine.others_share:.1%} of the cores)"
+    table = table_of(title, ["", *(f"{n} thread{'s' * (n > 1)}" for n in threads), "unit"])
+    for row in machine.bandwidth:
+        table.add_row(f"read, working set {row.working_set_mb} MB", *(f"{rate:.1f}" for rate in row.gb_s), "GB/s")
+    table.add_row("float32 FMA", *(f"{rate:.0f}" for rate in machine.fma_gflop_s), "GFLOP/s")
+    for family, rates in machine.kernel_gop_s.items():
+        table.add_row(f"linear kernel {family}", *(f"{rate:.0f}" for rate in rates), "GOP/s")
+    return table
+
+
+def machine_groups(machine: Machine) -> list[Group]:
+    threads = range(1, len(machine.fma_gflop_s) + 1)
+
+    def bars(rates: Sequence[float], unit: str) -> list[Bar]:
+        return [Bar(f"{n} threads", rate, f"{rate:.1f} {unit}") for n, rate in zip(threads, rates, strict=True)]
+
+    groups = [Group(f"read {row.working_set_mb} MB", bars(row.gb_s, "GB/s")) for row in machine.bandwidth]
+    groups.append(Group("float32 FMA", bars(machine.fma_gflop_s, "GFLOP/s")))
+    return groups + [Group(f"kernel {f}", bars(rates, "GOP/s")) for f, rates in machine.kernel_gop_s.items()]
+
+
+def model_tables(report: ModelReport) -> list[Table]:
+    """Speed beside the roofs; where the time goes; the peers, if there are any."""
+    title = f"{report.model}, {report.kernel_set}, {report.num_threads} threads, medians of {report.num_rounds} rounds"
+    speed = table_of(
+        title, ["load", "tokens/s", "GB/s", "of bandwidth", "GOP/s", "of cap", "linear of peak", "others' CPU"]
+    )
+    for f in report.figures:
+        speed.add_row(
+            f.load.label, f"{f.tokens_per_s:.1f}", f"{f.gb_s:.1f}", f"{f.bandwidth_share:.0%} of {f.bandwidth_gb_s:.1f}",
+            f"{f.gop_s:.0f}", f"{f.cap_share:.0%} of {f.cap_tokens_per_s:.0f} tok/s", f"{f.linear_share:.0%}", f"{f.others_share:.1%}",
+        )  # fmt: skip
+    kinds = [
+        kind for kind in report.figures[0].time_shares if any(f.time_shares[kind] >= 0.001 for f in report.figures)
+    ]
+    times = table_of(
+        "share of a step's time by kind of op; sampling with every filter on", ["load", *kinds, "sampling"]
+    )
+    for f in report.figures:
+        sampling = "-" if f.sampling_share is None else f"{f.sampling_share:.1%}"
+        times.add_row(f.load.label, *(f"{f.time_shares[kind]:.1%}" for kind in kinds), sampling)
+    return [speed, times, *([peer_table(report)] if report.peer_notes else [])]
+
+
+def peer_table(report: ModelReport) -> Table:
+    names = list(report.peer_notes)
+    headings = [heading for name in names for heading in (name, "ratio")]
+    table = table_of("tokens/s beside other engines on the same file, in turn", ["load", "jilju", *headings])
+    for f in report.figures:
+        cells = [cell for name in names for cell in _peer_cells(f, name)]
+        table.add_row(f.load.label, f"{f.tokens_per_s:.1f}", *cells)
+    return table
+
+
+def _peer_cells(figure: Figure, name: str) -> tuple[str, str]:
+    rate = figure.peers.get(name)
+    return ("-", "-") if rate is None else (f"{rate.tokens_per_s:.1f}", f"{rate.ratio:.2f}x")
+
+
+def model_groups(report: ModelReport) -> list[Group]:
+    groups = []
+    for f in report.figures:
+        bars = [Bar("jilju", f.tokens_per_s, f"{f.tokens_per_s:.0f} tok/s, {f.bandwidth_share:.0%} of bandwidth")]
+        bars += [Bar(name, r.tokens_per_s, f"{r.tokens_per_s:.0f} tok/s") for name, r in f.peers.items()]
+        groups.append(Group(f.load.label, bars))
+    return groups

@@ -1,0 +1,277 @@
+"""The command line's `bench` group: machine, model, quality.
+
+Owns their flags and where results go: a table on standard output, JSON and a chart into files. Every command hands its work to
+`jilju.bench`. Heavy parts are imported by the command that needs them, so that help is instant.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from jilju.config import DEFAULT_MODEL, usable_cores
+from jilju.errors import ConfigError
+from jilju.terminal import counting, fetching, threads_option
+
+if TYPE_CHECKING:
+    from jilju.bench.chart import Group
+    from jilju.bench.guard import Guard
+    from jilju.bench.model import Load
+    from jilju.bench.peers import Peer, PeerProgram
+
+# Engines to compare with: the environment that `make peers` makes, and the program that runs under it.
+PEERS = {
+    "llama.cpp": (".venv-llama-cpp", "benchmarks/peers/llama_cpp_peer.py"),
+    "openvino": (".venv-openvino", "benchmarks/peers/openvino_peer.py"),
+    "transformers": (".venv-oracle", "benchmarks/peers/transformers_peer.py"),
+}
+FILE_WIDTH = 160  # characters of a line where output is no terminal
+
+
+def _numbers(least: int) -> Callable[[str], tuple[int, ...]]:
+    """A parser of numbers with commas between them."""
+
+    def parse(value: str) -> tuple[int, ...]:
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdigit() and int(part) >= least for part in parts):
+            raise click.BadParameter(f"{value!r}; allowed: numbers from {least} on, with commas between them")
+        return tuple(int(part) for part in parts)
+
+    return parse
+
+
+def _peer_names(value: str) -> tuple[str, ...]:
+    """Names of PEERS with commas between them, `all`, or nothing."""
+    names = tuple(PEERS) if value == "all" else tuple(part.strip() for part in value.split(",") if part.strip())
+    if unknown := [name for name in names if name not in PEERS]:
+        raise click.BadParameter(f"{unknown[0]!r}; allowed: all, {', '.join(PEERS)}")
+    return names
+
+
+_json = click.option("--json", "json_file", type=click.Path(dir_okay=False), help="Write the figures as JSON to this file; - is standard output.")  # fmt: skip
+_chart = click.option("--chart", "chart_file", type=click.Path(dir_okay=False, path_type=Path), help="Draw the figures into this SVG file.")  # fmt: skip
+_rounds = click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help="Counted rounds; a figure is their median.")  # fmt: skip
+_max_others = click.option(
+    "--max-others", type=click.FloatRange(0, 100), default=3.0, show_default=True, metavar="PERCENT",
+    help="Share of the cores that other processes may take; a run above it is repeated, and given up after six.",
+)  # fmt: skip
+
+
+@click.group()
+def bench() -> None:
+    """Measure: `machine` its roofs, `model` steps beside roofs and other engines, `quality` perplexity.
+
+    \b
+    Examples:
+      jilju bench machine
+      jilju bench model smollm2-135m --rows 1,8 --contexts 512 --peers llama.cpp
+      jilju bench quality smollm2-135m --text LICENSE
+    """
+
+
+@bench.command("machine")
+@click.option(
+    "--sizes",
+    type=_numbers(1),
+    metavar="N,N,...",
+    default=None,
+    help="Working sets in MB. Default: 8,16,32,64,128,512,1024.",
+)
+@_rounds
+@threads_option
+@_max_others
+@_json
+@_chart
+def bench_machine(
+    sizes: tuple[int, ...] | None, rounds: int, threads: int | None, max_others: float, json_file: str | None, chart_file: Path | None
+) -> None:  # fmt: skip
+    """The roofs of this machine: read bandwidth by working set and threads, float32 FMAs, each linear kernel's peak.
+
+    \b
+    Examples:
+      jilju bench machine
+      jilju bench machine --sizes 100,400 --json roofs.json --chart roofs.svg
+    """
+    from jilju.assemble.bench import make_probes
+    from jilju.bench.machine import WORKING_SETS_MB, measure_machine
+    from jilju.bench.report import machine_groups, machine_table
+
+    with counting("probes") as count:
+        machine = measure_machine(
+            make_probes(), threads or usable_cores()[0], guard=_guard(max_others), working_sets_mb=sizes or WORKING_SETS_MB,
+            num_rounds=rounds, progress=count,
+        )  # fmt: skip
+    _tell(machine, [machine_table(machine)], json_file)
+    _draw(
+        chart_file, "Roofs of this machine", "read bandwidth by working set, peaks of kernels", machine_groups(machine)
+    )
+
+
+@bench.command("model")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option(
+    "--prefill", type=_numbers(1), metavar="N,N,...", default="512,2048", show_default=True, help="Lengths of prompts."
+)
+@click.option(
+    "--rows",
+    type=_numbers(1),
+    metavar="N,N,...",
+    default="1,4,8,16,32",
+    show_default=True,
+    help="Sequences of a decode step.",
+)
+@click.option("--contexts", type=_numbers(0), metavar="N,N,...", default="0,512,2048", show_default=True, help="Tokens before each row's own in decode.")  # fmt: skip
+@click.option("--peers", type=_peer_names, metavar="all|NAME,...", default="", help=f"Other engines to run in turn: {', '.join(PEERS)}; `make peers` installs them.")  # fmt: skip
+@_rounds
+@threads_option
+@_max_others
+@_json
+@_chart
+def bench_model(
+    model: str, prefill: tuple[int, ...], rows: tuple[int, ...], contexts: tuple[int, ...], peers: tuple[str, ...], rounds: int,
+    threads: int | None, max_others: float, json_file: str | None, chart_file: Path | None,
+) -> None:  # fmt: skip
+    """Speed of MODEL's steps, beside what this machine can do and beside other engines on the same file.
+
+    Each load (a prompt, or a decode step of some rows at some context) runs in turn with a probe of the read bandwidth, with the
+    kernels' peaks and with each peer. A run during which other processes took more than --max-others is repeated.
+
+    \b
+    Examples:
+      jilju bench model smollm2-135m
+      jilju bench model qwen2.5-coder-0.5b --prefill 512 --rows 1,16 --contexts 512 --peers all --json qwen.json
+    """
+    from jilju.assemble.bench import load_stepped, make_probes
+    from jilju.assemble.engine import open_model
+    from jilju.bench.model import Subject, measure_model
+    from jilju.bench.report import model_groups, model_tables
+
+    num_threads, programs = threads or usable_cores()[0], _programs(peers)
+    with fetching() as progress:
+        file = open_model(model, progress)
+    longest = max([*prefill, *(context + 1 for context in contexts)])
+    loads = _loads(prefill, rows, contexts)
+    stepped = load_stepped(file, max(rows), longest, num_threads)
+    subject = Subject(file.name, stepped.plan, stepped.executor, stepped.kv_element_bytes, stepped.steps, num_threads)
+    with _running(programs, Path(file.path), num_threads, max(rows), longest) as others, counting("loads") as count:
+        report = measure_model(
+            subject, loads, make_probes(), others, guard=_guard(max_others), num_rounds=rounds, progress=count
+        )
+    _tell(report, model_tables(report), json_file)
+    if json_file != "-":
+        for name, note in report.peer_notes.items():
+            click.echo(f"{name}: {note}")
+    _draw(
+        chart_file, f"{file.name}, {num_threads} threads", "tokens per second, longer is better", model_groups(report)
+    )
+
+
+def _loads(prefill: Sequence[int], rows: Sequence[int], contexts: Sequence[int]) -> "list[Load]":
+    from jilju.bench.model import Load
+
+    loads = [Load("prefill", 1, tokens) for tokens in prefill]
+    return loads + [Load("decode", n, context) for context in sorted(contexts) for n in sorted(rows)]
+
+
+def _programs(names: Sequence[str]) -> "list[PeerProgram]":
+    from jilju.bench.peers import PeerProgram
+
+    programs = [PeerProgram(name, Path(PEERS[name][0], "bin", "python"), Path(PEERS[name][1])) for name in names]
+    for program in programs:
+        for needed in (program.python, program.script):
+            if not needed.exists():
+                raise ConfigError(
+                    f"--peers {program.name} needs {needed}; run `make peers`, and this in the project's folder"
+                )
+    return programs
+
+
+@contextlib.contextmanager
+def _running(programs: "Sequence[PeerProgram]", *sizes: Any) -> "Iterator[list[Peer]]":
+    from jilju.bench.peers import Peer
+
+    with contextlib.ExitStack() as stack:
+        peers = []
+        for program in programs:
+            peers.append(Peer(program.name, program.command(*sizes)))
+            stack.callback(peers[-1].close)
+        yield peers
+
+
+@bench.command("quality")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--text", "text_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="UTF-8 text to score.")  # fmt: skip
+@click.option("--window", type=click.IntRange(16), default=512, show_default=True, help="Tokens of a window; the second half of each is scored.")  # fmt: skip
+@threads_option
+@_json
+def bench_quality(model: str, text_file: Path, window: int, threads: int | None, json_file: str | None) -> None:
+    """Perplexity of MODEL over a text, cut into windows; the second half of each is scored.
+
+    \b
+    Example:
+      jilju bench quality smollm2-135m --text LICENSE
+    """
+    import msgspec
+
+    from jilju.bench.quality import measure_quality
+    from jilju.llm import LLM
+
+    with fetching() as progress:
+        llm = LLM(model, context=window, kv_memory="256MiB", threads=threads, progress=progress)
+    with llm, counting("windows") as count:
+        tokenizer = llm.text.tokenizer
+        ids = tokenizer.encode(_read_text(text_file))
+        bos = tokenizer.bos_id if tokenizer.add_bos else None
+        quality = measure_quality(llm.engine, ids, window=window, bos_id=bos, progress=count)
+    _write_json({"model": llm.name, "text": text_file.name, **msgspec.to_builtins(quality)}, json_file)
+    if json_file != "-":
+        click.echo(
+            f"{llm.name}: perplexity {quality.perplexity:.3f} over {quality.num_scored} tokens in {quality.num_windows} windows of {window}"
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--text {path} is no UTF-8 at byte {error.start}; give a text file in UTF-8") from None
+
+
+def _guard(max_others: float) -> "Guard":
+    from jilju.bench.guard import Guard
+
+    return Guard(max_others / 100)
+
+
+def _tell(result: Any, tables: Sequence[Table], json_file: str | None) -> None:
+    """JSON where it is wanted; the tables, unless standard output is taken by it."""
+    _write_json(result, json_file)
+    if json_file != "-":
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = FILE_WIDTH
+        for table in tables:
+            console.print(table)
+
+
+def _write_json(result: Any, json_file: str | None) -> None:
+    import msgspec
+
+    if json_file is None:
+        return
+    text = msgspec.json.format(msgspec.json.encode(result), indent=1).decode()
+    if json_file == "-":
+        click.echo(text)
+    else:
+        Path(json_file).write_text(text + "\n", encoding="utf-8")
+
+
+def _draw(chart_file: Path | None, title: str, note: str, groups: "list[Group]") -> None:
+    from jilju.bench.chart import draw
+
+    if chart_file is not None:
+        chart_file.write_text(draw(title, note, groups), encoding="utf-8")
