@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <new>
 
 namespace jilju {
@@ -26,7 +27,7 @@ int64_t max_partials(const Program& p, const ModelLimits& l) {
 // Floats of each part of the workspace, in the order in which they lie there.
 struct Workspace {
     std::vector<int64_t> buffers, rope;
-    int64_t partials = 0, scratch = 0, total = 0;
+    int64_t partials = 0, groups = 0, strips = 0, scratch = 0, total = 0;
 
     Workspace(const Program& p, const ModelLimits& l, const KernelSet& kernels) {
         const auto part = [&](int64_t floats) {
@@ -36,6 +37,8 @@ struct Workspace {
         for (const Buffer& b : p.buffers) buffers.push_back(part(b.stride * (b.logits ? kTileLogits : tile_tokens(l)) + 16));
         for (const RopeTable& t : p.rope_tables) rope.push_back(part(t.head_dim * tile_tokens(l)));
         partials = part(max_partials(p, l) * p.num_kv_heads * p.group * (padded_head_dim(p) + 2));
+        groups = part(kTileLogits * ceil_div(p.vocab_size, kGroupIds));
+        strips = part(kTileLogits * ceil_div(p.vocab_size, kStripIds) * static_cast<int64_t>(sizeof(StripSummary) / sizeof(float)));
         scratch = part(kernels.scratch_floats(p) * l.num_threads);
     }
 };
@@ -116,7 +119,9 @@ Status Model::create(Program program, const ModelLimits& limits, const KernelSet
     for (size_t i = 0; i < p.buffers.size(); at += workspace.buffers[i++]) p.buffers[i].data = at;
     for (size_t i = 0; i < p.rope_tables.size(); at += workspace.rope[i++]) model->step_.rope.push_back(at);
     model->step_.partials = at;
-    float* const scratch = at + workspace.partials;
+    model->step_.group_largest = at += workspace.partials;
+    model->step_.strips = reinterpret_cast<StripSummary*>(at += workspace.groups);
+    float* const scratch = at + workspace.strips;
 
     const int64_t tokens = tile_tokens(limits);
     model->step_.segments.reserve(tokens);
@@ -155,23 +160,31 @@ Status Model::check(const BatchView& b) const {
     }
     if (num_tokens != b.num_tokens) return Status::invalid("the rows have " + text(num_tokens) + " tokens, the batch " + text(b.num_tokens));
 
-    const auto check_list = [&](const char* what, const int32_t* starts, const int32_t* ids, int64_t num_ids, int64_t i) -> Status {
+    const auto check_list = [&](const char* what, const int32_t* starts, const int32_t* ids, int64_t num_ids, int64_t most, int64_t i) -> Status {
         if (starts[i] < 0 || starts[i] > starts[i + 1] || starts[i + 1] > num_ids) return Status::invalid(std::string(what) + "_starts do not ascend within the " + text(num_ids) + " ids");
+        if (starts[i + 1] - starts[i] > most) return Status::invalid("logit row " + text(i) + " has " + text(starts[i + 1] - starts[i]) + " " + what + " ids; allowed: " + text(most));
         for (int64_t j = starts[i]; j < starts[i + 1]; ++j)
             if (ids[j] < 0 || ids[j] >= program_.vocab_size) return Status::invalid(std::string(what) + " id " + text(ids[j]) + "; allowed: 0.." + text(program_.vocab_size - 1));
         return {};
     };
+    if (b.num_masks > 0 && b.mask_words != ceil_div(program_.vocab_size, 32))
+        return Status::invalid("masks have " + text(b.mask_words) + " words; the vocabulary needs " + text(ceil_div(program_.vocab_size, 32)));
     for (int64_t i = 0; i < b.num_logits; ++i) {
         const std::string where = "logit row " + text(i);
         if (b.logit_tokens[i] < 0 || b.logit_tokens[i] >= b.num_tokens || (i > 0 && b.logit_tokens[i] < b.logit_tokens[i - 1]))
             return Status::invalid(where + " takes token " + text(b.logit_tokens[i]) + "; allowed: ascending, 0.." + text(b.num_tokens - 1));
         if (b.targets[i] >= program_.vocab_size) return Status::invalid(where + " has target " + text(b.targets[i]) + "; allowed: -1.." + text(program_.vocab_size - 1));
         if (b.num_top[i] < 0 || b.num_top[i] > kMaxTop) return Status::invalid(where + " wants " + text(b.num_top[i]) + " alternatives; allowed: 0.." + text(kMaxTop));
-        if (!(b.temperatures[i] >= 0) || !(b.repetition_penalties[i] > 0) || !(b.top_ps[i] >= 0) || !(b.min_ps[i] >= 0 && b.min_ps[i] <= 1) || b.top_ks[i] < 0)
+        if (!(b.temperatures[i] >= 0) || !(b.repetition_penalties[i] > 0) || !(b.top_ps[i] >= 0) || !(b.min_ps[i] >= 0 && b.min_ps[i] <= 1) || b.top_ks[i] < 0 ||
+            !std::isfinite(b.presence_penalties[i]) || !std::isfinite(b.frequency_penalties[i]))
             return Status::invalid(where + " has sampling parameters that are negative or not numbers");
-        Status status = check_list("penalty", b.penalty_starts, b.penalty_ids, b.num_penalty_ids, i);
-        if (status.ok()) status = check_list("banned", b.banned_starts, b.banned_ids, b.num_banned_ids, i);
+        Status status = check_list("penalty", b.penalty_starts, b.penalty_ids, b.num_penalty_ids, program_.vocab_size, i);
+        if (status.ok()) status = check_list("bias", b.bias_starts, b.bias_ids, b.num_bias_ids, kMaxBiases, i);
+        if (status.ok()) status = check_list("banned", b.banned_starts, b.banned_ids, b.num_banned_ids, program_.vocab_size, i);
         if (!status.ok()) return status;
+        for (int64_t j = b.bias_starts[i]; j < b.bias_starts[i + 1]; ++j)
+            if (!std::isfinite(b.biases[j])) return Status::invalid(where + " has a bias that is not a finite number");
+        if (b.mask_rows[i] >= b.num_masks) return Status::invalid(where + " has mask " + text(b.mask_rows[i]) + "; allowed: -1.." + text(b.num_masks - 1));
     }
     return {};
 }

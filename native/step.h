@@ -16,7 +16,10 @@ inline constexpr int64_t kTileTokens = 256;
 inline constexpr int64_t kTileLogits = 32;
 inline constexpr int64_t kKeyTile = 32;    // keys of one softmax update
 inline constexpr int64_t kKeySplit = 256;  // keys after which the softmax restarts, from position 0
+inline constexpr int64_t kGroupIds = 256;  // ids of which sample keeps the largest logit
+inline constexpr int64_t kStripIds = 4096;  // ids that sample sums up together: 16 KiB of logits, half of L1
 inline constexpr int kMaxTop = 20;
+inline constexpr int64_t kMaxBiases = 1024;
 
 struct BatchView {
     int64_t num_tokens, num_rows, max_blocks, num_logits;
@@ -32,13 +35,21 @@ struct BatchView {
     const int32_t* top_ks;
     const float* top_ps;
     const float* min_ps;
+    const int32_t* num_top;
     const float* repetition_penalties;
+    const float* presence_penalties;
+    const float* frequency_penalties;
     const int32_t* penalty_starts;
     const int32_t* penalty_ids;
+    const int32_t* penalty_counts;
+    const int32_t* bias_starts;
+    const int32_t* bias_ids;
+    const float* biases;
     const int32_t* banned_starts;
     const int32_t* banned_ids;
-    const int32_t* num_top;
-    int64_t num_penalty_ids, num_banned_ids;
+    const int32_t* mask_rows;
+    const uint32_t* masks;  // [num_masks, mask_words]
+    int64_t num_penalty_ids, num_bias_ids, num_banned_ids, num_masks, mask_words;
 };
 
 struct ResultView {
@@ -72,6 +83,14 @@ struct KvCache {
     int64_t head_stride, block_stride, layer_stride;
 };
 
+// What sample knows of a strip of a logit row.
+struct StripSummary {
+    float largest;
+    float sum;         // of exp(logit - largest)
+    float scaled_sum;  // of exp((logit - largest) / temperature), where a draw needs it
+    bool finite;
+};
+
 struct Step {
     const Program* program;
     KvCache kv;
@@ -90,6 +109,8 @@ struct Step {
     // the tile of logit rows
     int64_t first_logit, num_logits;
     int64_t first_token;           // of the token tile, in the batch
+    float* group_largest;          // [num_logits, vocab / kGroupIds rounded up]
+    StripSummary* strips;          // [num_logits, vocab / kStripIds rounded up]
 
     float* at(const Value& v, int64_t row) const {
         const Buffer& b = program->buffers[v.buffer];

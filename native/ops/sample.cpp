@@ -1,21 +1,27 @@
-// sample: one id a logit row, by the six steps of plan/ops.py; the logits stay here.
+// sample: one id a logit row, by the six steps of plan/ops.py; the logits stay here, and are changed where the row says so.
 //
-// The vocabulary is never sorted whole. Top-k and top-p keep prefixes of one order (logit descending, id ascending), so
-// the logits are counted in buckets of that order, and only the bucket in which a prefix ends is sorted.
+// A row is read once from memory: strips of the vocabulary, each twice while it lies in L1, give the largest logit of every
+// group of 256 ids and the sums of exponentials. Then the row is decided by the few groups that matter: what lies below a
+// cut is skipped by groups, the rest is a list of candidates in ascending order of ids. The vocabulary is never sorted.
+// Strips are the same whatever the threads, and are joined in ascending order. A group whose largest logit is -inf is not
+// read again, so a mask need not be written into it.
 #include "../philox.h"
 #include "simd.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
 namespace jilju::JILJU_ISA {
 namespace {
 
-constexpr int kNumBuckets = 2048;
-constexpr float kBucketsPerUnit = 64.0f;  // buckets of 1/64 nat reach 32 nats below the largest logit, then one for the rest
-constexpr int64_t kMassChunk = 64;
+constexpr int64_t kStripsPerTile = 4;  // 16384 logits: some 5 us of work
+constexpr int64_t kGroupsPerStrip = kStripIds / kGroupIds;
+constexpr int64_t kNumBuckets = 2048;
 constexpr float kMaxGreedyTemperature = 1e-4f;
+constexpr float kLog2e = 1.44269504f;
+constexpr double kLikelyDepth = 8;  // nats below the largest: where top-p mostly ends
 
 struct Candidate {
     float logit;
@@ -23,274 +29,485 @@ struct Candidate {
 };
 inline bool before(const Candidate& a, const Candidate& b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
 
+// 2^y for y <= 0, relative error below 2e-7: 2^n times a polynomial of degree 5 on [-1/2, 1/2]. 2^0 is exactly 1, below
+// -126 it is exactly 0, NaN stays NaN.
+JILJU_INLINE F32 exp2_below(F32 y) {
+    const F32 n = round(y);
+    const F32 f = sub(y, n);
+    F32 p = set1(0x1.5bba14p-10f);
+    p = fma(p, f, set1(0x1.3cea88p-7f));
+    p = fma(p, f, set1(0x1.c6b752p-5f));
+    p = fma(p, f, set1(0x1.ebf9bcp-3f));
+    p = fma(p, f, set1(0x1.62e42ap-1f));
+    p = fma(p, f, set1(1.0f));
+    return select_less(y, set1(-126.0f), zero(), mul(p, pow2(n)));
+}
+
+// Mass of logits of which the largest is `largest`: 2^((x - largest) * scale), scale = log2(e) / temperature.
+JILJU_INLINE F32 mass_of(F32 x, F32 largest, F32 scale) { return exp2_below(mul(sub(x, largest), scale)); }
+
+float sum_masses(const float* x, int64_t n, float largest, float scale) {
+    const F32 top = set1(largest), factor = set1(scale);
+    F32 sums[4] = {zero(), zero(), zero(), zero()};
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        for (int chain = 0; chain < 4; ++chain) sums[chain] = add(sums[chain], mass_of(load(x + i + 8 * chain), top, factor));
+    for (; i < n; i += 8) {
+        const int count = static_cast<int>(min_int(8, n - i));
+        sums[0] = add(sums[0], first_n(mass_of(load_n(x + i, count), top, factor), count, zero()));
+    }
+    return sum(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
+}
+
+// The largest of n logits. `poison` becomes NaN if one is NaN or infinite: x * 0 is 0 for all others.
+JILJU_INLINE float largest_of(const float* x, int64_t n, F32* poison) {
+    F32 tops[4] = {set1(-INFINITY), set1(-INFINITY), set1(-INFINITY), set1(-INFINITY)};
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        for (int chain = 0; chain < 4; ++chain) {
+            const F32 v = load(x + i + 8 * chain);
+            tops[chain] = max(tops[chain], v);
+            poison[chain] = fma(v, zero(), poison[chain]);
+        }
+    for (; i < n; i += 8) {
+        const int count = static_cast<int>(min_int(8, n - i));
+        const F32 v = load_n(x + i, count);
+        tops[0] = max(tops[0], first_n(v, count, tops[0]));
+        poison[0] = fma(v, zero(), poison[0]);
+    }
+    return max_lane(max(max(tops[0], tops[1]), max(tops[2], tops[3])));
+}
+
+// What a logit row asks for.
+struct Wish {
+    const BatchView& batch;
+    int64_t i;  // logit row of the batch
+
+    bool is_sampled() const { return batch.targets[i] < 0; }
+    bool is_greedy() const { return batch.temperatures[i] < kMaxGreedyTemperature; }
+    bool is_penalized() const { return batch.repetition_penalties[i] != 1.0f || batch.presence_penalties[i] != 0.0f || batch.frequency_penalties[i] != 0.0f; }
+    bool is_changed() const {
+        return (is_penalized() && batch.penalty_starts[i] < batch.penalty_starts[i + 1]) || batch.bias_starts[i] < batch.bias_starts[i + 1] ||
+               batch.banned_starts[i] < batch.banned_starts[i + 1] || batch.mask_rows[i] >= 0;
+    }
+    // Whether the draw depends on the mass of the whole vocabulary.
+    bool needs_total() const { return is_sampled() && !is_greedy() && batch.top_ks[i] == 0 && (batch.top_ps[i] < 1.0f || batch.min_ps[i] == 0.0f); }
+    float scale() const { return kLog2e / batch.temperatures[i]; }
+};
+
 struct Scratch {
-    float* logits;             // [vocab] a row's own copy: penalised, banned, divided by the temperature
-    float* masses;             // [vocab] exp(logit / temperature - largest)
-    Candidate* candidates;     // [vocab]
-    double* bucket_masses;     // [kNumBuckets]
-    int32_t* bucket_counts;    // [kNumBuckets]
-    uint32_t* seen;            // [vocab / 32 + 1] a bit an id
+    int32_t* ids;           // [vocab] candidates, ascending
+    int32_t* order;         // [vocab] some of them, in the order of a prefix
+    float* masses;          // [vocab + 8] theirs
+    float* raw_penalized;   // [vocab] logits of penalty_ids before the penalties
+    float* raw_biased;      // [kMaxBiases] logits of bias_ids before the biases
+    double* bucket_masses;  // [kNumBuckets]
+    int32_t* bucket_counts; // [kNumBuckets]
 
     Scratch(float* p, int64_t vocab) {
         bucket_masses = reinterpret_cast<double*>(p);
-        candidates = reinterpret_cast<Candidate*>(p + 2 * kNumBuckets);
-        logits = p + 2 * kNumBuckets + 2 * vocab;
-        masses = logits + vocab;
-        bucket_counts = reinterpret_cast<int32_t*>(masses + vocab);
-        seen = reinterpret_cast<uint32_t*>(bucket_counts + kNumBuckets);
+        bucket_counts = reinterpret_cast<int32_t*>(p + 2 * kNumBuckets);
+        raw_biased = p + 3 * kNumBuckets;
+        masses = raw_biased + kMaxBiases;
+        raw_penalized = masses + vocab + 8;
+        ids = reinterpret_cast<int32_t*>(raw_penalized + vocab);
+        order = ids + vocab;
     }
 };
 
-struct Summary {
-    bool finite;
-    float largest;
-    float log_sum;  // log of the sum of exp(logit - largest)
-};
-
-Summary summarize(const float* logits, int64_t vocab) {
-    const int64_t whole = vocab / 8 * 8;
-    const int tail = static_cast<int>(vocab % 8);
-    F32 top = set1(-INFINITY), poison = zero();  // x * 0 is 0 for finite x, else NaN
-    for (int64_t i = 0; i < whole; i += 8) {
-        const F32 x = load(logits + i);
-        top = max(top, x);
-        poison = fma(x, zero(), poison);
-    }
-    if (tail) {
-        const F32 x = load_n(logits + whole, tail);
-        top = max(top, first_n(x, tail, top));
-        poison = fma(x, zero(), poison);
-    }
-    const float largest = max_lane(top);
-    if (!(sum(poison) == 0.0f)) return {false, 0.0f, 0.0f};
-    F32 total = zero();
-    const F32 shift = set1(largest);
-    for (int64_t i = 0; i < whole; i += 8) total = add(total, exp(sub(load(logits + i), shift)));
-    if (tail) total = add(total, first_n(exp(sub(load_n(logits + whole, tail), shift)), tail, zero()));
-    return {true, largest, std::log(sum(total))};
-}
-
-// The num_top largest, in order.
-void find_top(const float* logits, int64_t vocab, int num_top, Candidate* top) {
-    int count = 0;
-    const auto offer = [&](int64_t i) {
-        const Candidate c{logits[i], static_cast<int32_t>(i)};
-        if (count == num_top && !before(c, top[count - 1])) return;
-        int at = count < num_top ? count++ : num_top - 1;
-        for (; at > 0 && before(c, top[at - 1]); --at) top[at] = top[at - 1];
-        top[at] = c;
-    };
-    int64_t i = 0;
-    for (; i < vocab && count < num_top; ++i) offer(i);
-    for (; i + 8 <= vocab; i += 8)
-        if (any_less(set1(top[count - 1].logit), load(logits + i)))
-            for (int64_t j = i; j < i + 8; ++j) offer(j);
-    for (; i < vocab; ++i) offer(i);
-}
-
-int32_t largest_id(const float* logits, int64_t vocab) {
-    F32 top = set1(-INFINITY);
-    const int64_t whole = vocab / 8 * 8;
-    for (int64_t i = 0; i < whole; i += 8) top = max(top, load(logits + i));
-    float largest = max_lane(top);
-    for (int64_t i = whole; i < vocab; ++i) largest = logits[i] > largest ? logits[i] : largest;
-    for (int64_t i = 0; i < vocab; ++i)
-        if (logits[i] == largest) return static_cast<int32_t>(i);
-    return 0;
-}
-
-inline int bucket_of(float logit, float largest) {
-    const float depth = (largest - logit) * kBucketsPerUnit;  // monotonic in the logit
-    return depth < static_cast<float>(kNumBuckets - 1) ? static_cast<int>(depth) : kNumBuckets - 1;
-}
-
-// The last candidate, in order, that a prefix keeps.
-struct Cut {
-    Candidate last;
-    bool keeps(const Candidate& c) const { return !before(last, c); }
-};
-
-class Sampler {
+// A logit row: its logits and what is known of them.
+class Row {
 public:
-    Sampler(const float* logits, int64_t vocab, float largest, const Scratch& s) : logits_(logits), vocab_(vocab), largest_(largest), s_(s) {
-        std::memset(s.bucket_masses, 0, kNumBuckets * sizeof(double));
-        std::memset(s.bucket_counts, 0, kNumBuckets * sizeof(int32_t));
-        for (int64_t i = 0; i < vocab; ++i) {
-            if (s.masses[i] == 0.0f) continue;  // banned, or below 2^-126 of the largest: never drawn
-            const int b = bucket_of(logits[i], largest);
-            s.bucket_counts[b] += 1;
-            s.bucket_masses[b] += s.masses[i];
+    Row(const SampleOp& op, const Step& step, int64_t i)
+        : logits_(step.at(op.logits, i)),
+          vocab_(step.program->vocab_size),
+          num_groups_(ceil_div(vocab_, kGroupIds)),
+          num_strips_(ceil_div(vocab_, kStripIds)),
+          groups_(step.group_largest + i * num_groups_),
+          strips_(step.strips + i * num_strips_),
+          wish_{step.batch, step.first_logit + i},
+          result_(step.result) {}
+
+    static int64_t num_tiles(int64_t vocab) { return ceil_div(ceil_div(vocab, kStripIds), kStripsPerTile); }
+
+    void summarize(int64_t tile) {
+        for (int64_t s = tile * kStripsPerTile; s < min_int(num_strips_, (tile + 1) * kStripsPerTile); ++s) {
+            const int64_t begin = s * kStripIds, count = min_int(kStripIds, vocab_ - begin);
+            F32 poison[4] = {zero(), zero(), zero(), zero()};
+            StripSummary& strip = strips_[s];
+            strip.largest = -INFINITY;
+            for (int64_t g = begin / kGroupIds; g * kGroupIds < begin + count; ++g) {
+                groups_[g] = largest_of(logits_ + g * kGroupIds, group_size(g), poison);
+                strip.largest = groups_[g] > strip.largest ? groups_[g] : strip.largest;
+            }
+            strip.finite = sum(add(add(poison[0], poison[1]), add(poison[2], poison[3]))) == 0.0f;
+            strip.sum = strip.scaled_sum = sum_masses(logits_ + begin, count, strip.largest, kLog2e);
+            if (wish_.needs_total() && !wish_.is_changed() && wish_.scale() != kLog2e)
+                strip.scaled_sum = sum_masses(logits_ + begin, count, strip.largest, wish_.scale());
         }
-        for (int b = 0; b < kNumBuckets; ++b) mass_ += s.bucket_masses[b];
     }
 
-    // Keep the k largest.
-    void keep_count(int64_t k) {
-        double mass = 0;
-        for (int b = 0; b < kNumBuckets; ++b) {
-            if (s_.bucket_counts[b] < k) {
-                k -= s_.bucket_counts[b];
-                mass += s_.bucket_masses[b];
-                continue;
+    void decide(const Scratch& s) {
+        const BatchView& batch = wish_.batch;
+        const int64_t i = wish_.i;
+        int32_t* top_ids = result_.top_ids + i * kMaxTop;
+        float* top_logprobs = result_.top_logprobs + i * kMaxTop;
+        for (int j = 0; j < kMaxTop; ++j) {
+            top_ids[j] = -1;
+            top_logprobs[j] = 0.0f;
+        }
+        const int32_t target = batch.targets[i];
+        result_.token_ids[i] = target >= 0 ? target : 0;
+        result_.logprobs[i] = 0.0f;
+        result_.finite[i] = true;
+        for (int64_t k = 0; k < num_strips_; ++k) result_.finite[i] &= strips_[k].finite;
+        if (!result_.finite[i]) return;
+
+        largest_ = -INFINITY;
+        for (int64_t k = 0; k < num_strips_; ++k) largest_ = strips_[k].largest > largest_ ? strips_[k].largest : largest_;
+        double total = 0;
+        for (int64_t k = 0; k < num_strips_; ++k) total += strips_[k].sum * std::exp(static_cast<double>(strips_[k].largest) - largest_);
+        const double raw_largest = largest_, log_total = std::log(total);
+        const auto logprob = [&](float logit) { return static_cast<float>((logit - raw_largest) - log_total); };
+
+        const int num_top = static_cast<int>(min_int(batch.num_top[i], vocab_));
+        if (num_top > 0) {
+            Candidate top[kMaxTop];
+            find_top(num_top, top, s);
+            for (int j = 0; j < num_top; ++j) {
+                top_ids[j] = top[j].id;
+                top_logprobs[j] = logprob(top[j].logit);
             }
-            sort_bucket(b);
-            for (int64_t i = 0; i < k; ++i) mass += s_.masses[s_.candidates[i].id];
-            cut_ = {s_.candidates[k - 1]};
-            has_cut_ = true;
-            mass_ = mass;
+        }
+        if (target >= 0) {
+            result_.logprobs[i] = logprob(logits_[target]);
             return;
         }
-    }
-
-    // Keep the shortest prefix of what is kept whose share of its mass is >= p.
-    void keep_mass(double p) {
-        const double wanted = p * mass_;
-        double mass = 0;
-        for (int b = 0; b < kNumBuckets; ++b) {
-            if (mass + s_.bucket_masses[b] < wanted) {
-                mass += s_.bucket_masses[b];
-                continue;
-            }
-            const int64_t count = sort_bucket(b);
-            for (int64_t i = 0; i < count; ++i) {
-                mass += s_.masses[s_.candidates[i].id];
-                if (mass < wanted && i + 1 < count) continue;
-                cut_ = {s_.candidates[i]};
-                has_cut_ = true;
-                return;
-            }
+        if (wish_.is_changed()) change(s);
+        if (largest_ == -INFINITY) {
+            result_.finite[i] = false;
+            return;
         }
-    }
-
-    // Drop the rest's mass, then the first id whose cumulative mass exceeds u * total.
-    int32_t draw(float min_p, double u) {
-        for (int64_t i = 0; i < vocab_; ++i)
-            if (s_.masses[i] < min_p || (has_cut_ && !cut_.keeps({logits_[i], static_cast<int32_t>(i)}))) s_.masses[i] = 0.0f;
-        const auto chunk_mass = [&](int64_t begin) {  // a chain each, so that they overlap
-            double mass = 0;
-            for (int64_t i = begin; i < min_int(begin + kMassChunk, vocab_); ++i) mass += s_.masses[i];
-            return mass;
-        };
-        double total = 0;
-        for (int64_t i = 0; i < vocab_; i += kMassChunk) total += chunk_mass(i);
-        const double wanted = u * total;
-        double mass = 0;
-        int32_t last = 0;
-        for (int64_t i = 0; i < vocab_; i += kMassChunk) {
-            const double here = chunk_mass(i);
-            if (here > 0 && mass + here > wanted) {
-                for (int64_t j = i; j < min_int(i + kMassChunk, vocab_); ++j) {
-                    if (s_.masses[j] == 0.0f) continue;
-                    last = static_cast<int32_t>(j);
-                    mass += s_.masses[j];
-                    if (mass > wanted) return last;
-                }
-                return last;  // the chunk's own sum and this one may differ in the last bit
-            }
-            mass += here;
-        }
-        for (int64_t j = vocab_ - 1; j >= 0; --j)
-            if (s_.masses[j] > 0.0f) return static_cast<int32_t>(j);
-        return largest_id(logits_, vocab_);
+        const int32_t id = wish_.is_greedy() ? largest_id() : draw(s);
+        result_.token_ids[i] = id;
+        result_.logprobs[i] = logprob(raw_logit(id, s));
     }
 
 private:
-    // The kept candidates of one bucket, in order.
-    int64_t sort_bucket(int bucket) {
+    int64_t group_size(int64_t g) const { return min_int(kGroupIds, vocab_ - g * kGroupIds); }
+
+    // --- what the row's own lists change ------------------------------------------------------------------------------
+
+    void change(const Scratch& s) {
+        const BatchView& b = wish_.batch;
+        const int64_t i = wish_.i;
+        const auto touch = [&](int32_t id, float logit) {
+            logits_[id] = logit;
+            groups_[id / kGroupIds] = NAN;  // to be found again
+        };
+        const auto hold = [](float x) { return x > FLT_MAX ? FLT_MAX : x < -FLT_MAX ? -FLT_MAX : x; };
+        const int32_t *bias_ids = b.bias_ids + b.bias_starts[i], *penalty_ids = b.penalty_ids + b.penalty_starts[i];
+        const int32_t num_biases = b.bias_starts[i + 1] - b.bias_starts[i];
+        num_penalized_ = wish_.is_penalized() ? b.penalty_starts[i + 1] - b.penalty_starts[i] : 0;
+        for (int32_t j = 0; j < num_biases; ++j) {
+            s.raw_biased[j] = logits_[bias_ids[j]];
+            touch(bias_ids[j], hold(s.raw_biased[j] + b.biases[b.bias_starts[i] + j]));
+        }
+        const float repetition = b.repetition_penalties[i], presence = b.presence_penalties[i], frequency = b.frequency_penalties[i];
+        const int32_t* counts = b.penalty_counts + b.penalty_starts[i];
+        for (int32_t j = 0; j < num_penalized_; ++j) {
+            float l = logits_[penalty_ids[j]];
+            s.raw_penalized[j] = l;
+            l = l > 0 ? l / repetition : l * repetition;
+            l = l - frequency * static_cast<float>(counts[j]);
+            if (counts[j] > 0) l = l - presence;
+            touch(penalty_ids[j], hold(l));
+        }
+        for (int32_t j = b.banned_starts[i]; j < b.banned_starts[i + 1]; ++j) touch(b.banned_ids[j], -INFINITY);
+
+        F32 unused[4] = {zero(), zero(), zero(), zero()};
+        for (int64_t g = 0; g < num_groups_; ++g)
+            if (std::isnan(groups_[g])) groups_[g] = largest_of(logits_ + g * kGroupIds, group_size(g), unused);
+        if (b.mask_rows[i] >= 0) mask(b.masks + b.mask_rows[i] * b.mask_words);
+        largest_ = -INFINITY;
+        for (int64_t g = 0; g < num_groups_; ++g) largest_ = groups_[g] > largest_ ? groups_[g] : largest_;
+        if (wish_.needs_total() && largest_ > -INFINITY) sum_again();
+    }
+
+    // Bit id % 32 of word id / 32 is set: id may be sampled.
+    void mask(const uint32_t* words) {
+        for (int64_t g = 0; g < num_groups_; ++g) {
+            const int64_t count = group_size(g), first_word = g * (kGroupIds / 32), num_words = ceil_div(count, 32);
+            uint32_t any = 0, all = ~0u;
+            for (int64_t w = first_word; w < first_word + num_words; ++w) {
+                any |= words[w];
+                all &= words[w];
+            }
+            if (all == ~0u) continue;
+            F32 top = set1(-INFINITY);
+            for (int64_t j = 0; j < count && any; j += 8) {
+                const int lanes = static_cast<int>(min_int(8, count - j));
+                float* const x = logits_ + g * kGroupIds + j;
+                const F32 v = select_bits(load_n(x, lanes), words[first_word + j / 32] >> (j % 32), set1(-INFINITY));
+                store_n(x, v, lanes);
+                top = max(top, first_n(v, lanes, top));
+            }
+            groups_[g] = max_lane(top);
+        }
+    }
+
+    void sum_again() {
+        for (int64_t k = 0; k < num_strips_; ++k) {
+            StripSummary& strip = strips_[k];
+            const int64_t begin = k * kGroupsPerStrip, end = min_int(num_groups_, begin + kGroupsPerStrip);
+            strip.largest = -INFINITY;
+            for (int64_t g = begin; g < end; ++g) strip.largest = groups_[g] > strip.largest ? groups_[g] : strip.largest;
+            strip.scaled_sum = 0.0f;
+            for (int64_t g = begin; g < end; ++g)
+                if (groups_[g] > -INFINITY) strip.scaled_sum += sum_masses(logits_ + g * kGroupIds, group_size(g), strip.largest, wish_.scale());
+        }
+    }
+
+    // The model's own logit of an id: biases came first, then penalties.
+    float raw_logit(int32_t id, const Scratch& s) const {
+        const BatchView& b = wish_.batch;
+        const int64_t i = wish_.i;
+        for (int32_t j = b.bias_starts[i]; j < b.bias_starts[i + 1]; ++j)
+            if (b.bias_ids[j] == id) return s.raw_biased[j - b.bias_starts[i]];
+        for (int32_t j = 0; j < num_penalized_; ++j)
+            if (b.penalty_ids[b.penalty_starts[i] + j] == id) return s.raw_penalized[j];
+        return logits_[id];
+    }
+
+    // --- the largest --------------------------------------------------------------------------------------------------
+
+    int32_t largest_id() const {
+        for (int64_t g = 0; g < num_groups_; ++g) {
+            if (groups_[g] != largest_) continue;
+            for (int64_t j = g * kGroupIds;; ++j)
+                if (logits_[j] == largest_) return static_cast<int32_t>(j);
+        }
+        return 0;
+    }
+
+    // At least k logits are as large as this: the k-th largest group has one, and so has every larger one.
+    float lower_bound_of(int64_t k, const Scratch& s) const {
+        if (k > num_groups_) return -FLT_MAX;
+        float* const copy = s.masses;
+        std::memcpy(copy, groups_, static_cast<size_t>(num_groups_) * sizeof(float));
+        std::nth_element(copy, copy + k - 1, copy + num_groups_, [](float a, float b) { return a > b; });
+        return copy[k - 1] > -FLT_MAX ? copy[k - 1] : -FLT_MAX;
+    }
+
+    // The num_top largest, in order.
+    void find_top(int num_top, Candidate* top, const Scratch& s) {
+        collect(lower_bound_of(num_top, s), s);
+        int count = 0;
+        for (int64_t j = 0; j < count_; ++j) {
+            const Candidate c{logits_[s.ids[j]], s.ids[j]};
+            if (count == num_top && !before(c, top[count - 1])) continue;
+            int at = count < num_top ? count++ : num_top - 1;
+            for (; at > 0 && before(c, top[at - 1]); --at) top[at] = top[at - 1];
+            top[at] = c;
+        }
+    }
+
+    // --- the draw -----------------------------------------------------------------------------------------------------
+
+    int32_t draw(const Scratch& s) {
+        const BatchView& b = wish_.batch;
+        const int64_t i = wish_.i, top_k = b.top_ks[i];
+        const double top_p = b.top_ps[i], u = uniform(b.seeds[i], b.positions[i]);
+        const float min_p = b.min_ps[i];
+        // Below this nothing passes min-p, whose own test comes last; the slack covers the rounding of a mass.
+        const double min_p_depth = min_p > 0 ? -std::log(static_cast<double>(min_p)) * 1.00001 + 1e-5 : INFINITY;
+        if (top_k > 0) {
+            const float bound = lower_bound_of(top_k, s);
+            const float min_p_bound = top_p < 1 ? bound : below_largest(min_p_depth);
+            collect(min_p_bound > bound ? min_p_bound : bound, s);
+            weigh(s);
+            if (count_ > top_k) keep_prefix(s, [&](int64_t count, double) { return count >= top_k; });
+            if (top_p < 1) {
+                const double wanted = top_p * mass(s);
+                keep_prefix(s, [&](int64_t, double mass) { return mass >= wanted; });
+            }
+        } else if (top_p < 1) {
+            const double total = total_mass(), wanted = top_p * total;
+            // All ids deeper than this have together at most the share 1 - p: vocab * exp(-depth) <= (1 - p) * total.
+            const double deepest = std::log(static_cast<double>(vocab_) / ((1 - top_p) * total)) + 1e-3;
+            collect(below_largest(deepest < kLikelyDepth ? deepest : kLikelyDepth), s);
+            weigh(s);
+            if (deepest > kLikelyDepth && mass(s) < wanted) {
+                collect(below_largest(deepest), s);
+                weigh(s);
+            }
+            keep_prefix(s, [&](int64_t, double mass) { return mass >= wanted; });
+        } else if (min_p > 0) {
+            collect(below_largest(min_p_depth), s);
+            weigh(s);
+        } else {
+            return draw_any(u);
+        }
+        if (min_p > 0) keep(s, [&](int64_t j) { return s.masses[j] >= min_p; });
+        return s.ids[crossing(count_, u * mass(s), [&](int64_t j) -> double { return s.masses[j]; }).index];
+    }
+
+    // A logit so many nats, after division by the temperature, below the largest.
+    float below_largest(double depth) const {
+        const double logit = largest_ - depth * static_cast<double>(wish_.batch.temperatures[wish_.i]);
+        return logit > -FLT_MAX ? static_cast<float>(logit) : -FLT_MAX;
+    }
+
+    // Candidates: the ids whose logit is at least `bound`, which is finite.
+    void collect(float bound, const Scratch& s) {
+        const F32 least = set1(bound);
+        count_ = 0;
+        for (int64_t g = 0; g < num_groups_; ++g) {
+            if (groups_[g] < bound) continue;
+            const int64_t begin = g * kGroupIds, end = begin + group_size(g);
+            for (int64_t j = begin; j < end; j += 8) {
+                const int lanes = static_cast<int>(min_int(8, end - j));
+                uint32_t bits = ~less_bits(load_n(logits_ + j, lanes), least) & ((1u << lanes) - 1);
+                for (; bits; bits &= bits - 1) s.ids[count_++] = static_cast<int32_t>(j + __builtin_ctz(bits));
+            }
+        }
+    }
+
+    void weigh(const Scratch& s) {
+        const F32 top = set1(largest_), scale = set1(wish_.scale());
+        for (int64_t j = 0; j < count_; j += 8) {
+            float x[8];
+            for (int64_t lane = 0; lane < 8; ++lane) x[lane] = logits_[s.ids[min_int(j + lane, count_ - 1)]];
+            store(s.masses + j, mass_of(load(x), top, scale));
+        }
+    }
+
+    double mass(const Scratch& s) const {
+        double mass = 0;
+        for (int64_t j = 0; j < count_; ++j) mass += s.masses[j];
+        return mass;
+    }
+
+    template <class Keeps>
+    void keep(const Scratch& s, Keeps&& keeps) {
         int64_t count = 0;
-        for (int64_t i = 0; i < vocab_; ++i) {
-            if (s_.masses[i] == 0.0f || bucket_of(logits_[i], largest_) != bucket) continue;
-            const Candidate c{logits_[i], static_cast<int32_t>(i)};
-            if (!has_cut_ || cut_.keeps(c)) s_.candidates[count++] = c;
+        for (int64_t j = 0; j < count_; ++j) {
+            if (!keeps(j)) continue;
+            s.ids[count] = s.ids[j];
+            s.masses[count++] = s.masses[j];
         }
-        std::sort(s_.candidates, s_.candidates + count, [](const Candidate& a, const Candidate& b) { return before(a, b); });
-        return count;
+        count_ = count;
     }
 
-    const float* logits_;
-    int64_t vocab_;
-    float largest_;
-    Scratch s_;
-    double mass_ = 0;
-    bool has_cut_ = false;
-    Cut cut_{};
+    // Keep the shortest prefix of the order for whose count and mass `enough` holds, or all. Candidates are counted in
+    // buckets of that order, and only the bucket in which the prefix ends is sorted.
+    template <class Enough>
+    void keep_prefix(const Scratch& s, Enough&& enough) {
+        float lowest = largest_;
+        for (int64_t j = 0; j < count_; ++j) lowest = logits_[s.ids[j]] < lowest ? logits_[s.ids[j]] : lowest;
+        const float range = largest_ - lowest, per_unit = range > 0 && range <= FLT_MAX ? static_cast<float>(kNumBuckets - 1) / range : 0.0f;
+        const auto bucket_of = [&](float logit) {  // monotonic in the logit
+            const float at = (largest_ - logit) * per_unit;
+            return at < static_cast<float>(kNumBuckets - 1) ? static_cast<int64_t>(at) : kNumBuckets - 1;
+        };
+        std::memset(s.bucket_masses, 0, kNumBuckets * sizeof(double));
+        std::memset(s.bucket_counts, 0, kNumBuckets * sizeof(int32_t));
+        for (int64_t j = 0; j < count_; ++j) {
+            const int64_t b = bucket_of(logits_[s.ids[j]]);
+            s.bucket_counts[b] += 1;
+            s.bucket_masses[b] += s.masses[j];
+        }
+        int64_t count = 0, bucket = 0;
+        double mass = 0;
+        for (; bucket < kNumBuckets && !enough(count + s.bucket_counts[bucket], mass + s.bucket_masses[bucket]); ++bucket) {
+            count += s.bucket_counts[bucket];
+            mass += s.bucket_masses[bucket];
+        }
+        if (bucket == kNumBuckets) return;
+
+        int64_t num_sorted = 0;
+        for (int64_t j = 0; j < count_; ++j)
+            if (bucket_of(logits_[s.ids[j]]) == bucket) s.order[num_sorted++] = static_cast<int32_t>(j);
+        const auto candidate = [&](int64_t j) { return Candidate{logits_[s.ids[j]], s.ids[j]}; };
+        std::sort(s.order, s.order + num_sorted, [&](int32_t a, int32_t b) { return before(candidate(a), candidate(b)); });
+        int64_t last = 0;
+        for (;; ++last) {
+            mass += s.masses[s.order[last]];
+            if (enough(++count, mass) || last + 1 == num_sorted) break;
+        }
+        const Candidate cut = candidate(s.order[last]);
+        keep(s, [&](int64_t j) { return !before(cut, candidate(j)); });
+    }
+
+    // The first of n weights at which their sum exceeds `wanted`, and the sum before it; the last with any weight if
+    // rounding lets none exceed it.
+    struct Crossing {
+        int64_t index = 0;
+        double before = 0;
+    };
+    template <class Weight>
+    static Crossing crossing(int64_t n, double wanted, Weight&& weight) {
+        Crossing last;
+        double sum = 0;
+        for (int64_t j = 0; j < n; ++j) {
+            const double w = weight(j);
+            if (w > 0) last = {j, sum};
+            sum += w;
+            if (sum > wanted) break;
+        }
+        return last;
+    }
+
+    // Mass of a strip, that of the row's largest logit being 1.
+    double strip_mass(int64_t k) const {
+        if (strips_[k].largest == -INFINITY) return 0;
+        return strips_[k].scaled_sum * strip_factor(k);
+    }
+    double strip_factor(int64_t k) const { return std::exp((static_cast<double>(strips_[k].largest) - largest_) / wish_.batch.temperatures[wish_.i]); }
+    double total_mass() const {
+        double total = 0;
+        for (int64_t k = 0; k < num_strips_; ++k) total += strip_mass(k);
+        return total;
+    }
+
+    // A draw from all ids: its strip, its group, its id.
+    int32_t draw_any(double u) const {
+        const double wanted = u * total_mass();
+        const Crossing strip = crossing(num_strips_, wanted, [&](int64_t k) { return strip_mass(k); });
+        const float largest = strips_[strip.index].largest, scale = wish_.scale();
+        const double in_strip = (wanted - strip.before) / strip_factor(strip.index);
+        const int64_t first_group = strip.index * kGroupsPerStrip;
+        const Crossing group = crossing(min_int(kGroupsPerStrip, num_groups_ - first_group), in_strip, [&](int64_t j) -> double {
+            const int64_t g = first_group + j;
+            return groups_[g] > -INFINITY ? sum_masses(logits_ + g * kGroupIds, group_size(g), largest, scale) : 0.0f;
+        });
+        const int64_t g = first_group + group.index, first_id = g * kGroupIds;
+        float masses[kGroupIds];
+        for (int64_t j = 0; j < group_size(g); j += 8)
+            store(masses + j, mass_of(load_n(logits_ + first_id + j, static_cast<int>(min_int(8, vocab_ - first_id - j))), set1(largest), set1(scale)));
+        const Crossing id = crossing(group_size(g), in_strip - group.before, [&](int64_t j) -> double { return masses[j]; });
+        return static_cast<int32_t>(first_id + id.index);
+    }
+
+    float* const logits_;
+    const int64_t vocab_, num_groups_, num_strips_;
+    float* const groups_;          // [num_groups] largest logit of each
+    StripSummary* const strips_;   // [num_strips]
+    const Wish wish_;
+    const ResultView& result_;
+    float largest_ = 0;
+    int64_t count_ = 0;            // of candidates
+    int32_t num_penalized_ = 0;
 };
-
-void penalize(float* logits, int64_t vocab, const int32_t* ids, int64_t count, float penalty, uint32_t* seen) {
-    std::memset(seen, 0, static_cast<size_t>(vocab / 32 + 1) * sizeof(uint32_t));  // other ops have the same scratch
-    for (int64_t i = 0; i < count; ++i) {
-        const uint32_t bit = 1u << (ids[i] & 31);
-        if (seen[ids[i] >> 5] & bit) continue;
-        seen[ids[i] >> 5] |= bit;
-        float& l = logits[ids[i]];
-        l = l > 0 ? l / penalty : l * penalty;
-    }
-}
-
-int32_t choose(float* logits, int64_t vocab, const BatchView& batch, int64_t i, const Scratch& s) {
-    if (batch.repetition_penalties[i] != 1.0f)
-        penalize(logits, vocab, batch.penalty_ids + batch.penalty_starts[i], batch.penalty_starts[i + 1] - batch.penalty_starts[i], batch.repetition_penalties[i], s.seen);
-    for (int32_t j = batch.banned_starts[i]; j < batch.banned_starts[i + 1]; ++j) logits[batch.banned_ids[j]] = -INFINITY;
-
-    const float temperature = batch.temperatures[i];
-    const int32_t best = largest_id(logits, vocab);
-    if (temperature < kMaxGreedyTemperature || logits[best] == -INFINITY) return best;
-
-    const F32 divisor = set1(temperature), largest = set1(logits[best] / temperature);
-    for (int64_t j = 0; j < vocab; j += 8) {
-        const int n = static_cast<int>(min_int(8, vocab - j));
-        const F32 x = div(load_n(logits + j, n), divisor);
-        store_n(logits + j, x, n);
-        store_n(s.masses + j, exp(sub(x, largest)), n);
-    }
-    Sampler sampler(logits, vocab, logits[best], s);
-    if (batch.top_ks[i] > 0) sampler.keep_count(batch.top_ks[i]);
-    if (batch.top_ps[i] < 1.0f) sampler.keep_mass(batch.top_ps[i]);
-    return sampler.draw(batch.min_ps[i], uniform(batch.seeds[i], batch.positions[i]));
-}
-
-void sample_row(const float* logits, int64_t vocab, const BatchView& batch, int64_t i, ResultView& result, const Scratch& s) {
-    int32_t* top_ids = result.top_ids + i * kMaxTop;
-    float* top_logprobs = result.top_logprobs + i * kMaxTop;
-    for (int j = 0; j < kMaxTop; ++j) {
-        top_ids[j] = -1;
-        top_logprobs[j] = 0.0f;
-    }
-    const Summary summary = summarize(logits, vocab);
-    result.finite[i] = summary.finite;
-    result.token_ids[i] = batch.targets[i] >= 0 ? batch.targets[i] : 0;
-    result.logprobs[i] = 0.0f;
-    if (!summary.finite) return;
-    const auto logprob = [&](float logit) { return (logit - summary.largest) - summary.log_sum; };
-
-    const int num_top = static_cast<int>(min_int(batch.num_top[i], vocab));
-    if (num_top > 0) {
-        Candidate top[kMaxTop];
-        find_top(logits, vocab, num_top, top);
-        for (int j = 0; j < num_top; ++j) {
-            top_ids[j] = top[j].id;
-            top_logprobs[j] = logprob(top[j].logit);
-        }
-    }
-    if (batch.targets[i] >= 0) {
-        result.logprobs[i] = logprob(logits[batch.targets[i]]);
-        return;
-    }
-    std::memcpy(s.logits, logits, static_cast<size_t>(vocab) * sizeof(float));
-    const int32_t id = choose(s.logits, vocab, batch, i, s);
-    result.token_ids[i] = id;
-    result.logprobs[i] = logprob(logits[id]);
-}
 
 }  // namespace
 
-int64_t sample_scratch_floats(int64_t vocab) { return 2 * kNumBuckets + 4 * vocab + kNumBuckets + vocab / 32 + 1; }
+int64_t sample_scratch_floats(int64_t vocab) { return 3 * kNumBuckets + kMaxBiases + 4 * vocab + 8; }
 
 void sample(const SampleOp& op, Step& step, Pool& pool) {
-    const int64_t vocab = step.program->vocab_size;
-    pool.for_tiles(step.num_logits, [&](int64_t i, float* scratch) {
-        sample_row(step.at(op.logits, i), vocab, step.batch, step.first_logit + i, step.result, Scratch(scratch, vocab));
-    });
+    const int64_t vocab = step.program->vocab_size, tiles_per_row = Row::num_tiles(vocab);
+    pool.for_tiles(step.num_logits * tiles_per_row, [&](int64_t tile, float*) { Row(op, step, tile / tiles_per_row).summarize(tile % tiles_per_row); });
+    pool.for_tiles(step.num_logits, [&](int64_t i, float* scratch) { Row(op, step, i).decide(Scratch(scratch, vocab)); });
 }
 
 }  // namespace jilju::JILJU_ISA

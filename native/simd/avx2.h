@@ -38,6 +38,12 @@ JILJU_INLINE F32 min(F32 a, F32 b) { return {_mm256_min_ps(a.v, b.v)}; }        
 JILJU_INLINE F32 round(F32 a) { return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 JILJU_INLINE F32 select_less(F32 a, F32 b, F32 yes, F32 no) { return {_mm256_blendv_ps(no.v, yes.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))}; }
 JILJU_INLINE bool any_less(F32 a, F32 b) { return _mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)) != 0; }
+JILJU_INLINE uint32_t less_bits(F32 a, F32 b) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))); }  // a bit a lane
+JILJU_INLINE F32 select_bits(F32 a, uint32_t bits, F32 rest) {  // lanes of a whose bit is set, else of rest
+    const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+    return {_mm256_blendv_ps(rest.v, a.v, _mm256_castsi256_ps(set))};
+}
 JILJU_INLINE F32 first_n(F32 a, int n, F32 rest) {  // lanes < n of a, then of rest
     return {_mm256_blendv_ps(rest.v, a.v, _mm256_castsi256_ps(first_lanes(n)))};
 }

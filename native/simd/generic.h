@@ -60,6 +60,12 @@ JILJU_INLINE bool any_less(F32 a, F32 b) {
     for (int i = 0; i < 8; ++i) any |= a.v[i] < b.v[i];
     return any;
 }
+JILJU_INLINE uint32_t less_bits(F32 a, F32 b) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 8; ++i) bits |= static_cast<uint32_t>(a.v[i] < b.v[i]) << i;
+    return bits;
+}
+JILJU_INLINE F32 select_bits(F32 a, uint32_t bits, F32 rest) { return lanes([&](int i) { return bits >> i & 1 ? a.v[i] : rest.v[i]; }); }
 JILJU_INLINE F32 first_n(F32 a, int n, F32 rest) { return lanes([&](int i) { return i < n ? a.v[i] : rest.v[i]; }); }
 JILJU_INLINE F32 pow2(F32 n) {
     return lanes([&](int i) {

@@ -115,7 +115,7 @@ struct Result {
 
 // Token t of every sequence is (7 t + 3) % vocab; the last token of each row is sampled from.
 Result run(Model& model, const std::vector<Row>& rows, Status* status = nullptr, int32_t wrong_token = -1) {
-    std::vector<int32_t> ids, starts, counts, tables, logit_tokens, zeros(rows.size() + 1, 0), targets(rows.size(), -1), top(rows.size(), 5), top_ks(rows.size(), 30);
+    std::vector<int32_t> ids, starts, counts, tables, logit_tokens, targets(rows.size(), -1), top(rows.size(), 5), top_ks(rows.size(), 30);
     for (const Row& row : rows) {
         starts.push_back(row.start);
         counts.push_back(row.count);
@@ -128,12 +128,24 @@ Result run(Model& model, const std::vector<Row>& rows, Status* status = nullptr,
     std::vector<int64_t> positions;
     for (const Row& row : rows) positions.push_back(row.start + row.count);
     std::vector<uint64_t> seeds(n, 99);
-    const std::vector<float> temperatures(n, 0.9f), top_ps(n, 0.95f), min_ps(n, 0.01f), penalties(n, 1.0f);
+    const std::vector<float> temperatures(n, 0.9f), top_ps(n, 0.95f), min_ps(n, 0.01f), penalties(n, 1.1f), presences(n, 0.2f), frequencies(n, 0.1f);
+    const std::vector<float> biases(2 * n, 0.5f);
+    const std::vector<int32_t> mask_rows(n, 0), penalty_counts(3 * n, 2);
+    const std::vector<uint32_t> mask{0xfffffffe, 0x3ffff};
+    std::vector<int32_t> threes, penalty_ids, twos, bias_ids, banned_ids;
+    for (size_t i = 0; i <= n; ++i) threes.push_back(3 * i), twos.push_back(2 * i);
+    for (size_t i = 0; i < n; ++i) {
+        for (const int id : {0, 7, kVocab - 1}) penalty_ids.push_back(id);
+        for (const int id : {7, 3}) bias_ids.push_back(id);
+        for (const int id : {1, kVocab - 2}) banned_ids.push_back(id);
+    }
     Result r{std::vector<int32_t>(n), std::vector<int32_t>(n * kMaxTop), std::vector<float>(n), std::vector<float>(n * kMaxTop)};
     const std::unique_ptr<bool[]> finite(new bool[n]);
     const BatchView batch{static_cast<int64_t>(ids.size()), static_cast<int64_t>(n), 40, static_cast<int64_t>(n), ids.data(), starts.data(), counts.data(),
                           tables.data(), logit_tokens.data(), targets.data(), positions.data(), seeds.data(), temperatures.data(), top_ks.data(), top_ps.data(),
-                          min_ps.data(), penalties.data(), zeros.data(), zeros.data(), zeros.data(), zeros.data(), top.data(), 0, 0};
+                          min_ps.data(), top.data(), penalties.data(), presences.data(), frequencies.data(), threes.data(), penalty_ids.data(), penalty_counts.data(), twos.data(),
+                          bias_ids.data(), biases.data(), twos.data(), banned_ids.data(), mask_rows.data(), mask.data(), static_cast<int64_t>(penalty_ids.size()),
+                          static_cast<int64_t>(bias_ids.size()), static_cast<int64_t>(banned_ids.size()), 1, static_cast<int64_t>(mask.size())};
     const Status done = model.run(batch, {r.ids.data(), r.logprobs.data(), r.top_ids.data(), r.top_logprobs.data(), finite.get()});
     if (status) {
         *status = done;

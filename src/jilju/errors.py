@@ -4,7 +4,7 @@
     ├── InvalidRequest            400  the caller's input; subclasses say which rule it broke
     │   ├── InvalidJson, MissingParameter, InvalidValue, ConflictingParameters
     │   ├── UnknownParameter, UnsupportedParameter, UnsupportedContent
-    │   ├── EmptyPrompt, TemplateFailed
+    │   ├── EmptyPrompt, TemplateFailed, NoAllowedToken
     │   └── ContextLengthExceeded, KvCapacityExceeded
     ├── InvalidApiKey             401
     ├── Forbidden                 403
@@ -85,6 +85,10 @@ class EmptyPrompt(InvalidRequest):
 
 class TemplateFailed(InvalidRequest):
     code = "template_error"
+
+
+class NoAllowedToken(InvalidRequest):
+    code = "no_allowed_token"
 
 
 class ContextLengthExceeded(InvalidRequest):

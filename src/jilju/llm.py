@@ -171,7 +171,7 @@ class LLM:
         params.check()
         for _, ids in prompts:
             self._check_room(len(ids), params.max_tokens)
-        self._check_ids(params)
+        params.check_ids(self.text.tokenizer.vocab_size)
         self._num_calls += 1
         runs: list[_Run] = []
         for index, (prompt, ids) in enumerate(prompts):
@@ -187,20 +187,10 @@ class LLM:
             request = Request(
                 id=f"call-{self._num_calls}-{index}", prompt_ids=ids, params=own, end_ids=self.text.end_ids(own)
             )
+            request.check()
             text = TextStream(self.text.tokenizer, stop=tuple(own.stop), min_tokens=own.min_tokens)
             runs.append(_Run(index, prompt, request, text))
         return self._pieces(runs)
-
-    def _check_ids(self, params: SamplingParams) -> None:
-        """What the vocabulary bounds."""
-        vocab_size = self.text.tokenizer.vocab_size
-        for token_id in params.stop_token_ids:
-            if not (isinstance(token_id, int) and 0 <= token_id < vocab_size):
-                raise InvalidValue(
-                    f"stop_token_ids has {token_id!r}; allowed: 0 to {vocab_size - 1}", param="stop_token_ids"
-                )
-        if params.top_k > vocab_size:
-            raise InvalidValue(f"top_k is {params.top_k}; allowed: 1 to {vocab_size}, or 0 for off", param="top_k")
 
     def _check_room(self, num_prompt_tokens: int, max_tokens: int) -> None:
         room = self.engine.info.max_context - num_prompt_tokens

@@ -5,7 +5,7 @@ is a hash of its slot, seed and position. A stale block, a wrong table, a false 
 hash, and so changes tokens. Knows nothing of the scheduler.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -53,15 +53,19 @@ def slot_hash(before: np.ndarray, token: int) -> int:
     return mix(int((before * weights).sum(dtype=np.uint64)), len(before), token)
 
 
-def choose(
-    slot: int, seed: int, position: int, params: SamplingParams, seen: list[int], banned: set[int], vocab: int
-) -> int:
-    penalty = sum({mix(t, 7) for t in seen}) if params.repetition_penalty != 1.0 else 0
-    noise = (0, 0) if params.temperature < 1e-4 else (seed & MASK, position)
-    h = mix(slot, *noise, penalty)
-    while h % vocab in banned:
+def choose(slot: int, noise: tuple[int, int], changes: int, allowed: set[int], vocab: int) -> int:
+    """`noise` is (seed, position), (0, 0) for a greedy row; `changes` stands for all that would change logits."""
+    h = mix(slot, *noise, changes)
+    while h % vocab not in allowed:
         h = mix(h)
     return h % vocab
+
+
+def changes_of(penalties: tuple[float, ...], counts: Mapping[int, int], bias: Mapping[int, float]) -> int:
+    """Penalties, how often each id is in the output (0: in the prompt alone), biases; 0 if nothing changes a logit."""
+    numbers = [round(x * 1000) for x in penalties]
+    hashes = [mix(token, count, *numbers) for token, count in counts.items()]
+    return sum(hashes + [mix(token, round(x * 1000), 9) for token, x in bias.items()])
 
 
 def logprob_of(slot: int, token: int) -> float:
@@ -142,20 +146,37 @@ class FakeExecutor:
         assert (np.diff(batch.logit_tokens) > 0).all(), "logit rows ascend"
         for i, token in enumerate(batch.logit_tokens.tolist()):
             slot = computed[token]
-            params = SamplingParams(
-                temperature=float(batch.temperatures[i]), repetition_penalty=float(batch.repetition_penalties[i])
-            )
-            seen = batch.penalty_ids[batch.penalty_starts[i] : batch.penalty_starts[i + 1]].tolist()
-            banned = set(batch.banned_ids[batch.banned_starts[i] : batch.banned_starts[i + 1]].tolist())
             chosen = int(batch.targets[i])
             if chosen < 0:
-                chosen = choose(slot, int(batch.seeds[i]), int(batch.positions[i]), params, seen, banned, self._vocab)
+                greedy = batch.temperatures[i] < 1e-4
+                noise = (0, 0) if greedy else (int(batch.seeds[i]), int(batch.positions[i]))
+                chosen = choose(slot, noise, self._changes(batch, i), self._allowed(batch, i), self._vocab)
             result.token_ids[i] = chosen
             result.logprobs[i] = logprob_of(slot, chosen)
             for k in range(int(batch.num_top[i])):
                 result.top_ids[i, k], result.top_logprobs[i, k] = k, logprob_of(slot, k)
             result.finite[i] = not is_nan[token]
         return result
+
+    @staticmethod
+    def _changes(batch: Batch, i: int) -> int:
+        penalised = slice(batch.penalty_starts[i], batch.penalty_starts[i + 1])
+        biased = slice(batch.bias_starts[i], batch.bias_starts[i + 1])
+        ids = batch.penalty_ids[penalised].tolist()
+        assert len(set(ids)) == len(ids), "an id is penalised once"
+        columns = (batch.repetition_penalties, batch.presence_penalties, batch.frequency_penalties)
+        return changes_of(
+            tuple(float(column[i]) for column in columns),
+            dict(zip(ids, batch.penalty_counts[penalised].tolist(), strict=True)),
+            dict(zip(batch.bias_ids[biased].tolist(), batch.biases[biased].tolist(), strict=True)),
+        )
+
+    def _allowed(self, batch: Batch, i: int) -> set[int]:
+        allowed = set(range(self._vocab))
+        if batch.mask_rows[i] >= 0:
+            bits = np.unpackbits(batch.masks[batch.mask_rows[i]].view(np.uint8), bitorder="little")
+            allowed &= set(np.flatnonzero(bits).tolist())
+        return allowed - set(batch.banned_ids[batch.banned_starts[i] : batch.banned_starts[i + 1]].tolist())
 
 
 def oracle(request: Request, vocab: int = VOCAB) -> tuple[list[int], str]:
@@ -168,7 +189,12 @@ def oracle(request: Request, vocab: int = VOCAB) -> tuple[list[int], str]:
         for token in tokens[len(slots) :]:
             slots = np.append(slots, np.uint64(slot_hash(slots, token)))
         banned = set(request.end_ids) if len(output) < params.min_tokens else set()
-        chosen = choose(int(slots[-1]), params.seed, len(tokens), params, tokens, banned, vocab)
+        allowed = set(range(vocab) if params.allowed_token_ids is None else params.allowed_token_ids) - banned
+        noise = (0, 0) if params.temperature < 1e-4 else (params.seed & MASK, len(tokens))
+        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        seen = tokens if params.repetition_penalty != 1 else output if penalties[1:] != (0, 0) else []
+        changes = changes_of(penalties, {token: output.count(token) for token in seen}, params.logit_bias)
+        chosen = choose(int(slots[-1]), noise, changes, allowed, vocab)
         tokens.append(chosen)
         output.append(chosen)
         if chosen in request.end_ids:

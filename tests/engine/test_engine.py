@@ -105,6 +105,10 @@ def requests(draw, index: int) -> Request:
         score_prompt=draw(st.integers(0, 5)) == 0,
         temperature=draw(st.sampled_from([0.0, 1.0])),
         repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.25])),
+        presence_penalty=draw(st.sampled_from([0.0, 0.0, -0.5])),
+        frequency_penalty=draw(st.sampled_from([0.0, 0.0, 1.5])),
+        logit_bias=draw(st.sampled_from([{}, {}, {3: -100.0, 39: 0.5}])),
+        allowed_token_ids=draw(st.sampled_from([None, None, (38, 6, 7, 33)])),
         min_tokens=draw(st.integers(0, 4)),
         logprobs=draw(st.sampled_from([None, None, 2])),
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Batches for tests: written as rows and logit rows, packed into the flat arrays that a backend takes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -24,10 +24,14 @@ class Logit(NamedTuple):
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    penalty_ids: Sequence[int] = ()
-    banned_ids: Sequence[int] = ()
     num_top: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    counts: Mapping[int, int] = {}  # of ids in the output; 0: in the prompt alone
+    bias: Mapping[int, float] = {}
+    banned_ids: Sequence[int] = ()
+    mask: np.ndarray | None = None  # uint32 [ceil(vocab / 32)]
 
 
 def make_batch(rows: Sequence[BatchRow], logits: Sequence[Logit] = ()) -> Batch:
@@ -38,14 +42,14 @@ def make_batch(rows: Sequence[BatchRow], logits: Sequence[Logit] = ()) -> Batch:
     def column(name: str, dtype: type) -> np.ndarray:
         return np.array([getattr(logit, name) for logit in logits], dtype)
 
-    def ragged(lists: Iterable[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-        parts = [np.array(part, np.int32) for part in lists]
-        return np.cumsum([0] + [len(part) for part in parts], dtype=np.int32), np.concatenate(
-            [np.zeros(0, np.int32), *parts]
-        )
+    def starts(lists: Iterable[Collection[int]]) -> np.ndarray:
+        return np.cumsum([0, *(len(part) for part in lists)], dtype=np.int32)
 
-    penalty_starts, penalty_ids = ragged(logit.penalty_ids for logit in logits)
-    banned_starts, banned_ids = ragged(logit.banned_ids for logit in logits)
+    def joined(lists: Iterable[Iterable[float]], dtype: type) -> np.ndarray:
+        return np.array([x for part in lists for x in part], dtype)
+
+    masks = [logit.mask for logit in logits if logit.mask is not None]
+    has_mask = np.array([logit.mask is not None for logit in logits], bool)
     return Batch(
         token_ids=np.array([token for row in rows for token in row.token_ids], np.int32),
         starts=np.array([row.start for row in rows], np.int32),
@@ -59,12 +63,20 @@ def make_batch(rows: Sequence[BatchRow], logits: Sequence[Logit] = ()) -> Batch:
         top_ks=column("top_k", np.int32),
         top_ps=column("top_p", np.float32),
         min_ps=column("min_p", np.float32),
-        repetition_penalties=column("repetition_penalty", np.float32),
-        penalty_starts=penalty_starts,
-        penalty_ids=penalty_ids,
-        banned_starts=banned_starts,
-        banned_ids=banned_ids,
         num_top=column("num_top", np.int32),
+        repetition_penalties=column("repetition_penalty", np.float32),
+        presence_penalties=column("presence_penalty", np.float32),
+        frequency_penalties=column("frequency_penalty", np.float32),
+        penalty_starts=starts(logit.counts for logit in logits),
+        penalty_ids=joined((logit.counts for logit in logits), np.int32),
+        penalty_counts=joined((logit.counts.values() for logit in logits), np.int32),
+        bias_starts=starts(logit.bias for logit in logits),
+        bias_ids=joined((logit.bias for logit in logits), np.int32),
+        biases=joined((logit.bias.values() for logit in logits), np.float32),
+        banned_starts=starts(logit.banned_ids for logit in logits),
+        banned_ids=joined((logit.banned_ids for logit in logits), np.int32),
+        mask_rows=np.where(has_mask, np.cumsum(has_mask) - 1, -1).astype(np.int32),
+        masks=np.stack(masks) if masks else np.zeros((0, 0), np.uint32),
     )
 
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,19 +186,46 @@ def test_log_softmax() -> None:
     assert np.allclose(got - got[0], logits.astype(float) - logits[0], rtol=0, atol=1e-12)
 
 
-def test_repetition_penalty_counts_an_id_once_and_never_helps() -> None:
-    logits = np.array([2.0, -2.0, 1.0, 0.0], np.float32)
-    got = reference.penalise(logits, np.array([0, 1, 0, 3, 0], np.int32), 1.25)
-    assert got.tolist() == [np.float32(2) / np.float32(1.25), -2.5, 1.0, 0.0]
-    assert logits.tolist() == [2, -2, 1, 0], "the raw logits are needed for the logprobs"
+def changed(logits: list[float], **fields: Any) -> list[float]:
+    raw = np.array(logits, np.float32)
+    got = reference.changed(raw, make_batch([BatchRow([0], 0, [0])], [Logit(0, **fields)]), 0)
+    assert raw.tolist() == logits, "the raw logits are needed for the logprobs"
+    return got.tolist()
+
+
+def test_what_changes_a_logit_and_in_which_order() -> None:
+    inf = math.inf
+    raw = [2.0, -2.0, 1.0, 0.0]
+    counts = {0: 0, 1: 3, 3: 1}  # 0 is in the prompt alone
+    assert changed(raw, counts=counts, repetition_penalty=2.0) == [1.0, -4.0, 1.0, 0.0]
+    assert changed(raw, counts=counts, presence_penalty=0.5) == [2.0, -2.5, 1.0, -0.5]
+    assert changed(raw, counts=counts, frequency_penalty=-0.5) == [2.0, -0.5, 1.0, 0.5]
+    penalties = {"repetition_penalty": 2.0, "frequency_penalty": 0.25, "presence_penalty": 1.0}
+    assert changed(raw, counts={1: 2}, bias={1: 4.0}, **penalties)[1] == (-2.0 + 4.0) / 2 - 2 * 0.25 - 1.0
+    assert changed(raw, bias={1: 100.0}, banned_ids=[1, 2]) == [2.0, -inf, -inf, 0.0]
+    mask = np.array([0b1010 | 1 << 20], np.uint32)  # a bit beyond the vocabulary means nothing
+    assert changed(raw, bias={0: 100.0}, banned_ids=[3], mask=mask) == [-inf, -2.0, -inf, -inf]
+    assert changed([2.0], counts={0: 0}, repetition_penalty=1e-39)[0] == float(np.finfo(np.float32).max)
+
+
+def test_a_row_with_nothing_left_to_sample_is_said_so() -> None:
+    nothing = np.zeros(1, np.uint32)
+    logits = [
+        Logit(0, mask=nothing),
+        Logit(0, banned_ids=range(4)),
+        Logit(0, banned_ids=range(3)),
+        Logit(0, mask=nothing, target=2),
+    ]
+    batch = make_batch([BatchRow([0], 0, [0])], logits)
+    result = reference.sample(np.zeros((4, 4), np.float32), batch)
+    assert result.finite.tolist() == [False, False, True, True]
+    assert result.token_ids[2:].tolist() == [3, 2]
 
 
 def survivors(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> dict[int, float]:
     """The filters in plain words: id -> probability."""
-    scaled = [float(np.float32(value) / np.float32(temperature)) for value in logits]
-    ranked = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
-    ranked = ranked[: top_k or None]
-    mass = {i: math.exp(scaled[i] - scaled[ranked[0]]) for i in ranked}
+    ranked = sorted(range(len(logits)), key=lambda i: (-logits[i], i))[: top_k or None]
+    mass = {i: math.exp((float(logits[i]) - float(logits[ranked[0]])) / temperature) for i in ranked}
     if top_p < 1:
         total, so_far, kept = sum(mass.values()), 0.0, []
         for i in ranked:
@@ -260,7 +288,7 @@ def test_sample_reports_the_models_own_distribution() -> None:
         [BatchRow([0], 0, [0])],
         [
             Logit(0, banned_ids=[1], num_top=3),
-            Logit(0, repetition_penalty=4.0, penalty_ids=[1, 2]),
+            Logit(0, repetition_penalty=4.0, counts={1: 1, 2: 0}),
             Logit(0, target=3, banned_ids=[3], num_top=MAX_TOP),
         ],
     )

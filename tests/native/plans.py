@@ -112,6 +112,16 @@ def table_of_logits(logits: np.ndarray) -> tuple[Plan, Mapping[str, WeightTensor
     return b.build(), w.tensors
 
 
+def rows_of_logits(logits: np.ndarray) -> tuple[Plan, Mapping[str, WeightTensor]]:
+    """A plan whose logits for token t are row t of the array [rows, vocab]: for a vocabulary too large to be a table's width."""
+    num_rows, vocab = logits.shape
+    w = Weights(0)
+    b = PlanBuilder(KvSpec(0, 1, 8), vocab)
+    x = b.take_rows(b.embed(w.values(np.eye(vocab, num_rows))))
+    b.sample(b.linear(x, w.values(logits.T)))
+    return b.build(), w.tensors
+
+
 def loaded(
     plan: Plan, weights: Mapping[str, WeightTensor], backend: str = "native", limits: Limits = LIMITS, **changes: int
 ) -> Executor:

@@ -40,7 +40,13 @@ def executor() -> NativeExecutor:
         ([BatchRow([1, 2], 0, [0])], [Logit(1), Logit(0)], "logit row 1 takes token 0"),
         ([BatchRow([1], 0, [0])], [Logit(0, target=20)], "target 20"),
         ([BatchRow([1], 0, [0])], [Logit(0, num_top=21)], "21 alternatives"),
-        ([BatchRow([1], 0, [0])], [Logit(0, penalty_ids=[20])], "penalty id 20"),
+        ([BatchRow([1], 0, [0])], [Logit(0, counts={20: 1})], "penalty id 20"),
+        ([BatchRow([1], 0, [0])], [Logit(0, bias={20: 1.0})], "bias id 20"),
+        ([BatchRow([1], 0, [0])], [Logit(0, bias={2: float("inf")})], "a bias that is not a finite number"),
+        ([BatchRow([1], 0, [0])], [Logit(0, banned_ids=[1] * 21)], "logit row 0 has 21 banned ids; allowed: 20"),
+        ([BatchRow([1], 0, [0])], [Logit(0, mask=np.ones(2, np.uint32))], "masks have 2 words; the vocabulary needs 1"),
+        ([BatchRow([1], 0, [0])], [Logit(0, presence_penalty=float("nan"))], "sampling parameters"),
+        ([BatchRow([1], 0, [0])], [Logit(0, frequency_penalty=float("inf"))], "sampling parameters"),
         ([BatchRow([1], 0, [0])], [Logit(0, banned_ids=[-2])], "banned id -2"),
         ([BatchRow([1], 0, [0])], [Logit(0, temperature=float("nan"))], "sampling parameters"),
         ([BatchRow([1], 0, [0])], [Logit(0, repetition_penalty=0.0)], "sampling parameters"),
@@ -57,6 +63,10 @@ def test_rows_that_do_not_add_up_raise(executor) -> None:
         run(executor, replace(GOOD, counts=np.array([2], np.int32)))
     with pytest.raises(ValueError, match="differ in length"):
         run(executor, replace(GOOD, seeds=np.zeros(2, np.uint64)))
+    with pytest.raises(ValueError, match="penalty_counts or biases and their ids differ in length"):
+        run(executor, replace(GOOD, penalty_counts=np.zeros(2, np.int32)))
+    with pytest.raises(ValueError, match="has mask 0; allowed"):
+        run(executor, replace(GOOD, mask_rows=np.zeros(1, np.int32)))
 
 
 @pytest.mark.parametrize(

@@ -161,5 +161,7 @@ def test_a_penalty_after_other_ops_touches_every_id_once() -> None:
     for length in range(40, 60):
         prompt, last = BatchRow(PROMPT[:length], 0, BLOCKS), length - 1
         plain = run(executor, make_batch([prompt], [Logit(last, num_top=20)]))
-        penalised = run(executor, make_batch([prompt], [Logit(last, repetition_penalty=1e-3, penalty_ids=range(20))]))
+        penalised = run(
+            executor, make_batch([prompt], [Logit(last, repetition_penalty=1e-3, counts=dict.fromkeys(range(20), 0))])
+        )
         assert penalised.token_ids[0] == plain.top_ids[0, 0], f"{length} tokens"

@@ -1,5 +1,6 @@
-"""The sampling steps of plan/ops.py: the same ids as the reference, from logits that both see exactly."""
+"""The sampling steps of plan/ops.py: the reference's ids, from logits that both see exactly, whatever the threads and the batch."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,92 +8,165 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jilju.backends import reference
 from jilju.plan import Executor
 from jilju.plan.batch import MAX_TOP
 from tests.model.batches import BatchRow, Logit, make_batch, run
-from tests.native.plans import loaded, table_of_logits
+from tests.native.plans import loaded, rows_of_logits, table_of_logits
 
-VOCAB = 1003  # no multiple of 8 or 64
+NUM_ROWS = 14
+VOCABS = (  # one logit; less than a vector, than a group of 256, than a strip of 4096, than a tile of strips; no multiple of 8 or 32
+    1, 5, 203, 1003, 4096, 20011,
+)  # fmt: skip
 
 
-def random_logits() -> np.ndarray:
-    """Rows of several shapes: peaked, flat, full of ties, all equal, far apart."""
+def random_logits(vocab: int) -> np.ndarray:
+    """Rows of several shapes: peaked, flat, full of ties, all equal, far apart, one above all, and the ends of the range."""
     rng = np.random.default_rng(0)
-    logits = np.empty((VOCAB, VOCAB), np.float32)
-    for row, kind in enumerate(np.resize(np.arange(5), VOCAB)):
-        x = rng.standard_normal(VOCAB)
-        logits[row] = (4 * x, 0.01 * x, np.round(2 * x) / 2, np.full(VOCAB, 1.5), 40 * x)[kind]
+    logits = np.empty((NUM_ROWS, vocab), np.float32)
+    for row in range(NUM_ROWS):
+        x = rng.standard_normal(vocab)
+        outlier = np.where(np.arange(vocab) == vocab // 3, 60, x)
+        ends = np.where(x > 1, 1.6e38, np.where(x < -1, -1.6e38, x))
+        logits[row] = (4 * x, 0.01 * x, np.round(2 * x) / 2, np.full(vocab, 1.5), 40 * x, outlier, ends)[row % 7]
     return logits
 
 
-LOGITS = random_logits()
+LOGITS = {vocab: random_logits(vocab) for vocab in VOCABS}
 
 
 @pytest.fixture(scope="module")
-def executors() -> tuple[Executor, Executor]:
-    plan, weights = table_of_logits(LOGITS)
-    return loaded(plan, weights, "native"), loaded(plan, weights, "reference")
+def executors() -> dict[int, tuple[Executor, Executor]]:
+    """Per vocabulary: on three threads and on one."""
+    plans = {vocab: rows_of_logits(logits) for vocab, logits in LOGITS.items()}
+    return {v: (loaded(*plan, num_threads=3), loaded(*plan, num_threads=1)) for v, plan in plans.items()}
 
 
-ids = st.lists(st.integers(0, VOCAB - 1), max_size=30)
-logit_rows = st.builds(
-    Logit,
-    token=st.just(0),
-    target=st.just(-1),
-    position=st.integers(0, 2**40),
-    seed=st.integers(0, 2**64 - 1),
-    temperature=st.sampled_from([0.0, 1e-5, 0.2, 0.7, 1.0, 1.9]),
-    top_k=st.sampled_from([0, 1, 2, 10, 100, 1002, 1003, 5000]),
-    top_p=st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99, 1.0]),
-    min_p=st.sampled_from([0.0, 0.001, 0.05, 0.5, 1.0]),
-    repetition_penalty=st.sampled_from([0.5, 1.0, 1.2]),
-    penalty_ids=ids,
-    banned_ids=ids,
-    num_top=st.integers(0, MAX_TOP),
-)
+@st.composite
+def logit_rows(draw: st.DrawFn, vocab: int) -> Logit:
+    ids = st.integers(0, vocab - 1)
+    mask = None
+    if draw(st.booleans()):
+        bits = np.random.default_rng(draw(st.integers(0, 99))).random(vocab) < draw(
+            st.sampled_from([0.001, 0.1, 0.5, 1.0])
+        )
+        bits[draw(ids)] = True
+        words = np.packbits(np.concatenate([bits, np.ones(-vocab % 32, bool)]), bitorder="little")
+        mask = words.view(np.uint32)
+    change = draw(st.booleans())
+    lists = st.integers(0, 30) if change else st.just(0)
+    return Logit(
+        token=0,
+        target=draw(st.sampled_from([-1, -1, -1, -1, vocab - 1])),
+        position=draw(st.integers(0, 2**40)),
+        seed=draw(st.integers(0, 2**64 - 1)),
+        temperature=draw(st.sampled_from([0.0, 1e-5, 2e-4, 0.2, 0.7, 1.0, 1.9])),
+        top_k=draw(st.sampled_from([0, 0, 1, 2, 10, 100, vocab - 1, vocab, 50_000])),
+        top_p=draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 0.99, 0.9999999, 1.0, 1.0])),
+        min_p=draw(st.sampled_from([0.0, 0.0, 1e-30, 0.001, 0.05, 0.5, 1.0])),
+        num_top=draw(st.integers(0, MAX_TOP)),
+        repetition_penalty=draw(st.sampled_from([0.5, 1.0, 1.2, 1e-39])),
+        presence_penalty=draw(st.sampled_from([0.0, -2.0, 0.7])),
+        frequency_penalty=draw(st.sampled_from([0.0, -0.3, 2.0])),
+        counts={i % vocab: i % 5 for i in draw(st.lists(ids, max_size=draw(lists)))},
+        bias={i: (i % 401 - 200) / 2 for i in draw(st.lists(ids, max_size=draw(lists)))},
+        banned_ids=sorted(set(draw(st.lists(ids, max_size=draw(lists))))),
+        mask=mask,
+    )
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, VOCAB - 1), logit_rows), min_size=1, max_size=40))
-def test_draws_equal_the_reference(executors: tuple[Executor, Executor], cases: list[tuple[int, Logit]]) -> None:
+def near(logits: np.ndarray, logit: Logit) -> set[int]:
+    """The reference's choices when the numbers that decide are moved by a little more than float32 rounds."""
+    u = reference.uniform(logit.seed, logit.position)
+    moves = (1, 1 - 1e-5, 1 + 1e-5)
+    return {
+        reference.choose(logits, min(u * a, 1 - 2**-53), logit.temperature, logit.top_k, min(np.float32(logit.top_p) * b, 1 if logit.top_p == 1 else 1 - 1e-9), np.float32(logit.min_p) * c)
+        for a, b, c in itertools.product(moves, moves, moves)
+    }  # fmt: skip
+
+
+@settings(max_examples=120, deadline=None)
+@given(st.data(), st.sampled_from(VOCABS))
+def test_draws_equal_the_reference(
+    executors: dict[int, tuple[Executor, Executor]], data: st.DataObject, vocab: int
+) -> None:
+    num_rows = min(vocab, NUM_ROWS)
+    cases = data.draw(st.lists(st.tuples(st.integers(0, num_rows - 1), logit_rows(vocab)), min_size=1, max_size=12))
     rows = [BatchRow([token for token, _ in cases], 0, range(3))]
     batch = make_batch(rows, [logit._replace(token=i) for i, (_, logit) in enumerate(cases)])
-    got, want = (run(executor, batch) for executor in executors)
-    assert got.finite.all()
-    for i, (token, logit) in enumerate(cases):
-        assert got.token_ids[i] == want.token_ids[i], f"row {i}: logits {token}, {logit}"
-    np.testing.assert_array_equal(got.top_ids, want.top_ids)
-    np.testing.assert_allclose(got.logprobs, want.logprobs, rtol=2**-21, atol=2**-18)
-    np.testing.assert_allclose(got.top_logprobs, want.top_logprobs, rtol=2**-21, atol=2**-18)
+    got, alone = (run(executor, batch) for executor in executors[vocab])
+    for field in ("token_ids", "logprobs", "top_ids", "top_logprobs", "finite"):
+        assert getattr(got, field).tobytes() == getattr(alone, field).tobytes(), f"threads change {field}"
+    logits = LOGITS[vocab][[token for token, _ in cases]]
+    want = reference.sample(logits, batch)
+    np.testing.assert_array_equal(got.finite, want.finite)
+    good = want.finite
+    for i in np.flatnonzero(good & (got.token_ids != want.token_ids)):
+        choices = near(reference.changed(logits[i], batch, int(i)), cases[i][1])
+        assert got.token_ids[i] in choices and len(choices) > 1, f"row {i}: logits {cases[i]}, want {want.token_ids[i]}"
+        want.logprobs[i] = reference.log_softmax(logits[i])[got.token_ids[i]]
+    np.testing.assert_array_equal(got.top_ids[good], want.top_ids[good])
+    np.testing.assert_allclose(got.logprobs[good], want.logprobs[good], rtol=2**-21, atol=2**-19)
+    np.testing.assert_allclose(got.top_logprobs[good], want.top_logprobs[good], rtol=2**-21, atol=2**-19)
 
 
-def test_the_draws_follow_the_distribution(executors: tuple[Executor, Executor]) -> None:
+def test_the_draws_follow_the_distribution(executors: dict[int, tuple[Executor, Executor]]) -> None:
     """3000 seeds at temperature 1 on the peaked row 0: each frequent id within five standard deviations."""
-    n = 3000
-    counts = np.zeros(VOCAB)
+    n, vocab = 3000, 1003
+    counts = np.zeros(vocab)
     for first in range(0, n, 500):
         logits = [Logit(0, seed=seed, position=3, temperature=1.0) for seed in range(first, first + 500)]
-        np.add.at(counts, run(executors[0], make_batch([BatchRow([0], 0, [0])], logits)).token_ids, 1)
-    p = np.exp(LOGITS[0].astype(np.float64))
+        np.add.at(counts, run(executors[vocab][0], make_batch([BatchRow([0], 0, [0])], logits)).token_ids, 1)
+    p = np.exp(LOGITS[vocab][0].astype(np.float64))
     p /= p.sum()
     likely = p > 0.005
     assert likely.sum() > 5
     assert (abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p)))[likely].all()
 
 
-def test_greedy_takes_the_lowest_of_equal_ids_and_targets_are_scored(executors: tuple[Executor, Executor]) -> None:
-    flat = 3  # a row of equal logits
-    logits = [Logit(0), Logit(0, banned_ids=[0, 1]), Logit(0, target=17, num_top=2, temperature=1.0)]
-    result = run(executors[0], make_batch([BatchRow([flat], 0, [0])], logits))
-    assert result.token_ids.tolist() == [0, 2, 17]
-    np.testing.assert_allclose(result.logprobs, -math.log(VOCAB), rtol=1e-5)
-    assert result.top_ids[2, :3].tolist() == [0, 1, -1]
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_ties_go_to_the_lowest_id_and_targets_are_scored(
+    executors: dict[int, tuple[Executor, Executor]], vocab: int
+) -> None:
+    flat, last = 3 % min(vocab, NUM_ROWS), vocab - 1
+    rest = list(range(vocab - 1))
+    logits = [
+        Logit(0),
+        Logit(0, banned_ids=rest),
+        Logit(0, banned_ids=rest, temperature=1.0, top_p=0.5),
+        Logit(0, banned_ids=rest, temperature=1.0),
+        Logit(0, bias={last: 1.0}),
+        Logit(0, temperature=1.0, top_k=1, seed=5),
+        Logit(0, temperature=1.0, top_p=0.0, seed=6),
+        Logit(0, target=last, num_top=2, temperature=1.0),
+    ]
+    result = run(executors[vocab][0], make_batch([BatchRow([flat], 0, [0])], logits))
+    assert result.token_ids.tolist() == [0, last, last, last, last, 0, 0, last]
+    if vocab > 3:
+        np.testing.assert_allclose(result.logprobs, -math.log(vocab), rtol=1e-5)
+        assert result.top_ids[-1, :3].tolist() == [0, 1, -1]
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_a_row_with_nothing_left_is_flagged_and_leaves_others_alone(
+    executors: dict[int, tuple[Executor, Executor]], vocab: int
+) -> None:
+    nothing = np.zeros(-(-vocab // 32), np.uint32)
+    nothing[-1] = (0xFFFFFFFF << vocab % 32) & 0xFFFFFFFF if vocab % 32 else 0  # bits beyond the vocabulary
+    logits = [
+        Logit(0, temperature=1.0, mask=nothing, num_top=1),
+        Logit(0, temperature=1.0, top_p=0.9),
+        Logit(0, banned_ids=range(vocab)),
+        Logit(0, target=0, mask=nothing),
+    ]
+    result = run(executors[vocab][0], make_batch([BatchRow([0], 0, [0])], logits))
+    assert result.finite.tolist() == [False, True, False, True]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("where", [0, 1001, 1002])
+@pytest.mark.parametrize("where", [0, 255, 256, 1001, 1002])
 def test_a_single_bad_logit_is_flagged(value: float, where: int) -> None:
-    logits = np.zeros((VOCAB, VOCAB), np.float32)
+    logits = np.zeros((1003, 1003), np.float32)
     logits[0, where] = value
     executor = loaded(*table_of_logits(logits))
     rows = [BatchRow([0, 1], 0, [0])]

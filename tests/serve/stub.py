@@ -127,6 +127,7 @@ class StubClient:
     def submit(self, request: Request) -> AsyncIterator[EngineEvent]:
         if self.state != "ready":
             raise NotReady(f"the engine is {self.state}")
+        request.check()
         assert request.params.seed is not None and request.prompt_ids and request.id not in self.live
         self.requests.append(request)
         self.live[request.id] = asyncio.Event()

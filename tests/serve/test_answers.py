@@ -213,6 +213,7 @@ async def test_what_reaches_the_engine(connect: Connect) -> None:
             json=chat_body(
                 temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, repetition_penalty=1.1, seed=-5, max_completion_tokens=9,
                 min_tokens=2, stop="x", stop_token_ids=[65, EOT], logprobs=True, top_logprobs=4,
+                presence_penalty=-2, frequency_penalty=1.5, logit_bias={"0": -100, "258": 0.5}, allowed_token_ids=[7, 0, 7],
             ),
         )  # fmt: skip
         await http.post(CHAT, json=chat_body(ignore_eos=True))
@@ -226,6 +227,15 @@ async def test_what_reaches_the_engine(connect: Connect) -> None:
         1.1,
     )
     assert (params.seed, params.max_tokens, params.min_tokens, params.stop, params.logprobs) == (-5, 9, 2, ("x",), 4)
+    assert (params.presence_penalty, params.frequency_penalty) == (-2, 1.5)
+    assert (params.logit_bias, params.allowed_token_ids) == ({0: -100, 258: 0.5}, (7, 0, 7))
+    plain = stub.requests[2].params
+    assert (plain.presence_penalty, plain.frequency_penalty, plain.logit_bias, plain.allowed_token_ids) == (
+        0,
+        0,
+        {},
+        None,
+    )
     assert stub.requests[0].end_ids == (257, EOT, 65)
     assert stub.requests[1].end_ids == ()
     assert stub.requests[1].params.max_tokens == 512 - stub.requests[1].num_prompt_tokens, "what is left of the context"

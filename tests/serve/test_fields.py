@@ -38,6 +38,9 @@ VALUES: dict[str, Any] = {
     "21": 21, "513": 513, "2^31": 2**31, "2^63": 2**63, "2^63-1": 2**63 - 1, "-2^63": -(2**63), "-2^63-1": -(2**63) - 1,
     "2^64": 2**64, "ids": [1, 2], "id V": [259], "strings": ["a", "b"], "mixed": ["a", 1], "17 strings": ["a"] * 17,
     "string of 257": ["a" * 257], "65 ids": [1] * 65, "129 prompts": ["a"] * 129,
+    "biases": {"0": -100, "258": 0.5}, "bias of V": {"259": 1}, "bias beyond": {"1": -100.5}, "bias of true": {"1": True},
+    "bias of a string": {"1": "2"}, "bias of 01": {"01": 1}, "bias of -1": {"-1": 1}, "bias of 1.0": {"1.0": 1}, "long key": {"1" * 5000: 1},
+    "bias of another digit": {"\u0661": 1}, "1025 biases": {str(i): 1 for i in range(1025)},
 }  # fmt: skip
 NUMBERS = {name: value for name, value in VALUES.items() if type(value) in (int, float)}
 
@@ -60,6 +63,10 @@ SHARED_GOOD: dict[str, set[str]] = {
     "top_k": in_range(-1, 259, integral=True),
     "min_p": in_range(0, 1, integral=False),
     "repetition_penalty": in_range(0, 2, integral=False, above=True),
+    "presence_penalty": in_range(-2, 2, integral=False),
+    "frequency_penalty": in_range(-2, 2, integral=False),
+    "logit_bias": {"object", "biases"},
+    "allowed_token_ids": {"ids", "65 ids"},
     "seed": in_range(-(2**63), 2**63 - 1, integral=True),
     "stop": {"one", "nul", "list", "strings"},
     "stop_token_ids": {"list", "ids"},
@@ -109,7 +116,7 @@ async def test_each_field_with_each_class_of_value(connect: Connect, path: str, 
                 )
                 assert len(error["message"]) < 500
                 assert error["code"] in ("invalid_value", "missing_parameter", "empty_prompt", "unsupported_parameter",
-                                         "unknown_parameter", "context_length_exceeded"), error  # fmt: skip
+                                         "unknown_parameter", "context_length_exceeded", "no_allowed_token"), error  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])

@@ -4,7 +4,7 @@ import pytest
 
 from jilju import LLM, SamplingParams
 from jilju.engine.loop import MAX_REQUESTS
-from jilju.errors import ContextLengthExceeded, EmptyPrompt, InvalidValue
+from jilju.errors import ContextLengthExceeded, EmptyPrompt, InvalidValue, NoAllowedToken
 from tests.system.conftest import needs_smollm2
 
 pytestmark = needs_smollm2
@@ -136,6 +136,15 @@ def test_logprobs_are_there_when_asked_for(llm):
         ("x", SamplingParams(stop_token_ids=(49152,), min_tokens=2), InvalidValue),
         ("x", SamplingParams(stop_token_ids=(-1,)), InvalidValue),
         ("x", SamplingParams(top_k=49153), InvalidValue),
+        ("x", SamplingParams(presence_penalty=2.5), InvalidValue),
+        ("x", SamplingParams(logit_bias={49152: 1.0}), InvalidValue),
+        ("x", SamplingParams(logit_bias={1: -101.0}), InvalidValue),
+        ("x", SamplingParams(logit_bias={1: float("nan")}), InvalidValue),
+        ("x", SamplingParams(logit_bias={"1": 1.0}), InvalidValue),
+        ("x", SamplingParams(logit_bias=dict.fromkeys(range(1025), 1.0)), InvalidValue),
+        ("x", SamplingParams(allowed_token_ids=(-1,)), InvalidValue),
+        ("x", SamplingParams(allowed_token_ids=()), NoAllowedToken),
+        ("x", SamplingParams(allowed_token_ids=(7,), stop_token_ids=(7,), min_tokens=1), NoAllowedToken),
         ("x", SamplingParams(stop="END"), InvalidValue),
         ("x", SamplingParams(stop=(1,)), InvalidValue),
         ("x", SamplingParams(max_tokens=2.5), InvalidValue),

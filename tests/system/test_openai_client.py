@@ -87,6 +87,28 @@ def test_completions_take_token_ids(client, smollm2_server):
     assert len(from_ids.choices[0].logprobs.token_logprobs) == 8
 
 
+def test_bias_penalties_and_allowed_ids_do_what_they_say(client, smollm2_server):
+    def ids(**params):
+        extra = {"return_token_ids": True, "ignore_eos": True, **params.pop("extra", {})}
+        answer = client.completions.create(
+            model="smollm2-135m", prompt="one one one one", max_tokens=12, extra_body=extra, **(GREEDY | params)
+        )
+        return answer.choices[0].model_extra["token_ids"]
+
+    plain = ids()
+    assert len(set(plain)) < 12, "the prompt is meant to make it repeat itself"
+    assert set(ids(logit_bias={"28": 100})) == {28}
+    assert plain[0] not in ids(logit_bias={str(plain[0]): -100})
+    assert set(ids(extra={"allowed_token_ids": [500, 600, 700]}, temperature=1.0, seed=3)) <= {500, 600, 700}
+    assert ids(presence_penalty=2.0) != plain and ids(frequency_penalty=2.0) != plain
+    assert set(ids(frequency_penalty=-2.0)) <= set(plain), "what was said is said again"
+    many = ids(logit_bias={str(i): 100 for i in range(300, 312)}, frequency_penalty=2.0, presence_penalty=2.0)
+    assert set(many) <= set(range(300, 312)) and len(set(many)) > 1
+    body = {"prompt": "x", "min_tokens": 2, "stop_token_ids": [5], "allowed_token_ids": [5]}
+    error = httpx.post(smollm2_server.url + "/v1/completions", json=body).json()["error"]
+    assert (error["code"], error["param"]) == ("no_allowed_token", "allowed_token_ids")
+
+
 def test_a_client_that_leaves_frees_the_engine(client, smollm2_server):
     stream = client.chat.completions.create(
         model="smollm2-135m", messages=[{"role": "user", "content": "Count to ten thousand."}], stream=True, max_tokens=1500,

@@ -132,11 +132,31 @@ def log_softmax(logits: Floats) -> npt.NDArray[np.float64]:
     return out
 
 
-def penalise(logits: Floats, seen_ids: Ints, penalty: float) -> Floats:
-    """Repetition penalty, once an id; float32 as the logits are."""
+def penalise(logits: Floats, counts: Ints, repetition: float, presence: float, frequency: float) -> Floats:
+    """logits [n] of ids that are counts [n] times in the output -> like logits, each operation in float32"""
+    r, p, f = np.float32(repetition), np.float32(presence), np.float32(frequency)
+    repeated = np.where(logits > 0, logits / r, logits * r)
+    out: Floats = repeated - f * counts.astype(np.float32) - np.where(counts > 0, p, np.float32(0))
+    return out
+
+
+def changed(logits: Floats, batch: Batch, i: int) -> Floats:
+    """Steps 2 and 3 of `Sample` for logit row i: logits [vocab] -> a copy, -inf where an id must not be sampled"""
+    biased = slice(batch.bias_starts[i], batch.bias_starts[i + 1])
+    penalised = slice(batch.penalty_starts[i], batch.penalty_starts[i + 1])
+    banned = slice(batch.banned_starts[i], batch.banned_starts[i + 1])
     out = logits.copy()
-    ids = np.unique(seen_ids)
-    out[ids] = np.where(out[ids] > 0, out[ids] / np.float32(penalty), out[ids] * np.float32(penalty))
+    with np.errstate(over="ignore"):
+        out[batch.bias_ids[biased]] += batch.biases[biased]
+        ids = batch.penalty_ids[penalised]
+        penalties = (x[i] for x in (batch.repetition_penalties, batch.presence_penalties, batch.frequency_penalties))
+        out[ids] = penalise(out[ids], batch.penalty_counts[penalised], *penalties)
+    limits = np.finfo(np.float32)
+    out = np.clip(out, limits.min, limits.max)
+    out[batch.banned_ids[banned]] = -np.inf
+    if batch.mask_rows[i] >= 0:
+        bits = np.unpackbits(batch.masks[batch.mask_rows[i]].view(np.uint8), bitorder="little")
+        out[bits[: len(out)] == 0] = -np.inf
     return out
 
 
@@ -145,20 +165,16 @@ def choose(logits: Floats, u: float, temperature: float, top_k: int, top_p: floa
     assert np.isfinite(logits).any(), "every id is banned"
     if temperature < Sample.MAX_GREEDY_TEMPERATURE:
         return int(np.argmax(logits))  # the first of equal ones
-    scaled = (logits / np.float32(temperature)).astype(np.float64)
-    order = np.argsort(-scaled, kind="stable")  # descending, ties to lower ids
-    if top_k:
-        order = order[:top_k]
-    mass = np.exp(scaled[order] - scaled[order[0]])
+    exact = logits.astype(np.float64)
+    mass = np.exp((exact - exact.max()) / np.float64(np.float32(temperature)))
+    order = np.argsort(-exact, kind="stable")[: top_k or None]  # descending, ties to lower ids
     if top_p < 1:
-        prefix = np.cumsum(mass)
-        order = order[: int(np.searchsorted(prefix, np.float64(top_p) * prefix[-1], side="left")) + 1]
-        mass = mass[: len(order)]
-    order = order[mass >= min_p * mass[0]]
-    survivors = np.sort(order)
-    cumulative = np.cumsum(np.exp(scaled[survivors] - scaled.max()))
+        prefix = np.cumsum(mass[order])
+        order = order[: int(np.searchsorted(prefix, top_p * prefix[-1], side="left")) + 1]
+    kept = np.sort(order[mass[order] >= min_p])
+    cumulative = np.cumsum(mass[kept])
     index = np.searchsorted(cumulative, u * cumulative[-1], side="right")
-    return int(survivors[min(index, len(survivors) - 1)])
+    return int(kept[min(index, len(kept) - 1)])
 
 
 def sample(logits: Floats, batch: Batch) -> StepResult:
@@ -169,14 +185,15 @@ def sample(logits: Floats, batch: Batch) -> StepResult:
     top_ids = np.full((num_logits, MAX_TOP), -1, np.int32)
     top_logprobs = np.zeros((num_logits, MAX_TOP), np.float32)
     finite = np.asarray(np.isfinite(logits).all(axis=-1))
-    for i in np.flatnonzero(finite):
+    for i in np.flatnonzero(finite).tolist():
         distribution = log_softmax(logits[i])
         if batch.targets[i] >= 0:
             ids[i] = batch.targets[i]
         else:
-            seen = batch.penalty_ids[batch.penalty_starts[i] : batch.penalty_starts[i + 1]]
-            row = penalise(logits[i], seen, batch.repetition_penalties[i])
-            row[batch.banned_ids[batch.banned_starts[i] : batch.banned_starts[i + 1]]] = -np.inf
+            row = changed(logits[i], batch, i)
+            if not np.isfinite(row).any():
+                finite[i] = False
+                continue
             u = uniform(int(batch.seeds[i]), int(batch.positions[i]))
             ids[i] = choose(
                 row,

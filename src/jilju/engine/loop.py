@@ -42,6 +42,7 @@ class Engine:
         self.imbalance = 0
         self.scheduler = Scheduler(limits, hash_key)
         self._executor = executor
+        self._vocab_size = plan.vocab_size
         self._clock = clock
         self._max_requests = max_requests
         self._cost = StepCost(plan, executor.kv_bytes_per_token(plan) // plan.kv.elements_per_token)
@@ -86,7 +87,7 @@ class Engine:
             return []
         scheduled_ns = self._clock.now_ns()
         try:
-            batch = pack(step)
+            batch = pack(step, self._vocab_size)
             packed_ns = self._clock.now_ns()
             self._executor.launch(batch)
             result = self._executor.wait()

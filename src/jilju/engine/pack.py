@@ -7,14 +7,16 @@ Noise is keyed by (seed, index of the token to be sampled), so chunks, neighbour
 import numpy as np
 
 from jilju.engine.scheduler import Row, Step
+from jilju.engine.sequence import Sequence
 from jilju.plan import Batch
 
 _UINT64 = 2**64 - 1  # a seed is int64; its bits key the noise
 
 _NO_IDS = np.empty(0, np.int32)
+_NO_VALUES = np.empty(0, np.float32)
 
 
-def pack(step: Step) -> Batch:
+def pack(step: Step, vocab_size: int) -> Batch:
     rows = step.rows
     max_blocks = max(len(row.block_ids) for row in rows)
     block_tables = np.full((len(rows), max_blocks), -1, np.int32)
@@ -37,12 +39,20 @@ def pack(step: Step) -> Batch:
         top_ks=np.array(logits.top_ks, np.int32),
         top_ps=np.array(logits.top_ps, np.float32),
         min_ps=np.array(logits.min_ps, np.float32),
-        repetition_penalties=np.array(logits.penalties, np.float32),
+        num_top=np.array(logits.num_top, np.int32),
+        repetition_penalties=np.array(logits.repetition_penalties, np.float32),
+        presence_penalties=np.array(logits.presence_penalties, np.float32),
+        frequency_penalties=np.array(logits.frequency_penalties, np.float32),
         penalty_starts=_offsets(logits.penalty_ids),
         penalty_ids=np.concatenate([_NO_IDS, *logits.penalty_ids]),
+        penalty_counts=np.concatenate([_NO_IDS, *logits.penalty_counts]),
+        bias_starts=_offsets(logits.bias_ids),
+        bias_ids=np.concatenate([_NO_IDS, *logits.bias_ids]),
+        biases=np.concatenate([_NO_VALUES, *logits.biases]),
         banned_starts=_offsets(logits.banned_ids),
         banned_ids=np.concatenate([_NO_IDS, *logits.banned_ids]),
-        num_top=np.array(logits.num_top, np.int32),
+        mask_rows=np.array(logits.mask_rows, np.int32),
+        masks=_masks(logits.masks, -(-vocab_size // 32)),
     )
 
 
@@ -58,27 +68,30 @@ class _Logits:
         self.top_ks: list[int] = []
         self.top_ps: list[float] = []
         self.min_ps: list[float] = []
-        self.penalties: list[float] = []
-        self.penalty_ids: list[np.ndarray] = []
-        self.banned_ids: list[np.ndarray] = []
         self.num_top: list[int] = []
+        self.repetition_penalties: list[float] = []
+        self.presence_penalties: list[float] = []
+        self.frequency_penalties: list[float] = []
+        self.penalty_ids: list[np.ndarray] = []
+        self.penalty_counts: list[np.ndarray] = []
+        self.bias_ids: list[np.ndarray] = []
+        self.biases: list[np.ndarray] = []
+        self.banned_ids: list[np.ndarray] = []
+        self.mask_rows: list[int] = []
+        self.masks: list[np.ndarray] = []
 
     def add(self, row: Row, first_token: int) -> None:
         """The logit rows of a row whose tokens begin at `first_token` of the batch, in ascending order."""
         sequence = row.sequence
         for position in row.scored:
-            target = int(sequence.tokens[position + 1])
-            self._add(row, first_token + position - row.start, target, position + 1, _NO_IDS, _NO_IDS)
+            self._add(
+                sequence, first_token + position - row.start, position + 1, target=int(sequence.tokens[position + 1])
+            )
         if row.is_sampled:
-            params = sequence.request.params
-            seen = sequence.tokens[: sequence.num_tokens] if params.repetition_penalty != 1.0 else _NO_IDS
-            banned = _NO_IDS
-            if sequence.num_output < params.min_tokens and sequence.end_ids:
-                banned = np.array(sorted(sequence.end_ids), np.int32)
-            self._add(row, first_token + row.count - 1, -1, sequence.num_tokens, seen, banned)
+            self._add(sequence, first_token + row.count - 1, sequence.num_tokens)
 
-    def _add(self, row: Row, token: int, target: int, position: int, seen: np.ndarray, banned: np.ndarray) -> None:
-        params = row.sequence.request.params
+    def _add(self, sequence: Sequence, token: int, position: int, target: int = -1) -> None:
+        params = sequence.request.params
         self.tokens.append(token)
         self.targets.append(target)
         self.positions.append(position)
@@ -87,10 +100,37 @@ class _Logits:
         self.top_ks.append(params.top_k)
         self.top_ps.append(params.top_p)
         self.min_ps.append(params.min_p)
-        self.penalties.append(params.repetition_penalty if len(seen) else 1.0)
-        self.penalty_ids.append(seen)
-        self.banned_ids.append(banned)
-        self.num_top.append(params.logprobs or 0 if target < 0 else 0)
+        self.repetition_penalties.append(params.repetition_penalty)
+        self.presence_penalties.append(params.presence_penalty)
+        self.frequency_penalties.append(params.frequency_penalty)
+        if target < 0:
+            self._add_changes(sequence)
+        else:  # a token that is there already is scored as it is
+            self.num_top.append(0)
+            self.mask_rows.append(-1)
+            for column in (self.penalty_ids, self.penalty_counts, self.bias_ids, self.biases, self.banned_ids):
+                column.append(_NO_IDS)
+
+    def _add_changes(self, sequence: Sequence) -> None:
+        """What changes the logits of a row that is sampled from."""
+        params, counts = sequence.request.params, sequence.counts
+        self.num_top.append(params.logprobs or 0)
+        self.penalty_ids.append(_NO_IDS if counts is None else counts.ids)
+        self.penalty_counts.append(_NO_IDS if counts is None else counts.counts)
+        self.bias_ids.append(sequence.bias_ids)
+        self.biases.append(sequence.biases)
+        self.banned_ids.append(sequence.banned_ids)
+        self.mask_rows.append(-1 if sequence.mask is None else len(self.masks))
+        if sequence.mask is not None:
+            self.masks.append(sequence.mask)
+
+
+def _masks(masks: list[np.ndarray], num_words: int) -> np.ndarray:
+    """Masks one under another: uint32 [num_masks, num_words]. What a mask is shorter than that is not allowed."""
+    out = np.zeros((len(masks), num_words), np.uint32)
+    for row, mask in zip(out, masks, strict=True):
+        row[: len(mask)] = mask
+    return out
 
 
 def _offsets(parts: list[np.ndarray]) -> np.ndarray:

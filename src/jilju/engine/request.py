@@ -9,25 +9,34 @@ from typing import Literal
 
 import msgspec
 
-from jilju.errors import InvalidValue
+from jilju.errors import InvalidValue, NoAllowedToken
+from jilju.plan.batch import MAX_BIASES
 
 FinishReason = Literal["stop", "length"]
 
 # field, lowest, highest; max_tokens -1 is the Python API's "to the end of the context"
 PARAM_RANGES: tuple[tuple[str, float, float], ...] = (
     ("temperature", 0, 2), ("top_k", 0, (1 << 31) - 1), ("top_p", 0, 1), ("min_p", 0, 1), ("repetition_penalty", 0, 2),
+    ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
     ("seed", -(1 << 63), (1 << 63) - 1), ("max_tokens", -1, 1 << 31), ("min_tokens", 0, 1 << 31), ("logprobs", 0, 20),
 )  # fmt: skip
 
 
+MAX_BIAS = 100
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How to choose tokens and when to end. The order of the filters is that of plan.ops.Sample."""
+    """How to choose tokens and when to end. The order of the changes and filters is that of plan.ops.Sample."""
 
     temperature: float = 1.0  # 0..2; below 1e-4 greedy
     top_k: int = 0  # 0 off
     top_p: float = 1.0  # (0, 1]; 1 off
     min_p: float = 0.0  # 0..1; 0 off
     repetition_penalty: float = 1.0  # (0, 2]; 1 off; over prompt and output
+    presence_penalty: float = 0.0  # -2..2; 0 off; once for each token of the output
+    frequency_penalty: float = 0.0  # -2..2; 0 off; as often as a token is in the output
+    logit_bias: dict[int, float] = {}  # up to 1024 ids; -100..100 each, added to the logit
+    allowed_token_ids: tuple[int, ...] | None = None  # None: any; else only these are sampled
     seed: int | None = None  # int64; None: drawn when the request is accepted
     max_tokens: int = 16  # >= 0; 0: no token, finish "length"
     min_tokens: int = 0  # until then end ids are banned and stop strings not matched
@@ -57,6 +66,30 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidValue(
                 f"stop_token_ids has {len(self.stop_token_ids)} ids; allowed: 64", param="stop_token_ids"
             )
+        self._check_changes()
+
+    def _check_changes(self) -> None:
+        if len(self.logit_bias) > MAX_BIASES:
+            raise InvalidValue(f"logit_bias has {len(self.logit_bias)} ids; allowed: {MAX_BIASES}", param="logit_bias")
+        for token_id, bias in self.logit_bias.items():
+            if not -MAX_BIAS <= bias <= MAX_BIAS:
+                raise InvalidValue(
+                    f"logit_bias of {token_id} is {bias!r}; allowed: -{MAX_BIAS} to {MAX_BIAS}", param="logit_bias"
+                )
+
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise InvalidValue for an id that is not in the vocabulary, and for a top_k that it has not."""
+        named = {
+            "stop_token_ids": self.stop_token_ids,
+            "logit_bias": self.logit_bias,
+            "allowed_token_ids": self.allowed_token_ids or (),
+        }
+        for name, ids in named.items():
+            wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
+            if wrong is not None:
+                raise InvalidValue(f"{name} has {wrong}; allowed: 0 to {vocab_size - 1}", param=name)
+        if self.top_k > vocab_size:
+            raise InvalidValue(f"top_k is {self.top_k}; allowed: 1 to {vocab_size}, or 0 for off", param="top_k")
 
     def _check_types(self) -> None:
         """Structs are not checked when Python makes them."""
@@ -83,6 +116,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def num_prompt_tokens(self) -> int:
         return len(self.prompt_ids)
+
+    def check(self) -> None:
+        """Raise NoAllowedToken if there is no token that the first of the answer could be."""
+        allowed = self.params.allowed_token_ids
+        if allowed is not None and not set(allowed).difference(self.end_ids if self.params.min_tokens else ()):
+            which = "that does not end the answer before min_tokens" if allowed else "at all"
+            raise NoAllowedToken(
+                f"allowed_token_ids has no id {which}, so no token can be made; name at least one, or leave it out",
+                param="allowed_token_ids",
+            )
 
 
 class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):

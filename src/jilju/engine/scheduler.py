@@ -87,6 +87,7 @@ def check_fits(request: Request, limits: Limits) -> None:
             f"the prompt has {num_prompt} tokens and max_tokens is {max_tokens}; the KV cache holds {num_slots} tokens;"
             " shorten the prompt, lower max_tokens, or give the engine more KV memory"
         )
+    request.check()
 
 
 class Scheduler:
@@ -317,7 +318,10 @@ class Scheduler:
             if all(finite[i] for i in logits):
                 self._commit_row(row, logits, result, now_ns, events)
             else:
-                message = "the model gave a logit that is NaN or infinite; the request ends here, others go on"
+                message = (
+                    "the model gave a logit that is NaN or infinite, or no token was allowed; the request ends here,"
+                    " others go on"
+                )
                 self._fail(row.sequence, NanLogits(message), events)
         if len(self._live) != num_live:
             self.running = [s for s in self.running if s.id in self._live]

@@ -11,16 +11,54 @@ the scheduler changes it, packing reads it.
 
 import numpy as np
 
-from jilju.engine.request import Request, RequestTimes
+from jilju.engine.request import Request, RequestTimes, SamplingParams
 
 MAX_PREEMPTIONS = 4  # after so many a sequence is let in only when its whole length is sure to fit, and then stays in
 
 
+_NO_IDS = np.empty(0, np.int32)
+
+
+class TokenCounts:
+    """The ids that the penalties touch, each once, and how often each is in the output; a token costs O(1)."""
+
+    __slots__ = ("_counts", "_ids", "_index", "_num")
+
+    def __init__(self, capacity: int):
+        self._ids = np.empty(capacity, np.int32)
+        self._counts = np.zeros(capacity, np.int32)
+        self._index: dict[int, int] = {}  # of an id
+        self._num = 0
+
+    def add_prompt(self, token_ids: np.ndarray) -> None:
+        """Once, before any output."""
+        distinct = np.unique(token_ids)
+        self._num = len(distinct)
+        self._ids[: self._num] = distinct
+        self._index = dict(zip(distinct.tolist(), range(self._num), strict=True))
+
+    def add(self, token_id: int) -> None:
+        """One more token of the output."""
+        index = self._index.setdefault(token_id, self._num)
+        if index == self._num:
+            self._ids[index] = token_id
+            self._num += 1
+        self._counts[index] += 1
+
+    @property
+    def ids(self) -> np.ndarray:
+        return self._ids[: self._num]
+
+    @property
+    def counts(self) -> np.ndarray:
+        return self._counts[: self._num]
+
+
 class Sequence:
     __slots__ = (
-        "block_ids", "block_keys", "end_ids", "first_token_ns", "is_running", "last_token_ns", "max_computed", "num_cached",
-        "num_computed", "num_preemptions", "num_prompt_tokens", "num_steps", "num_tokens", "number", "prefix_ids", "queued_ns", "request",
-        "scheduled_ns", "scores", "stalled_ns", "tokens",
+        "_end_ids", "bias_ids", "biases", "block_ids", "block_keys", "counts", "end_ids", "first_token_ns", "is_running", "last_token_ns",
+        "mask", "max_computed", "num_cached", "num_computed", "num_preemptions", "num_prompt_tokens", "num_steps", "num_tokens", "number",
+        "prefix_ids", "queued_ns", "request", "scheduled_ns", "scores", "stalled_ns", "tokens",
     )  # fmt: skip
 
     def __init__(self, number: int, request: Request, queued_ns: int):
@@ -28,12 +66,18 @@ class Sequence:
         self.number = number  # order of arrival, unique within the engine
         self.request = request
         self.end_ids = frozenset(request.end_ids)
+        self._end_ids = np.array(sorted(self.end_ids), np.int32)
 
         self.num_prompt_tokens = len(request.prompt_ids)
         self.num_tokens = self.num_prompt_tokens + len(request.output_ids)
         self.tokens = np.empty(max(self.num_prompt_tokens + params.max_tokens, self.num_tokens), np.int32)
         self.tokens[: self.num_prompt_tokens] = request.prompt_ids
         self.tokens[self.num_prompt_tokens : self.num_tokens] = request.output_ids
+
+        self.counts = _counts(request, self.tokens)
+        self.bias_ids = np.array(list(params.logit_bias), np.int32)
+        self.biases = np.array(list(params.logit_bias.values()), np.float32)
+        self.mask = _mask(params)  # uint32 words, a bit an id that may be sampled; None: any may
 
         self.num_computed = 0
         self.max_computed = self.num_tokens - 1 if request.output_ids else 0  # below it, computing is computing again
@@ -74,12 +118,18 @@ class Sequence:
         return self.num_prompt_tokens - 1 if self.scores is not None else 0
 
     @property
+    def banned_ids(self) -> np.ndarray:
+        return self._end_ids if self.num_output < self.request.params.min_tokens else _NO_IDS
+
+    @property
     def is_protected(self) -> bool:
         return self.num_preemptions >= MAX_PREEMPTIONS
 
     def append(self, token_id: int) -> None:
         self.tokens[self.num_tokens] = token_id
         self.num_tokens += 1
+        if self.counts is not None:
+            self.counts.add(token_id)
 
     def times(self) -> RequestTimes:
         return RequestTimes(
@@ -92,6 +142,28 @@ class Sequence:
             num_cached_tokens=self.num_cached,
             num_preemptions=self.num_preemptions,
         )
+
+
+def _counts(request: Request, tokens: np.ndarray) -> TokenCounts | None:
+    """Repetition is over prompt and output, presence and frequency are over the output alone."""
+    params = request.params
+    if params.repetition_penalty == 1 and params.presence_penalty == 0 and params.frequency_penalty == 0:
+        return None
+    counts = TokenCounts(len(tokens))
+    if params.repetition_penalty != 1:
+        counts.add_prompt(tokens[: len(request.prompt_ids)])
+    for token_id in request.output_ids:
+        counts.add(token_id)
+    return counts
+
+
+def _mask(params: SamplingParams) -> np.ndarray | None:
+    if params.allowed_token_ids is None:
+        return None
+    ids = np.array(params.allowed_token_ids, np.int64)
+    bits = np.zeros((ids.max() // 32 + 1) * 32, np.uint8)
+    bits[ids] = 1
+    return np.packbits(bits, bitorder="little").view(np.uint32)
 
 
 def max_slots(request: Request) -> int:

@@ -58,14 +58,23 @@ class Batch:
     top_ks: np.ndarray  # int32 [num_logits]   0: off
     top_ps: np.ndarray  # float32 [num_logits]   1: off
     min_ps: np.ndarray  # float32 [num_logits]   0: off
-    repetition_penalties: np.ndarray  # float32 [num_logits]   1: off
-    penalty_starts: (
-        np.ndarray
-    )  # int32 [num_logits + 1]   ids seen so far of logit row i: penalty_ids[starts[i]:starts[i+1]]
-    penalty_ids: np.ndarray  # int32 [...]   duplicates allowed: an id is penalised once
-    banned_starts: np.ndarray  # int32 [num_logits + 1]   ids that must not be sampled, same layout
-    banned_ids: np.ndarray  # int32 [...]
     num_top: np.ndarray  # int32 [num_logits]   how many alternatives to report, 0..MAX_TOP
+    repetition_penalties: np.ndarray  # float32 [num_logits]   1: off
+    presence_penalties: np.ndarray  # float32 [num_logits]   0: off
+    frequency_penalties: np.ndarray  # float32 [num_logits]   0: off
+
+    # Lists of ids, of logit row i those of [starts[i], starts[i + 1]), each id at most once in a row.
+    penalty_starts: np.ndarray  # int32 [num_logits + 1]
+    penalty_ids: np.ndarray  # int32 [...]   that the penalties touch
+    penalty_counts: np.ndarray  # int32 [...]   how often the id is in the output; 0: in the prompt alone
+    bias_starts: np.ndarray  # int32 [num_logits + 1]   at most MAX_BIASES a row
+    bias_ids: np.ndarray  # int32 [...]
+    biases: np.ndarray  # float32 [...]
+    banned_starts: np.ndarray  # int32 [num_logits + 1]
+    banned_ids: np.ndarray  # int32 [...]   that must not be sampled
+
+    mask_rows: np.ndarray  # int32 [num_logits]   which mask says what may be sampled; -1: anything
+    masks: np.ndarray  # uint32 [num_masks, ceil(vocab / 32)]   bit id % 32 of word id // 32 is set: id may be sampled
 
     @property
     def num_rows(self) -> int:
@@ -85,17 +94,17 @@ class Batch:
 
 
 MAX_TOP = 20  # alternatives a logit row may report; the contract's cap on top_logprobs
+MAX_BIASES = 1024  # biased ids of a logit row; the contract's cap on logit_bias
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """One entry per logit row. Logprobs are of the model's own distribution: log softmax of the raw float32 logits,
-    before temperature, penalties, bans and filters."""
+    before biases, penalties, bans, temperature and filters."""
 
     token_ids: np.ndarray  # int32 [num_logits]   sampled id, or the target
     logprobs: np.ndarray  # float32 [num_logits]   of token_ids
     top_ids: np.ndarray  # int32 [num_logits, MAX_TOP]   most probable first, ties to the lowest id; -1 beyond num_top
     top_logprobs: np.ndarray  # float32 [num_logits, MAX_TOP]
-    finite: (
-        np.ndarray
-    )  # bool [num_logits]   False: a logit was NaN or infinite; the other fields of the row mean nothing
+    # bool [num_logits]   False: a logit was NaN or infinite, or no id was left to sample; the row's other fields mean nothing
+    finite: np.ndarray

@@ -266,14 +266,18 @@ class TakeRows(Op, frozen=True, tag="take_rows"):
 class Sample(Op, frozen=True, tag="sample"):
     """One id a logit row, by these steps in this order, all in the backend:
 
-    1. logprobs: log softmax of the raw logits; finite: no logit is NaN or infinite.
-    2. repetition penalty p on each id of penalty_ids once: l > 0 ? l / p : l * p.   3. banned ids become -inf.
-    4. temperature < 1e-4: the largest logit, ties to the lowest id. Otherwise l / temperature, then
-    5. top-k: the k largest (ties to lower ids); top-p: of those, renormalised, the shortest prefix in descending order
-       (ties to lower ids) whose mass is >= p; min-p: of those, probability >= min_p * the largest.
+    1. Logprobs are the log softmax of the raw logits. finite: no logit is NaN or infinite.
+    2. Some logits change, by float32 operations: bias, l + b. Then the penalties of an id that is `count` times in the output:
+       repetition r, l > 0 ? l / r : l * r; frequency f, l - f * count; presence p, l - p if count > 0. A logit that leaves
+       the range of finite numbers becomes the nearest one that is in it.
+    3. Banned ids and ids that the row's mask leaves out become -inf. If no other is left, finite is False.
+    4. temperature < 1e-4: the largest logit, ties to the lowest id.
+    5. Otherwise the order of ids is by descending logit, ties to the lowest id, and an id's mass is
+       exp((l - largest) / temperature). top-k keeps the first k of the order. top-p keeps of those the shortest prefix with
+       at least the share p of their mass, never none. min-p keeps of those the masses >= min_p (the largest is 1).
     6. u in [0, 1) from Philox4x32-10, key = seed, counter = position (low word, high word, 0, 0), first two output words:
-       u = ((w0 << 21 | w1 >> 11) & (2^53 - 1)) * 2^-53. The id is the first survivor in ascending id order whose
-       cumulative probability mass exceeds u * total.
+       u = ((w0 << 21 | w1 >> 11) & (2^53 - 1)) * 2^-53. The id is the first that was kept, in ascending order of ids, at
+       which their cumulative mass exceeds u * total.
     A row with target >= 0 takes the target and skips 2-6.
     """
 

@@ -4,6 +4,7 @@ Owns their types, ranges and off values, and the way from them to SamplingParams
 leaves out. Knows nothing of messages, prompts or answers.
 """
 
+import re
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
@@ -11,14 +12,17 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from jilju.engine.request import SamplingParams
+from jilju.engine.request import MAX_BIAS, SamplingParams
 from jilju.errors import ContextLengthExceeded, InvalidValue, ModelNotFound
+from jilju.plan.batch import MAX_BIASES
+from jilju.serve.body import shown_name
 from jilju.serve.context import ServerContext
 from jilju.serve.errors import shown
 from jilju.serve.fields import ANY, Rules, convert, refuse, take_fields
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
+TOKEN_KEY = re.compile("0|[1-9][0-9]{0,9}", re.ASCII)
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -47,6 +51,10 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Meta(gt=0, le=2)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    logit_bias: dict[str, Any] = {}
+    allowed_token_ids: list[TokenId] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] = []
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] = []
@@ -82,10 +90,6 @@ NO_OPS: Mapping[str, Any] = MappingProxyType(
 LATER: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "n": (1,),
-        "presence_penalty": (0,),
-        "frequency_penalty": (0,),
-        "logit_bias": ({},),
-        "allowed_token_ids": (),
         "bad_words": ([],),
         "logprob_token_ids": ([],),
         "prompt_logprobs": (),
@@ -152,9 +156,12 @@ def sampling_params(
     fields: GenerationFields, context: ServerContext, *, max_tokens: int, logprobs: int | None, seed: int
 ) -> SamplingParams:
     vocab_size = context.tokenizer.vocab_size
-    for index, token_id in enumerate(fields.stop_token_ids):
-        if token_id >= vocab_size:
-            raise refuse(f"stop_token_ids[{index}]", token_id, f"an id of the vocabulary, 0..{vocab_size - 1}")
+    _check_ids("stop_token_ids", fields.stop_token_ids, vocab_size)
+    if fields.allowed_token_ids is not None:
+        if len(fields.allowed_token_ids) > vocab_size:
+            given = f"a list of {len(fields.allowed_token_ids)} ids"
+            raise refuse("allowed_token_ids", given, f"at most as many as the vocabulary has, {vocab_size}")
+        _check_ids("allowed_token_ids", fields.allowed_token_ids, vocab_size)
     if fields.top_k is not None and fields.top_k > vocab_size:
         raise refuse("top_k", fields.top_k, f"1..{vocab_size}, or 0 or -1 for off")
     if fields.min_tokens > max_tokens:
@@ -166,6 +173,10 @@ def sampling_params(
         top_p=_or(fields.top_p, defaults.top_p),
         min_p=_or(fields.min_p, defaults.min_p),
         repetition_penalty=_or(fields.repetition_penalty, defaults.repetition_penalty),
+        presence_penalty=fields.presence_penalty,
+        frequency_penalty=fields.frequency_penalty,
+        logit_bias=_logit_bias(fields.logit_bias, vocab_size),
+        allowed_token_ids=None if fields.allowed_token_ids is None else tuple(fields.allowed_token_ids),
         seed=seed,
         max_tokens=max_tokens,
         min_tokens=fields.min_tokens,
@@ -174,6 +185,27 @@ def sampling_params(
         ignore_eos=fields.ignore_eos,
         logprobs=logprobs,
     )
+
+
+def _check_ids(name: str, ids: list[int], vocab_size: int) -> None:
+    for index, token_id in enumerate(ids):
+        if token_id >= vocab_size:
+            raise refuse(f"{name}[{index}]", token_id, f"an id of the vocabulary, 0..{vocab_size - 1}")
+
+
+def _logit_bias(given: Mapping[str, Any], vocab_size: int) -> dict[int, float]:
+    """{"42": -100}: the keys of a JSON object are strings."""
+    if len(given) > MAX_BIASES:
+        raise refuse("logit_bias", f"an object of {len(given)} ids", f"at most {MAX_BIASES}")
+    biases: dict[int, float] = {}
+    for key, bias in given.items():
+        where = f"logit_bias.{shown_name(key)}"
+        if not TOKEN_KEY.fullmatch(key) or int(key) >= vocab_size:
+            raise refuse("logit_bias", key, f"keys that are ids of the vocabulary, 0..{vocab_size - 1}")
+        if type(bias) not in (int, float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise refuse(where, bias, f"a number, -{MAX_BIAS}..{MAX_BIAS}")
+        biases[int(key)] = float(bias)
+    return biases
 
 
 def end_ids(params: SamplingParams, eos_ids: tuple[int, ...]) -> tuple[int, ...]:

@@ -88,8 +88,9 @@ class NativeExecutor:
         )
         self._model.run(
             batch.token_ids, batch.starts, batch.counts, batch.block_tables, batch.logit_tokens, batch.targets, batch.positions,
-            batch.seeds, batch.temperatures, batch.top_ks, batch.top_ps, batch.min_ps, batch.repetition_penalties,
-            batch.penalty_starts, batch.penalty_ids, batch.banned_starts, batch.banned_ids, batch.num_top,
+            batch.seeds, batch.temperatures, batch.top_ks, batch.top_ps, batch.min_ps, batch.num_top, batch.repetition_penalties,
+            batch.presence_penalties, batch.frequency_penalties, batch.penalty_starts, batch.penalty_ids, batch.penalty_counts,
+            batch.bias_starts, batch.bias_ids, batch.biases, batch.banned_starts, batch.banned_ids, batch.mask_rows, batch.masks,
             result.token_ids, result.logprobs, result.top_ids, result.top_logprobs, result.finite,
         )  # fmt: skip
         return result
