@@ -28,11 +28,19 @@ class ProfiledExecutor(Executor, Protocol):
 
 
 class Sampling(NamedTuple):
+    """How every row samples, and how many ids its lists have; which ids is random but fixed."""
+
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    num_top: int = 0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    num_penalized: int = 0
+    num_biases: int = 0
+    allowed_share: float | None = None  # of the vocabulary, by a mask a row; None: no mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +56,7 @@ class Steps:
     """`executor` has loaded `plan` within `limits`, whose blocks hold `max_context` tokens of each of `max_rows` rows."""
 
     def __init__(self, executor: Executor, plan: Plan, limits: Limits, seed: int = 0):
-        self._executor, self._limits = executor, limits
+        self._executor, self._limits, self._vocab_size = executor, limits, plan.vocab_size
         self._blocks_per_row = -(-limits.max_context // limits.block_size)
         assert limits.num_blocks >= self._blocks_per_row * limits.max_rows, f"{limits} do not hold every row"
         shape = (limits.max_rows, limits.max_context)
@@ -109,13 +117,39 @@ class Steps:
             top_ks=np.full(n, sampling.top_k, np.int32),
             top_ps=np.full(n, sampling.top_p, np.float32),
             min_ps=np.full(n, sampling.min_p, np.float32),
+            num_top=np.full(n, sampling.num_top, np.int32),
             repetition_penalties=np.full(n, sampling.repetition_penalty, np.float32),
-            penalty_starts=np.zeros(n + 1, np.int32),
-            penalty_ids=np.empty(0, np.int32),
-            banned_starts=np.zeros(n + 1, np.int32),
-            banned_ids=np.empty(0, np.int32),
-            num_top=np.zeros(n, np.int32),
+            presence_penalties=np.full(n, sampling.presence_penalty, np.float32),
+            frequency_penalties=np.full(n, sampling.frequency_penalty, np.float32),
+            penalty_starts=_starts(n, sampling.num_penalized),
+            penalty_ids=self._lists(n, sampling.num_penalized),
+            penalty_counts=np.ones(n * sampling.num_penalized, np.int32),
+            bias_starts=_starts(n, sampling.num_biases),
+            bias_ids=self._lists(n, sampling.num_biases),
+            biases=np.ones(n * sampling.num_biases, np.float32),
+            banned_starts=_starts(n, 0),
+            banned_ids=self._lists(n, 0),
+            mask_rows=np.arange(n, dtype=np.int32) if sampling.allowed_share is not None else np.full(n, -1, np.int32),
+            masks=self._masks(n, sampling.allowed_share),
         )
+
+    def _lists(self, num_rows: int, length: int) -> np.ndarray:
+        """So many ids a row, each once in a row: int32 [num_rows * length]"""
+        rng = np.random.default_rng(length)
+        rows = [rng.permutation(self._vocab_size)[:length] for _ in range(num_rows)] if length else []
+        return np.concatenate([np.empty(0, np.int32), *rows]).astype(np.int32)
+
+    def _masks(self, num_rows: int, share: float | None) -> np.ndarray:
+        num_words = -(-self._vocab_size // 32)
+        if share is None:
+            return np.zeros((0, num_words), np.uint32)
+        bits = np.random.default_rng(0).random((num_rows, 32 * num_words)) < share
+        bits[:, 0] = True  # at least one id may be sampled
+        return np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
+
+
+def _starts(num_rows: int, length: int) -> np.ndarray:
+    return np.arange(0, (num_rows + 1) * length, length, dtype=np.int32) if length else np.zeros(num_rows + 1, np.int32)
 
 
 def prefill_shape(num_tokens: int) -> StepShape:
