@@ -79,10 +79,11 @@ def test_golden_files_are_what_transformers_says_today(tiny: Tiny) -> None:
             assert file.tensor_data(name).tobytes() == np.ascontiguousarray(x).tobytes(), name
 
 
-def test_the_golden_answers_of_a_real_file_are_what_transformers_says_today() -> None:
-    golden = json.loads((GOLDEN_FOLDER / "smollm2-135m.greedy.json").read_text())
-    path = next(m.path for m in list_models() if m.entry.name == golden["model"])
-    if not path.is_file():
+@pytest.mark.parametrize("name", ["smollm2-135m", "gemma3-270m"])
+def test_the_golden_answers_of_a_real_file_are_what_transformers_says_today(name: str) -> None:
+    golden = json.loads((GOLDEN_FOLDER / f"{name}.greedy.json").read_text())
+    path = next((m.path for m in list_models() if m.entry.name == golden["model"] and m.cached), None)
+    if path is None:
         pytest.skip(f"{golden['model']} is not in the cache: jilju pull {golden['model']}")
     model = load_by_transformers(path)
     for answer in golden["greedy"]:

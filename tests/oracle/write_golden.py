@@ -1,5 +1,5 @@
 """Write tests/golden/model: tiny GGUF files and the logits that `transformers` computes from the same weights, and the greedy
-answers of smollm2-135m to the prompts of smollm2-135m.greedy.json, if that model is in the cache.
+answers of real models to the prompts of MODEL.greedy.json, of those that are in the cache.
 """
 
 import json
@@ -24,13 +24,14 @@ def main() -> None:
         )
         sizes = [(FOLDER / f"{tiny.name}{suffix}").stat().st_size for suffix in (".gguf", ".npz")]
         print(f"{tiny.name}: {sizes[0]:,} bytes of model, {sizes[1]:,} bytes of logits")
-    write_greedy(FOLDER / "smollm2-135m.greedy.json")
+    for path in sorted(FOLDER.glob("*.greedy.json")):
+        write_greedy(path)
 
 
 def write_greedy(path: Path) -> None:
     golden = json.loads(path.read_text())
-    file = next(m.path for m in list_models() if m.entry.name == golden["model"])
-    if not file.is_file():
+    file = next((m.path for m in list_models() if m.entry.name == golden["model"] and m.cached), None)
+    if file is None:
         print(f"{golden['model']} is not in the cache, {path.name} stays as it is")
         return
     model = load_by_transformers(file)
