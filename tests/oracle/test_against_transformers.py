@@ -28,7 +28,8 @@ from jilju.plan import Limits
 from tests.model.batches import chunks_of, logits_of
 
 GOLDEN_FOLDER = Path(__file__).parents[1] / "golden" / "model"
-TOLERANCE = 2e-5  # of the row's largest logit; both sides are float32 with different orders of summation
+# Of the row's largest logit, for ten layers; both sides are float32 with different orders of summation, a rounding more a layer.
+TOLERANCE = 2e-5
 BLOCK_SIZE = 8
 
 
@@ -49,7 +50,7 @@ def test_logits_of_every_family(tiny: Tiny, tmp_path: Path) -> None:
     write_gguf(tmp_path / "tiny.gguf", model, tiny)
     want = logits_by_transformers(model, ids)
     executor = load(tmp_path / "tiny.gguf")
-    rng = np.random.default_rng(0)
+    rng, tolerance = np.random.default_rng(0), TOLERANCE * max(1, tiny.num_layers / 10)
     ways = {
         "one pass": [(0, NUM_TOKENS)],
         "chunks": chunks_of(NUM_TOKENS, rng.integers(1, 17, NUM_TOKENS).tolist()),
@@ -62,7 +63,7 @@ def test_logits_of_every_family(tiny: Tiny, tmp_path: Path) -> None:
         print(
             f"{tiny.name}, {way}: largest error {error.max():.1e} of the row's largest logit, at token {error.argmax()}"
         )
-        assert error.max() <= TOLERANCE, f"{way}, token {error.argmax()}: {error.max():.1e}, bound {TOLERANCE}"
+        assert error.max() <= tolerance, f"{way}, token {error.argmax()}: {error.max():.1e}, bound {tolerance}"
 
 
 @pytest.mark.parametrize("tiny", GOLDEN, ids=lambda tiny: tiny.name)
