@@ -15,7 +15,7 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t padded_head_dim(const Program& p) { return round_up(p.head_dim, 8); }
 int64_t tile_tokens(const ModelLimits& l) { return std::min(l.max_tokens, kTileTokens); }
 
-// Decode units are split over the keys only while whole units are fewer than this many a thread.
+// Units of attention are made smaller while they are fewer than this many a thread: prefill's by queries, decode's by keys.
 constexpr int64_t kUnitsPerThread = 4;
 
 // The most partial results that attention keeps: few rows are split, each in as many splits as a context has.
@@ -119,6 +119,8 @@ Status Model::create(Program program, const ModelLimits& limits, const KernelSet
     for (size_t i = 0; i < p.buffers.size(); at += workspace.buffers[i++]) p.buffers[i].data = at;
     for (size_t i = 0; i < p.rope_tables.size(); at += workspace.rope[i++]) model->step_.rope.push_back(at);
     model->step_.partials = at;
+    model->splits_done_ = std::vector<std::atomic<int32_t>>(max_partials(p, limits) * p.num_kv_heads);
+    model->step_.splits_done = model->splits_done_.data();
     model->step_.group_largest = at += workspace.partials;
     model->step_.strips = reinterpret_cast<StripSummary*>(at += workspace.groups);
     float* const scratch = at + workspace.strips;
@@ -235,18 +237,23 @@ void Model::begin_tile(int64_t first_token, int64_t num_tokens) {
         row_offset_ += count;
         if (row_offset_ == b.counts[row_]) ++row_, row_offset_ = 0;
     }
-    const int64_t num_segments = static_cast<int64_t>(step_.segments.size()), per_unit = kernels_.queries_per_unit(program_.group);
+    const int64_t num_segments = static_cast<int64_t>(step_.segments.size());
+    // Units share what they read among many queries, unless that leaves threads without work.
+    int64_t per_unit = kernels_.queries_per_unit(program_.group);
+    while (per_unit > 8 && num_tokens * program_.num_kv_heads < kUnitsPerThread * pool_->num_threads() * per_unit) per_unit /= 2;
     const bool split = pool_->num_threads() > 1 && num_segments * program_.num_kv_heads < kUnitsPerThread * pool_->num_threads();
     for (int64_t s = 0; s < num_segments; ++s) {
         const Segment& segment = step_.segments[s];
         const int64_t splits = ceil_div(segment.start + segment.count, kKeySplit);
         if (split && segment.count == 1 && splits > 1) {
-            for (int64_t i = 0; i < splits; ++i) step_.units.push_back({static_cast<int>(s), 0, 1, i, i + 1, step_.num_partials++});
+            const int64_t first = step_.num_partials;  // units run from the last to the first: whole splits before the part of one
+            for (int64_t i = splits - 1; i >= 0; --i) step_.units.push_back({static_cast<int>(s), 0, 1, i, i + 1, first + i, first, splits});
+            step_.num_partials += splits;
             continue;
         }
         for (int64_t q = 0; q < segment.count; q += per_unit) {
             const int64_t count = std::min(per_unit, segment.count - q);
-            step_.units.push_back({static_cast<int>(s), q, count, 0, ceil_div(segment.start + q + count, kKeySplit), -1});
+            step_.units.push_back({static_cast<int>(s), q, count, 0, ceil_div(segment.start + q + count, kKeySplit)});
         }
     }
 }

@@ -5,9 +5,11 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "pool.h"
 #include "program.h"
@@ -69,6 +71,7 @@ private:
     Memory kv_memory_, workspace_memory_;
     std::unique_ptr<Pool> pool_;
     Step step_{};
+    std::vector<std::atomic<int32_t>> splits_done_;
     int64_t row_ = 0, row_offset_ = 0;  // where the next tile begins: row, and tokens of it that are done
 };
 

@@ -38,6 +38,23 @@ bool overlap(const Value& a, const Value& b) {
     return a.buffer == b.buffer && a.offset < b.offset + b.width && b.offset < a.offset + a.width;
 }
 
+bool same(const Value& a, const Value& b) { return a.buffer == b.buffer && a.offset == b.offset && a.width == b.width; }
+
+// The ropes of q and k right before an attention become part of it.
+void take_ropes(Program& p, AttentionOp* op) {
+    while (!p.ops.empty() && std::holds_alternative<RopeOp>(p.ops.back())) {
+        const RopeOp& rope = std::get<RopeOp>(p.ops.back());
+        if (!op->rope_q && same(rope.x, op->q)) {
+            op->rope_q = rope;
+        } else if (!op->rope_k && same(rope.x, op->k)) {
+            op->rope_k = rope;
+        } else {
+            return;
+        }
+        p.ops.pop_back();
+    }
+}
+
 float half_to_float(uint16_t h) {
     const int exponent = h >> 10 & 31, mantissa = h & 1023;
     const double magnitude = exponent == 0 ? std::ldexp(mantissa, -24)
@@ -139,7 +156,8 @@ Status decode_program(std::span<const int64_t> ints, std::span<const double> rea
         return static_cast<int>(id);
     };
 
-    p.first_logit_op = num_ops;
+    constexpr size_t kNone = SIZE_MAX;
+    p.first_logit_op = kNone;
     for (int64_t i = 0; i < num_ops && status.ok(); ++i) {
         switch (in.next()) {
             case 0: {
@@ -196,7 +214,7 @@ Status decode_program(std::span<const int64_t> ints, std::span<const double> rea
             }
             case 4: {
                 AttentionOp op{in.value(), in.value(), in.value(), in.value(), static_cast<int>(in.next()), static_cast<int>(in.next()), in.next(),
-                               static_cast<float>(in.real())};
+                               static_cast<float>(in.real()), {}, {}};
                 for (const Value* v : {&op.q, &op.k, &op.v, &op.out}) check_value(*v);
                 const int64_t kv_width = p.num_kv_heads * p.head_dim;
                 if (p.num_kv_heads < 1 || p.head_dim < 1 || op.num_heads < 1 || op.num_heads % p.num_kv_heads || op.layer < 0 || op.layer >= p.num_layers ||
@@ -204,8 +222,8 @@ Status decode_program(std::span<const int64_t> ints, std::span<const double> rea
                     op.k.logits || op.v.logits || op.out.logits)
                     return Status::invalid("attention: heads and widths differ");
                 if (op.window < 0) return Status::invalid("attention: a negative window");
-                if (op.window > 0) return Status::unsupported("attention with a window of " + std::to_string(op.window) + " keys has no kernel");
                 p.group = std::max(p.group, op.num_heads / p.num_kv_heads);
+                take_ropes(p, &op);
                 p.ops.push_back(op);
                 break;
             }
@@ -226,7 +244,7 @@ Status decode_program(std::span<const int64_t> ints, std::span<const double> rea
                 check_value(op.x);
                 check_value(op.out);
                 if (op.x.width != op.out.width || op.x.logits || !op.out.logits) return Status::invalid("take_rows: widths or rows differ");
-                p.first_logit_op = std::min(p.first_logit_op, static_cast<size_t>(i));
+                p.first_logit_op = std::min(p.first_logit_op, p.ops.size());
                 p.ops.push_back(op);
                 break;
             }
@@ -243,6 +261,7 @@ Status decode_program(std::span<const int64_t> ints, std::span<const double> rea
     }
     if (!status.ok()) return status;
     if (in.failed() || !in.finished()) return Status::invalid("the encoded plan is cut short or too long");
+    p.first_logit_op = std::min(p.first_logit_op, p.ops.size());
     for (size_t i = p.first_logit_op; i < p.ops.size(); ++i) {
         const bool on_logits = std::holds_alternative<RmsNormOp>(p.ops[i])  ? std::get<RmsNormOp>(p.ops[i]).out.logits
                                : std::holds_alternative<LinearOp>(p.ops[i]) ? std::get<LinearOp>(p.ops[i]).out.logits

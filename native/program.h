@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <variant>
 #include <vector>
@@ -51,7 +52,14 @@ struct EmbedOp { int table; Value out; float scale; };
 struct RmsNormOp { Value x; int weight; Value out; float eps; bool add_to; };
 struct LinearOp { Value x; Value out; std::vector<int> parts; std::vector<int> biases; bool add_to; };
 struct RopeOp { Value x; int64_t head_dim; bool halves; int table; };
-struct AttentionOp { Value q, k, v, out; int layer; int num_heads; int64_t window; float scale; };  // window 0: none
+struct AttentionOp {
+    Value q, k, v, out;
+    int layer;
+    int num_heads;
+    int64_t window;  // 0: none
+    float scale;
+    std::optional<RopeOp> rope_q, rope_k;  // that the plan has right before, done in the op's first pass
+};
 struct GluOp { Value x; Value out; Activation activation; };
 struct TakeRowsOp { Value x; Value out; };
 struct SampleOp { Value logits; };

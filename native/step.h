@@ -4,6 +4,7 @@
 // rows' K and V lie in the cache by then, hence a tile is nothing but a chunk. Logit rows run in tiles of kTileLogits.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -73,7 +74,8 @@ struct AttentionUnit {
     int segment;
     int64_t first_query, num_queries;  // within the segment
     int64_t split_begin, split_end;
-    int64_t partial;  // index of its partial result, or -1: the unit covers all splits and writes the output
+    int64_t partial = -1;  // index of its partial result; -1: the unit covers all splits and writes the output
+    int64_t first_partial = 0, num_splits = 0;  // of the query, if its splits are units of their own
 };
 
 struct KvCache {
@@ -105,6 +107,7 @@ struct Step {
     std::vector<AttentionUnit> units;
     int64_t num_partials;          // per KV head
     float* partials;               // [num_partials, num_kv_heads, group, padded_head_dim + 2]
+    std::atomic<int32_t>* splits_done;  // [num_partials, num_kv_heads], at a query's first partial; zeros between ops
     std::vector<float*> rope;      // per table: [token][cos[half], sin[half]]
     // the tile of logit rows
     int64_t first_logit, num_logits;

@@ -1,37 +1,46 @@
 // attention: write k, v to the row's slots, then out = softmax(scale * q K^T) V over positions [0, own position], causal
 //
-// q, out [tokens, num_heads * head_dim]; k, v [tokens, num_kv_heads * head_dim]. The cache holds float16, per block and KV
-// head K as [head_dim][slot] and V as [slot][padded head_dim]. Everything is read back from it, the step's own keys too.
-// Keys come in tiles of 32 and splits of 256 from position 0; the softmax restarts at each split and the partial results
-// join in ascending order, in one unit (prefill) or in several (decode): a query's bits depend on its position alone. The
-// query heads of one KV head are rows of the same tile of queries.
+// q, out [tokens, num_heads * head_dim]; k, v [tokens, num_kv_heads * head_dim]. Ropes of q and k that the plan has right
+// before are done in the same pass as the write. The cache holds float16, per block and KV head K as [head_dim][slot] and V
+// as [slot][padded head_dim]. Everything is read back from it, the step's own keys too. Keys come in tiles of 32 and splits
+// of 256 from position 0; the softmax restarts at each split and the partial results join in ascending order, in one unit
+// (prefill) or in several (decode): a query's bits depend on its position alone. The query heads of one KV head are rows of
+// the same tile of queries. Scores and maxima are in units of log2: weights are powers of two.
 #include "simd.h"
 
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
 namespace jilju::JILJU_ISA {
 namespace {
 
-constexpr int64_t kRowsPerUnit = 48;  // query rows that share an unpacked key tile: its unpacking costs < 10 % of the work
+constexpr int64_t kRowsPerUnit = 96;    // query rows that share an unpacked key tile: its unpacking costs < 3 % of the work
+constexpr int64_t kRowsToUnpackFor = 13;  // fewer rows than these read the cache's numbers in place: each is used twice or less
+constexpr int64_t kMaxRows = 6;         // of a register tile: 6 x 16 keys, or 3 x 32
+constexpr int64_t kRowsTogether = 24;  // their scores stay in L1
+constexpr int64_t kRun = 16;            // keys that never cross a block; a tile has two runs
+constexpr int64_t kTokensPerTile = 16;  // tokens of one block are mostly written by one thread: they share cache lines
+constexpr float kLog2e = 1.44269504f;
+constexpr float kSlack = 8.0f;          // a split's maximum is raised only if weights would exceed 2^8: most tiles rescale nothing
 
 // What a thread keeps in its scratch for `rows` query rows.
 struct Scratch {
-    float* keys;     // [head_dim][32]
+    float* keys;     // [2][head_dim][16]
     float* values;   // [32][padded]
-    float* queries;  // [rows][padded], scaled
-    float* scores;   // [rows][32], then weights
+    float* queries;  // [rows][head_dim], scaled
+    float* scores;   // [kRowsTogether][32], then weights
     float* sums;     // [rows][8]: lanes of the softmax's denominator, of this split
     float* maxima;   // [rows], of this split
     float* outputs;  // [rows][padded], of this split
     float* joined;   // [rows][padded + 2], of the splits so far: outputs, denominator, maximum
 
     Scratch(float* p, int64_t rows, int64_t head_dim, int64_t padded) {
-        const auto take = [&](int64_t n) { float* at = p; p += (n + 15) / 16 * 16; return at; };
+        const auto take = [&](int64_t n) { float* at = p; p += ceil_div(n, 16) * 16; return at; };
         keys = take(head_dim * kKeyTile);
         values = take(kKeyTile * padded);
-        queries = take(rows * padded);
-        scores = take(rows * kKeyTile);
+        queries = take(rows * head_dim);
+        scores = take(kRowsTogether * kKeyTile);
         sums = take(rows * 8);
         maxima = take(rows);
         outputs = take(rows * padded);
@@ -43,150 +52,259 @@ struct Scratch {
 
 // --- cache ------------------------------------------------------------------------------------------------------------
 
+JILJU_INLINE F32 load_element(const uint16_t* p) { return load_f16(p); }
+JILJU_INLINE F32 load_element(const float* p) { return load(p); }
+
+// Where the two runs of a key tile lie. A run that the queries do not see is that of the other, so that it may be read.
+template <class Element>
+struct Tile {
+    const Element* keys[2];    // [head_dim][key_stride]
+    const Element* values[2];  // [16][padded]
+    int64_t key_stride;
+};
+
+uint16_t* head_of_block(const KvCache& kv, int64_t layer, int64_t block, int64_t head) {
+    return kv.data + layer * kv.layer_stride + block * kv.block_stride + head * kv.head_stride;
+}
+
+Tile<uint16_t> tile_of(const KvCache& kv, const int32_t* blocks, int64_t layer, int64_t head, int64_t position, int64_t end) {
+    Tile<uint16_t> tile{{}, {}, kv.block_size};
+    for (int64_t run = 0; run < 2; ++run) {
+        const int64_t at = position + kRun * run < end ? position + kRun * run : position, slot = at % kv.block_size;
+        const uint16_t* from = head_of_block(kv, layer, blocks[at / kv.block_size], head);
+        tile.keys[run] = from + slot;
+        tile.values[run] = from + kv.head_dim * kv.block_size + slot * kv.padded_head_dim;
+    }
+    return tile;
+}
+
+Tile<float> unpack(const KvCache& kv, const Tile<uint16_t>& tile, const Scratch& s) {
+    for (int64_t run = 0; run < 2; ++run) {
+        float* keys = s.keys + run * kv.head_dim * kRun;
+        for (int64_t d = 0; d < kv.head_dim; ++d)
+            for (int64_t i = 0; i < kRun; i += 8) store(keys + d * kRun + i, load_element(tile.keys[run] + d * tile.key_stride + i));
+        float* values = s.values + run * kRun * kv.padded_head_dim;
+        for (int64_t i = 0; i < kRun * kv.padded_head_dim; i += 8) store(values + i, load_element(tile.values[run] + i));
+    }
+    return {{s.keys, s.keys + kv.head_dim * kRun}, {s.values, s.values + kRun * kv.padded_head_dim}, kRun};
+}
+
+void prefetch_tile(const KvCache& kv, const Tile<uint16_t>& tile) {
+    constexpr int64_t kLine = 64 / sizeof(uint16_t);
+    const int64_t rows_a_line = max_int(1, kLine / tile.key_stride);
+    for (int64_t run = 0; run < 2; ++run) {
+        for (int64_t d = 0; d < kv.head_dim; d += rows_a_line) prefetch(tile.keys[run] + d * tile.key_stride);
+        for (int64_t i = 0; i < kRun * kv.padded_head_dim; i += kLine) prefetch(tile.values[run] + i);
+    }
+}
+
+// Rotate q and k of one token where the op says so, and write k and v to its slot.
 void write_token(const AttentionOp& op, const Step& step, int64_t t) {
+    if (op.rope_q) rotate(*op.rope_q, step, t);
+    if (op.rope_k) rotate(*op.rope_k, step, t);
     const KvCache& kv = step.kv;
     const float* k = step.at(op.k, t);
     const float* v = step.at(op.v, t);
     const int64_t slot = step.token_slots[t];
     for (int64_t h = 0; h < step.program->num_kv_heads; ++h, k += kv.head_dim, v += kv.head_dim) {
-        uint16_t* keys = kv.data + op.layer * kv.layer_stride + step.token_blocks[t] * kv.block_stride + h * kv.head_stride;
+        uint16_t* keys = head_of_block(kv, op.layer, step.token_blocks[t], h);
         uint16_t* values = keys + kv.head_dim * kv.block_size + slot * kv.padded_head_dim;
         for (int64_t d = 0; d < kv.head_dim; d += 8) {
             const int n = static_cast<int>(min_int(8, kv.head_dim - d));
             uint16_t half[8];
-            store_f16(half, load_n(k + d, n));
+            store_f16(half, n == 8 ? load(k + d) : load_n(k + d, n));
             for (int i = 0; i < n; ++i) keys[(d + i) * kv.block_size + slot] = half[i];
-            store_f16(values + d, load_n(v + d, n));
+            store_f16(values + d, n == 8 ? load(v + d) : load_n(v + d, n));
         }
     }
 }
 
-// Unpack the 32 keys from `position`; values of keys from `end` on are zeros, whatever an earlier owner left there.
-void read_tile(const KvCache& kv, const int32_t* blocks, int64_t layer, int64_t head, int64_t position, int64_t end, const Scratch& s) {
-    for (int64_t run = 0; run < kKeyTile; run += 16) {  // 16 keys never cross a block
-        const int64_t at = position + run;
-        float* keys = s.keys + run;
-        float* values = s.values + run * kv.padded_head_dim;
-        const int64_t num_valid = max_int(0, min_int(16, end - at));
-        if (num_valid) {
-            const uint16_t* from = kv.data + layer * kv.layer_stride + blocks[at / kv.block_size] * kv.block_stride + head * kv.head_stride;
-            const int64_t slot = at % kv.block_size;
-            for (int64_t d = 0; d < kv.head_dim; ++d) {
-                store(keys + d * kKeyTile, load_f16(from + d * kv.block_size + slot));
-                store(keys + d * kKeyTile + 8, load_f16(from + d * kv.block_size + slot + 8));
-            }
-            const uint16_t* v = from + kv.head_dim * kv.block_size + slot * kv.padded_head_dim;
-            for (int64_t i = 0; i < num_valid * kv.padded_head_dim; i += 8) store(values + i, load_f16(v + i));
-        } else {
-            for (int64_t d = 0; d < kv.head_dim; ++d) {
-                store(keys + d * kKeyTile, zero());
-                store(keys + d * kKeyTile + 8, zero());
-            }
+// --- one key tile, a few rows -----------------------------------------------------------------------------------------
+
+// acc[r][i] += x(r) * y(i), holding the fewer of both in registers: 12 sums and these are at most 16.
+template <int kRows, int kVectors, class X, class Y>
+JILJU_INLINE void accumulate(F32 (&acc)[kRows][kVectors], X&& x, Y&& y) {
+    if constexpr (kRows < kVectors) {
+        F32 held[kRows];
+#pragma GCC unroll 6
+        for (int r = 0; r < kRows; ++r) held[r] = x(r);
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; ++i) {
+            const F32 vector = y(i);
+#pragma GCC unroll 6
+            for (int r = 0; r < kRows; ++r) acc[r][i] = fma(held[r], vector, acc[r][i]);
         }
-        for (int64_t i = num_valid * kv.padded_head_dim; i < 16 * kv.padded_head_dim; i += 8) store(values + i, zero());
-    }
-}
-
-// --- one key tile -----------------------------------------------------------------------------------------------------
-
-// scores[r][0..32) = queries[r] . keys, one chain over d a score.
-template <int kRows>
-void score(const Scratch& s, int64_t row, int64_t head_dim, int64_t padded) {
-    const float* q = s.queries + row * padded;
-    F32 acc[kRows][4];
-#pragma GCC unroll 3
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) acc[r][i] = zero();
-    for (int64_t d = 0; d < head_dim; ++d) {
-        F32 key[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) key[i] = load(s.keys + d * kKeyTile + 8 * i);
-#pragma GCC unroll 3
+    } else {
+        F32 held[kVectors];
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; ++i) held[i] = y(i);
+#pragma GCC unroll 6
         for (int r = 0; r < kRows; ++r) {
-            const F32 x = set1(q[r * padded + d]);
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) acc[r][i] = fma(x, key[i], acc[r][i]);
+            const F32 scalar = x(r);
+#pragma GCC unroll 8
+            for (int i = 0; i < kVectors; ++i) acc[r][i] = fma(scalar, held[i], acc[r][i]);
         }
     }
-    for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) store(s.scores + (row + r) * kKeyTile + 8 * i, acc[r][i]);
 }
 
-// Scores of the first num_visible keys -> weights; the others weigh exactly 0. Rescales what the split has so far.
-void soften(const Scratch& s, int64_t row, int64_t num_visible, int64_t padded) {
-    float* scores = s.scores + row * kKeyTile;
-    const F32 lowest = set1(-INFINITY);
-    F32 x[4], top = lowest;
-    for (int i = 0; i < 4; ++i) {
-        x[i] = load(scores + 8 * i);
-        if (num_visible < 8 * i + 8) x[i] = first_n(x[i], static_cast<int>(max_int(0, num_visible - 8 * i)), lowest);
-        top = max(top, x[i]);
+// scores[r][16 run + i] = queries[r] . keys[run][i] for the runs [first_run, first_run + kRuns), one chain over d a score.
+template <int kRows, int kRuns, class Element>
+JILJU_INLINE void score_runs(const Tile<Element>& tile, const float* queries, int64_t head_dim, float* scores, int first_run) {
+    F32 acc[kRows][2 * kRuns];
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < 2 * kRuns; ++i) acc[r][i] = zero();
+    const Element* keys[kRuns];
+#pragma GCC unroll 2
+    for (int run = 0; run < kRuns; ++run) keys[run] = tile.keys[first_run + run];
+    for (int64_t d = 0; d < head_dim; ++d)
+        accumulate<kRows, 2 * kRuns>(acc, [&](int r) { return set1(queries[r * head_dim + d]); },
+                                     [&](int i) { return load_element(keys[i / 2] + d * tile.key_stride + i % 2 * 8); });
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < 2 * kRuns; ++i) store(scores + r * kKeyTile + first_run * kRun + 8 * i, acc[r][i]);
+}
+
+// Of the keys [begin, end) of the tile, by whole runs.
+template <int kRows, class Element>
+void score(const Tile<Element>& tile, const float* queries, int64_t head_dim, float* scores, int64_t begin, int64_t end) {
+    const bool first = begin < kRun, second = end > kRun;
+    if constexpr (kRows <= 3) {
+        if (first && second) return score_runs<kRows, 2>(tile, queries, head_dim, scores, 0);
     }
-    const float before = s.maxima[row], tile_max = max_lane(top), now = before > tile_max ? before : tile_max;
+    if (first) score_runs<kRows, 1>(tile, queries, head_dim, scores, 0);
+    if (second) score_runs<kRows, 1>(tile, queries, head_dim, scores, 1);
+}
+
+// Scores of the keys [begin, end) -> weights; the others weigh exactly 0. Rescales what the split has so far if it must.
+JILJU_INLINE void soften(float* scores, int64_t begin, int64_t end, float* sums, float* maximum, float* outputs, int64_t padded) {
+    const F32 lowest = set1(-INFINITY);
+    F32 x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) x[i] = load(scores + 8 * i);
+    if (begin > 0 || end < kKeyTile) {
+        for (int i = 0; i < 4; ++i) {
+            x[i] = first_n(x[i], static_cast<int>(max_int(0, end - 8 * i)), lowest);
+            x[i] = first_n(lowest, static_cast<int>(max_int(0, begin - 8 * i)), x[i]);
+        }
+    }
+    const F32 top = max(max(x[0], x[1]), max(x[2], x[3]));
+    const float before = *maximum;
+    float now = before;
+    if (any_less(set1(before + kSlack), top)) now = *maximum = max_lane(top);
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-        x[i] = exp(sub(x[i], set1(now)));
+        x[i] = exp2(sub(x[i], set1(now)));
         store(scores + 8 * i, x[i]);
     }
     const F32 weights = add(add(x[0], x[1]), add(x[2], x[3]));
-    float* sums = s.sums + row * 8;
     if (now == before) {
         store(sums, add(load(sums), weights));
+    } else if (before == -INFINITY) {  // nothing so far: outputs are zeros
+        store(sums, weights);
     } else {
-        const F32 shrink = set1(exp_one(before - now));
+        const F32 shrink = exp2(set1(before - now));
         store(sums, fma(load(sums), shrink, weights));
-        for (int64_t d = 0; d < padded; d += 8) store(s.outputs + row * padded + d, mul(load(s.outputs + row * padded + d), shrink));
-        s.maxima[row] = now;
+        for (int64_t d = 0; d < padded; d += 8) store(outputs + d, mul(load(outputs + d), shrink));
     }
 }
 
 // outputs[r][d..) += weights[r] . values of the keys [begin, end), one chain over the keys an output.
-template <int kRows, int kVectors>
-void gather(const Scratch& s, int64_t row, int64_t d, int64_t begin, int64_t end, int64_t padded) {
+template <int kRows, int kVectors, class Element>
+JILJU_INLINE void gather_columns(const Tile<Element>& tile, const float* weights, float* out, int64_t d, int64_t begin, int64_t end, int64_t padded) {
     F32 acc[kRows][kVectors];
-    float* out = s.outputs + row * padded + d;
-    const float* weights = s.scores + row * kKeyTile;
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) acc[r][i] = load(out + r * padded + 8 * i);
-    for (int64_t key = begin; key < end; ++key) {
-        F32 value[kVectors];
-#pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) value[i] = load(s.values + key * padded + d + 8 * i);
-#pragma GCC unroll 3
-        for (int r = 0; r < kRows; ++r) {
-            const F32 w = set1(weights[r * kKeyTile + key]);
-#pragma GCC unroll 4
-            for (int i = 0; i < kVectors; ++i) acc[r][i] = fma(w, value[i], acc[r][i]);
-        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; ++i) acc[r][i] = load(out + r * padded + d + 8 * i);
+    for (int64_t run = 0; run < 2; ++run) {
+        const Element* values = tile.values[run] - run * kRun * padded + d;
+        const int64_t run_end = min_int(end, kRun * (run + 1));
+        for (int64_t key = max_int(begin, kRun * run); key < run_end; ++key)
+            accumulate<kRows, kVectors>(acc, [&](int r) { return set1(weights[r * kKeyTile + key]); },
+                                        [&](int i) { return load_element(values + key * padded + 8 * i); });
     }
-#pragma GCC unroll 3
+#pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 4
-        for (int i = 0; i < kVectors; ++i) store(out + r * padded + 8 * i, acc[r][i]);
+#pragma GCC unroll 8
+        for (int i = 0; i < kVectors; ++i) store(out + r * padded + d + 8 * i, acc[r][i]);
 }
 
-template <int kRows>
-void gather_row(const Scratch& s, int64_t row, int64_t begin, int64_t end, int64_t padded) {
+template <int kRows, class Element>
+void gather(const Tile<Element>& tile, const float* weights, float* out, int64_t begin, int64_t end, int64_t padded) {
+    if (begin >= end) return;
+    constexpr int kVectors = kRows == 1 ? 8 : kRows <= 3 ? 4 : 2;
     int64_t d = 0;
-    for (; d + 32 <= padded; d += 32) gather<kRows, 4>(s, row, d, begin, end, padded);
-    for (; d < padded; d += 8) gather<kRows, 1>(s, row, d, begin, end, padded);
+    for (; d + 8 * kVectors <= padded; d += 8 * kVectors) gather_columns<kRows, kVectors>(tile, weights, out, d, begin, end, padded);
+    for (; d < padded; d += 8) gather_columns<kRows, 1>(tile, weights, out, d, begin, end, padded);
 }
 
-// All rows from `row` on, each over the keys that it sees: a value that it does not see may be infinite or NaN, and times a
-// weight of 0 that would still be NaN. Three rows share what the first of them sees, which is the least.
-template <class NumVisible>
-void gather_rows(const Scratch& s, int64_t row, int64_t rows, int64_t padded, NumVisible&& num_visible) {
-    for (; row + 3 <= rows; row += 3) {
-        const int64_t shared = num_visible(row);
-        gather_row<3>(s, row, 0, shared, padded);
-        for (int64_t r = row + 1; r < row + 3; ++r)
-            if (num_visible(r) > shared) gather_row<1>(s, r, shared, num_visible(r), padded);
+// Keys [begin, end) of a tile.
+struct Range {
+    int64_t begin, end;
+};
+
+// outputs of rows [row, row + kRows) += their weights . values, `seen(r)` being what each sees of the tile. A value that a
+// row does not see may be infinite or NaN, and times a weight of 0 that would still be NaN: the rows share what all of them
+// see, the rest is each row's own, in the order of the keys.
+template <int kRows, class Element, class Seen>
+void gather_rows(const Tile<Element>& tile, const float* weights, float* outputs, int64_t row, int64_t padded, Seen&& seen) {
+    Range all = seen(row);
+    bool alike = true;
+    for (int r = 1; r < kRows; ++r) {
+        const Range range = seen(row + r);
+        alike &= range.begin == all.begin && range.end == all.end;
+        all = {max_int(all.begin, range.begin), min_int(all.end, range.end)};
     }
-    for (; row < rows; ++row) gather_row<1>(s, row, 0, num_visible(row), padded);
+    if (alike) return gather<kRows>(tile, weights, outputs, all.begin, all.end, padded);
+    if (all.begin >= all.end) all = {kKeyTile, kKeyTile};
+    for (int r = 0; r < kRows; ++r) {
+        const Range range = seen(row + r);
+        gather<1>(tile, weights + r * kKeyTile, outputs + r * padded, range.begin, min_int(all.begin, range.end), padded);
+    }
+    gather<kRows>(tile, weights, outputs, all.begin, all.end, padded);
+    for (int r = 0; r < kRows; ++r) gather<1>(tile, weights + r * kKeyTile, outputs + r * padded, all.end, seen(row + r).end, padded);
 }
+
+// body.operator()<kRows>(row) for the rows [begin, end), in register tiles as equal as can be.
+template <class Body>
+JILJU_INLINE void for_rows(int64_t begin, int64_t end, Body&& body) {
+    while (begin < end) {
+        const int64_t rows = ceil_div(end - begin, ceil_div(end - begin, kMaxRows));
+        switch (rows) {
+            case 1: body.template operator()<1>(begin); break;
+            case 2: body.template operator()<2>(begin); break;
+            case 3: body.template operator()<3>(begin); break;
+            case 4: body.template operator()<4>(begin); break;
+            case 5: body.template operator()<5>(begin); break;
+            default: body.template operator()<6>(begin); break;
+        }
+        begin += rows;
+    }
+}
+
+// One key tile for rows [begin, end), some at a time, so that the work of one on its exponentials hides behind another's.
+template <class Element, class Seen>
+void attend(const Tile<Element>& tile, const Scratch& s, int64_t begin, int64_t end, int64_t head_dim, int64_t padded, Seen&& seen) {
+    for (int64_t first = begin; first < end; first += kRowsTogether) {
+        const int64_t last = min_int(first + kRowsTogether, end);
+        for_rows(first, last, [&]<int kRows>(int64_t row) {
+            const Range low = seen(row), high = seen(row + kRows - 1);  // later rows see later keys
+            score<kRows>(tile, s.queries + row * head_dim, head_dim, s.scores + (row - first) * kKeyTile, low.begin, high.end);
+        });
+        for (int64_t row = first; row < last; ++row) {
+            const Range range = seen(row);
+            soften(s.scores + (row - first) * kKeyTile, range.begin, range.end, s.sums + row * 8, s.maxima + row, s.outputs + row * padded, padded);
+        }
+        for_rows(first, last, [&]<int kRows>(int64_t row) {
+            gather_rows<kRows>(tile, s.scores + (row - first) * kKeyTile, s.outputs + row * padded, row, padded, seen);
+        });
+    }
+}
+
+// --- splits -----------------------------------------------------------------------------------------------------------
 
 // Join a split's partial result (outputs, denominator, maximum) to those before it.
 void join(float* joined, const float* outputs, float denominator, float maximum, int64_t padded, bool first) {
@@ -197,7 +315,7 @@ void join(float* joined, const float* outputs, float denominator, float maximum,
         return;
     }
     const float before = joined[padded + 1], now = before > maximum ? before : maximum;
-    const F32 a = set1(exp_one(before - now)), b = set1(exp_one(maximum - now));
+    const F32 a = exp2(set1(before - now)), b = exp2(set1(maximum - now));
     for (int64_t d = 0; d < padded; d += 8) store(joined + d, fma(load(outputs + d), b, mul(load(joined + d), a)));
     float scaled[8];
     store(scaled, fma(set1(denominator), b, mul(set1(joined[padded]), a)));
@@ -207,11 +325,20 @@ void join(float* joined, const float* outputs, float denominator, float maximum,
 
 void write_output(const float* joined, float* out, int64_t head_dim, int64_t padded) {
     const F32 denominator = set1(joined[padded]);
-    for (int64_t d = 0; d < head_dim; d += 8)
-        store_n(out + d, div(load(joined + d), denominator), static_cast<int>(min_int(8, head_dim - d)));
+    const int64_t whole = head_dim / 8 * 8;
+    for (int64_t d = 0; d < whole; d += 8) store(out + d, div(load(joined + d), denominator));
+    if (whole < head_dim) store_n(out + whole, div(load(joined + whole), denominator), static_cast<int>(head_dim - whole));
 }
 
 // --- one unit ---------------------------------------------------------------------------------------------------------
+
+// The first key that the query at `position` sees.
+int64_t first_key(const AttentionOp& op, int64_t position) { return op.window ? max_int(0, position + 1 - op.window) : 0; }
+
+float* partial_of(const Step& step, int64_t partial, int64_t kv_head, int64_t row) {
+    const int64_t group = step.program->group;
+    return step.partials + ((partial * step.program->num_kv_heads + kv_head) * group + row) * (step.kv.padded_head_dim + 2);
+}
 
 void run_unit(const AttentionOp& op, const Step& step, const AttentionUnit& unit, int64_t kv_head, float* scratch) {
     const KvCache& kv = step.kv;
@@ -222,32 +349,45 @@ void run_unit(const AttentionOp& op, const Step& step, const AttentionUnit& unit
     const int64_t first_token = segment.first_token + unit.first_query;
     const Scratch s(scratch, rows, head_dim, padded);
     const auto head_of = [&](int64_t row) { return kv_head * group + row % group; };
+    const auto position_of = [&](int64_t row) { return first_position + row / group; };
+    // Rows [.., ..) that see one of the keys [from, to): of both, a row's first and last key, the later rows' are later.
+    const auto rows_seeing = [&](int64_t from, int64_t to) -> Range {
+        const int64_t last = op.window ? min_int(unit.num_queries, to - 1 + op.window - first_position) : unit.num_queries;
+        return {max_int(0, from - first_position) * group, max_int(0, last) * group};
+    };
 
+    const F32 scale = set1(op.scale * kLog2e);
+    const int64_t whole = head_dim / 8 * 8;
     for (int64_t row = 0; row < rows; ++row) {
         const float* q = step.at(op.q, first_token + row / group) + head_of(row) * head_dim;
-        for (int64_t d = 0; d < head_dim; ++d) s.queries[row * padded + d] = q[d] * op.scale;
+        float* query = s.queries + row * head_dim;
+        for (int64_t d = 0; d < whole; d += 8) store(query + d, mul(load(q + d), scale));
+        if (whole < head_dim) store_n(query + whole, mul(load_n(q + whole, static_cast<int>(head_dim - whole)), scale), static_cast<int>(head_dim - whole));
     }
-    for (int64_t split = unit.split_begin; split < unit.split_end; ++split) {
+    const int64_t visible = first_key(op, first_position);  // keys before this one are seen by no query of the unit
+    for (int64_t split = max_int(unit.split_begin, visible / kKeySplit); split < unit.split_end; ++split) {
         const int64_t begin = split * kKeySplit, split_end = min_int(begin + kKeySplit, end);
-        const int64_t first_row = max_int(0, begin - first_position) * group;  // queries before the split see none of it
-        for (int64_t row = first_row; row < rows; ++row) s.maxima[row] = -INFINITY;
-        std::memset(s.sums + first_row * 8, 0, static_cast<size_t>(rows - first_row) * 8 * sizeof(float));
-        std::memset(s.outputs + first_row * padded, 0, static_cast<size_t>((rows - first_row) * padded) * sizeof(float));
-        for (int64_t position = begin; position < split_end; position += kKeyTile) {
-            read_tile(kv, segment.blocks, op.layer, kv_head, position, end, s);
-            const int64_t seeing = max_int(0, position - first_position) * group;  // the first row that sees a key of the tile
-            int64_t row = seeing;
-            for (; row + 3 <= rows; row += 3) score<3>(s, row, head_dim, padded);
-            for (; row < rows; ++row) score<1>(s, row, head_dim, padded);
-            const auto num_visible = [&](int64_t r) { return min_int(kKeyTile, first_position + r / group + 1 - position); };
-            for (row = seeing; row < rows; ++row) soften(s, row, num_visible(row), padded);
-            gather_rows(s, seeing, rows, padded, num_visible);
+        const Range in_split = rows_seeing(begin, split_end);
+        for (int64_t row = in_split.begin; row < in_split.end; ++row) s.maxima[row] = -INFINITY;
+        std::memset(s.sums + in_split.begin * 8, 0, static_cast<size_t>(in_split.end - in_split.begin) * 8 * sizeof(float));
+        std::memset(s.outputs + in_split.begin * padded, 0, static_cast<size_t>((in_split.end - in_split.begin) * padded) * sizeof(float));
+        for (int64_t position = max_int(begin, visible / kKeyTile * kKeyTile); position < split_end; position += kKeyTile) {
+            const auto seen = [&](int64_t row) -> Range {
+                return {max_int(0, first_key(op, position_of(row)) - position), min_int(kKeyTile, position_of(row) + 1 - position)};
+            };
+            const Range seeing = rows_seeing(position, min_int(position + kKeyTile, end));
+            const Tile<uint16_t> tile = tile_of(kv, segment.blocks, op.layer, kv_head, position, end);
+            if (rows < kRowsToUnpackFor) {
+                if (position + kKeyTile < end) prefetch_tile(kv, tile_of(kv, segment.blocks, op.layer, kv_head, position + kKeyTile, end));
+                attend(tile, s, seeing.begin, seeing.end, head_dim, padded, seen);
+            } else {
+                attend(unpack(kv, tile, s), s, seeing.begin, seeing.end, head_dim, padded, seen);
+            }
         }
-        for (int64_t row = first_row; row < rows; ++row) {
-            const float denominator = sum(load(s.sums + row * 8));
-            float* to = s.joined + row * (padded + 2);
-            if (unit.partial >= 0) to = step.partials + ((unit.partial * step.program->num_kv_heads + kv_head) * group + row) * (padded + 2);
-            join(to, s.outputs + row * padded, denominator, s.maxima[row], padded, unit.partial >= 0 || split == 0);
+        for (int64_t row = in_split.begin; row < in_split.end; ++row) {
+            const bool first = unit.partial >= 0 || split == first_key(op, position_of(row)) / kKeySplit;
+            float* to = unit.partial >= 0 ? partial_of(step, unit.partial, kv_head, row) : s.joined + row * (padded + 2);
+            join(to, s.outputs + row * padded, sum(load(s.sums + row * 8)), s.maxima[row], padded, first);
         }
     }
     if (unit.partial < 0)
@@ -255,17 +395,18 @@ void run_unit(const AttentionOp& op, const Step& step, const AttentionUnit& unit
             write_output(s.joined + row * (padded + 2), step.at(op.out, first_token + row / group) + head_of(row) * head_dim, head_dim, padded);
 }
 
-// Units of one query that stand one after another, a split each: join their partial results and write the output.
-void join_unit(const AttentionOp& op, const Step& step, size_t first_unit, int64_t kv_head, float* scratch) {
+// A query whose splits are units of their own: join their partial results, ascending, and write the output.
+void join_splits(const AttentionOp& op, const Step& step, const AttentionUnit& unit, int64_t kv_head, float* joined) {
     const KvCache& kv = step.kv;
     const int64_t padded = kv.padded_head_dim, group = op.num_heads / step.program->num_kv_heads;
-    const Segment& segment = step.segments[step.units[first_unit].segment];
+    const Segment& segment = step.segments[unit.segment];
+    const int64_t first_split = first_key(op, segment.start) / kKeySplit;
     for (int64_t row = 0; row < group; ++row) {
-        for (size_t u = first_unit; u < step.units.size() && step.units[u].segment == step.units[first_unit].segment; ++u) {
-            const float* partial = step.partials + ((step.units[u].partial * step.program->num_kv_heads + kv_head) * group + row) * (padded + 2);
-            join(scratch, partial, partial[padded], partial[padded + 1], padded, u == first_unit);
+        for (int64_t split = first_split; split < unit.num_splits; ++split) {
+            const float* partial = partial_of(step, unit.first_partial + split, kv_head, row);
+            join(joined, partial, partial[padded], partial[padded + 1], padded, split == first_split);
         }
-        write_output(scratch, step.at(op.out, segment.first_token) + (kv_head * group + row) * kv.head_dim, kv.head_dim, padded);
+        write_output(joined, step.at(op.out, segment.first_token) + (kv_head * group + row) * kv.head_dim, kv.head_dim, padded);
     }
 }
 
@@ -280,16 +421,21 @@ int64_t attention_scratch_floats(int group, int64_t head_dim, int64_t padded) {
 
 void attention(const AttentionOp& op, Step& step, Pool& pool) {
     const int64_t heads = step.program->num_kv_heads, num_units = static_cast<int64_t>(step.units.size());
-    pool.for_tiles(step.num_tokens, [&](int64_t t, float*) { write_token(op, step, t); });
+    pool.for_tiles(ceil_div(step.num_tokens, kTokensPerTile), [&](int64_t i, float*) {
+        const int64_t end = min_int((i + 1) * kTokensPerTile, step.num_tokens);
+        for (int64_t t = i * kTokensPerTile; t < end; ++t) write_token(op, step, t);
+    });
     // last units first: they see the most keys, and what is left at the end should be small
     pool.for_tiles(num_units * heads, [&](int64_t i, float* scratch) {
-        const int64_t unit = num_units - 1 - i / heads;
-        run_unit(op, step, step.units[unit], i % heads, scratch);
-    });
-    if (step.num_partials == 0) return;
-    pool.for_tiles(num_units * heads, [&](int64_t i, float* scratch) {
-        const AttentionUnit& unit = step.units[i / heads];
-        if (unit.partial >= 0 && unit.split_begin == 0) join_unit(op, step, i / heads, i % heads, scratch);
+        const AttentionUnit& unit = step.units[num_units - 1 - i / heads];
+        const int64_t head = i % heads;
+        run_unit(op, step, unit, head, scratch);
+        if (unit.partial < 0) return;
+        // whoever finishes the last split of a query joins all of them
+        std::atomic<int32_t>& num_done = step.splits_done[unit.first_partial * heads + head];
+        if (num_done.fetch_add(1, std::memory_order_acq_rel) + 1 < unit.num_splits) return;
+        num_done.store(0, std::memory_order_relaxed);
+        join_splits(op, step, unit, head, scratch);
     });
 }
 

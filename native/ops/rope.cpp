@@ -24,23 +24,37 @@ void rope_tables(Step& step, Pool& pool) {
     });
 }
 
-void rope(const RopeOp& op, Step& step, Pool& pool) {
+// (a, b) -> (a cos - b sin, a sin + b cos) for all pairs of one token's heads
+void rotate(const RopeOp& op, const Step& step, int64_t t) {
     const int64_t half = op.head_dim / 2;
-    pool.for_tiles(step.num_tokens, [&](int64_t t, float*) {
-        const float* cosines = step.rope[op.table] + t * 2 * half;
-        const float* sines = cosines + half;
-        float* row = step.at(op.x, t);
-        const int64_t second = op.halves ? half : 1, stride = op.halves ? 1 : 2;
-        for (float* head = row; head < row + op.x.width; head += op.head_dim) {
-            for (int64_t j = 0; j < half; ++j) {
-                float& a = head[j * stride];
-                float& b = head[second + j * stride];
-                const float x = a, y = b;
-                a = x * cosines[j] - y * sines[j];
-                b = x * sines[j] + y * cosines[j];
+    const float* cosines = step.rope[op.table] + t * 2 * half;
+    const float* sines = cosines + half;
+    float* row = step.at(op.x, t);
+    for (float* head = row; head < row + op.x.width; head += op.head_dim) {
+        float* second = op.halves ? head + half : head + 1;
+        const int64_t stride = op.halves ? 1 : 2;
+        int64_t j = 0;
+        if (op.halves) {
+            for (; j + 8 <= half; j += 8) {
+                const F32 a = load(head + j), b = load(second + j), cosine = load(cosines + j), sine = load(sines + j);
+                store(head + j, sub(mul(a, cosine), mul(b, sine)));
+                store(second + j, add(mul(a, sine), mul(b, cosine)));
             }
+        } else {
+            for (; j + 4 <= half; j += 4) store(head + 2 * j, rotate_pairs(load(head + 2 * j), cosines + j, sines + j));
         }
-    });
+        for (; j < half; ++j) {
+            float& a = head[j * stride];
+            float& b = second[j * stride];
+            const float x = a, y = b;
+            a = x * cosines[j] - y * sines[j];
+            b = x * sines[j] + y * cosines[j];
+        }
+    }
+}
+
+void rope(const RopeOp& op, Step& step, Pool& pool) {
+    pool.for_tiles(step.num_tokens, [&](int64_t t, float*) { rotate(op, step, t); });
 }
 
 }  // namespace jilju::JILJU_ISA

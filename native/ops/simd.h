@@ -33,6 +33,22 @@ JILJU_INLINE F32 exp(F32 x) {
     return select_less(x, lowest, zero(), mul(p, pow2(n)));
 }
 
+// 2^x in float32 for x <= 127, error below 2 ulp: x = n + r with |r| <= 1/2, then 1 + r p(r), p the polynomial of degree 5 whose
+// largest relative error is least (2e-9). Below -126 it is exactly 0, so exp2(-inf) == 0; NaN stays NaN.
+JILJU_INLINE F32 exp2(F32 x) {
+    const F32 lowest = set1(-126.0f);
+    const F32 y = max(lowest, x);
+    const F32 n = round(y), r = sub(y, n);
+    F32 p = set1(1.53533343e-4f);
+    p = fma(p, r, set1(1.33988704e-3f));
+    p = fma(p, r, set1(9.61843785e-3f));
+    p = fma(p, r, set1(5.55033237e-2f));
+    p = fma(p, r, set1(0.240226477f));
+    p = fma(p, r, set1(0.693147182f));
+    p = fma(p, r, set1(1.0f));
+    return select_less(x, lowest, zero(), mul(p, pow2(n)));
+}
+
 JILJU_INLINE float exp_one(float x) {
     float lanes[8];
     store(lanes, exp(set1(x)));
@@ -48,6 +64,7 @@ void embed(const EmbedOp&, Step&, Pool&);
 void rms_norm(const RmsNormOp&, Step&, Pool&);
 void linear(const LinearOp&, Step&, Pool&);
 void rope(const RopeOp&, Step&, Pool&);
+void rotate(const RopeOp&, const Step&, int64_t token);
 void attention(const AttentionOp&, Step&, Pool&);
 void glu(const GluOp&, Step&, Pool&);
 void take_rows(const TakeRowsOp&, Step&, Pool&);

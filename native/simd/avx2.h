@@ -47,6 +47,12 @@ JILJU_INLINE F32 select_bits(F32 a, uint32_t bits, F32 rest) {  // lanes of a wh
 JILJU_INLINE F32 first_n(F32 a, int n, F32 rest) {  // lanes < n of a, then of rest
     return {_mm256_blendv_ps(rest.v, a.v, _mm256_castsi256_ps(first_lanes(n)))};
 }
+JILJU_INLINE F32 rotate_pairs(F32 a, const float* cosines, const float* sines) {  // lanes 2i, 2i + 1 by the i-th of 4 angles
+    const __m256i twice = _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3);
+    const __m256 cosine = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(cosines)), twice);
+    const __m256 sine = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(sines)), twice);
+    return {_mm256_addsub_ps(_mm256_mul_ps(a.v, cosine), _mm256_mul_ps(_mm256_permute_ps(a.v, 0xb1), sine))};
+}
 JILJU_INLINE F32 pow2(F32 n) {  // 2^n for whole n in [-126, 127]
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
 }

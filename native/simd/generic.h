@@ -67,6 +67,12 @@ JILJU_INLINE uint32_t less_bits(F32 a, F32 b) {
 }
 JILJU_INLINE F32 select_bits(F32 a, uint32_t bits, F32 rest) { return lanes([&](int i) { return bits >> i & 1 ? a.v[i] : rest.v[i]; }); }
 JILJU_INLINE F32 first_n(F32 a, int n, F32 rest) { return lanes([&](int i) { return i < n ? a.v[i] : rest.v[i]; }); }
+JILJU_INLINE F32 rotate_pairs(F32 a, const float* cosines, const float* sines) {  // lanes 2i, 2i + 1 by the i-th of 4 angles
+    return lanes([&](int i) {
+        const float along = a.v[i] * cosines[i / 2], across = a.v[i ^ 1] * sines[i / 2];
+        return i % 2 ? along + across : along - across;
+    });
+}
 JILJU_INLINE F32 pow2(F32 n) {
     return lanes([&](int i) {
         if (!(n.v[i] >= -126.0f && n.v[i] <= 127.0f)) return n.v[i];  // NaN stays NaN

@@ -168,7 +168,6 @@ def test_the_profile_accounts_for_the_steps() -> None:
     profile = executor.profile()
     assert profile.num_steps == 3
     assert all(
-        profile.ns[kind] > 0
-        for kind in ("embed", "rms_norm", "linear", "rope", "attention", "glu", "take_rows", "sample")
+        profile.ns[kind] > 0 for kind in ("embed", "rms_norm", "linear", "attention", "glu", "take_rows", "sample")
     )
     assert 0 < sum(profile.ns.values()) <= took

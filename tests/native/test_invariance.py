@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jilju.formats.ggml import GgmlType
-from jilju.plan import Executor, StepResult
+from jilju.plan import Embed, Executor, Plan, StepResult, WeightTensor
 from tests.model.batches import BatchRow, Logit, chunks_of, make_batch, run
 from tests.native.plans import Shape, decoder, loaded
 
@@ -153,6 +153,63 @@ def test_nans_in_a_rows_own_future_leave_its_past_alone() -> None:
         got = run(sick, make_batch([BatchRow(tokens, 0, range(5))], scores))
         assert want.finite.all()
         assert bits(got) == bits(want), f"{num_heads} heads: finite {got.finite.tolist()}"
+
+
+SICK = 0  # the token that embeds to NaN
+
+
+def with_a_sick_token(shape: Shape) -> tuple[Plan, dict[str, WeightTensor]]:
+    plan, weights = decoder(shape)
+    embed = plan.ops[0]
+    assert isinstance(embed, Embed)
+    sound = weights[embed.table.name]
+    poisoned = sound.data.copy()
+    poisoned[: 4 * shape.hidden] = np.full(shape.hidden, np.nan, np.float32).view(np.uint8)
+    return plan, {**weights, sound.name: WeightTensor(sound.name, sound.type, sound.shape, poisoned)}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(head_dim=32, num_heads=16, num_kv_heads=1),
+        Shape(head_dim=64, num_heads=9, num_kv_heads=3),
+        Shape(head_dim=64, num_heads=14, num_kv_heads=2, style="interleaved"),
+        Shape(head_dim=80, num_heads=4, num_kv_heads=4),
+        Shape(head_dim=128, num_heads=8, num_kv_heads=2),
+        Shape(head_dim=256, num_heads=4, num_kv_heads=1, window=40),
+        Shape(head_dim=26, num_heads=5, num_kv_heads=1, style="interleaved"),
+        Shape(num_heads=6, num_kv_heads=2, window=1),
+        Shape(num_heads=2, num_kv_heads=2, window=33),
+        Shape(num_heads=20, num_kv_heads=2, window=300),
+    ],
+    ids=lambda s: f"{s.num_heads}-{s.num_kv_heads}-{s.head_dim}-{s.window}-{s.style}",
+)
+def test_every_shape_of_heads_gives_the_same_bits(shape: Shape) -> None:
+    """In one piece, in chunks and a token at a time, on one thread and several, in blocks that were full of NaN."""
+    plan, weights = with_a_sick_token(shape)
+    prompt = [t % 19 + 1 for t in np.random.default_rng(3).integers(0, 400, 560).tolist()]
+    wanted = (1, 31, 32, 33, 255, 256, 257, 290, 300, 513, 560)
+    want: dict[int, bytes] = {}
+    for num_threads in (1, 3):
+        executor = loaded(plan, weights, num_threads=num_threads)
+        for sizes in ((560,), (1, 30, 1, 1, 1, 221, 1, 1, 1, 33, 10, 213, 47), (255, 1, 1, 1, 300, 1, 1)):
+            sick = run(executor, make_batch([BatchRow([SICK] * 600, 0, BLOCKS)], [sampled(599, 600)]))
+            assert not sick.finite[0]
+            for start, count in chunks_of(560, sizes):
+                ends = [n for n in wanted if start < n <= start + count]
+                batch = make_batch(
+                    [BatchRow(prompt[start : start + count], start, BLOCKS)], [sampled(n - start - 1, n) for n in ends]
+                )
+                result = run(executor, batch)
+                assert result.finite.all()
+                for i, n in enumerate(ends):
+                    assert bits(result, slice(i, i + 1)) == want.setdefault(n, bits(result, slice(i, i + 1))), (
+                        n,
+                        sizes,
+                        num_threads,
+                    )
+        executor.free()
+    assert set(want) == set(wanted)
 
 
 def test_a_penalty_after_other_ops_touches_every_id_once() -> None:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from jilju.errors import StartupError
 from jilju.formats.ggml import BLOCK_LAYOUTS, GgmlType
 from jilju.formats.quants import dequantize
 from jilju.plan import Activation, KvSpec, PlanBuilder
@@ -59,7 +58,10 @@ def test_linear_stays_within_the_rounding_bound(type_: GgmlType, num_tokens: int
 
 
 @pytest.mark.parametrize("style", ["halves", "interleaved"])
-@pytest.mark.parametrize(("head_dim", "num_heads", "num_kv_heads"), [(16, 6, 2), (64, 3, 1), (20, 2, 2), (80, 8, 1)])
+@pytest.mark.parametrize(
+    ("head_dim", "num_heads", "num_kv_heads"),
+    [(16, 6, 2), (64, 3, 1), (20, 2, 2), (80, 8, 1), (128, 4, 2), (256, 2, 1), (32, 16, 1)],
+)
 def test_a_decoder_stays_near_the_reference(style: str, head_dim: int, num_heads: int, num_kv_heads: int) -> None:
     """Whole models with a prompt beyond a split of 256 keys. Keys and values are rounded to float16, once a layer: each
     moves a logit by at most a few roundings of its size, which is what the tolerance counts."""
@@ -153,10 +155,19 @@ def test_a_decoder_with_post_norms_and_gelu_stays_near_the_reference() -> None:
     assert_within(got, want, 4 * shape.num_layers * HALF_EPSILON * np.broadcast_to(1 + spread, got.shape))
 
 
-def test_a_window_is_refused() -> None:
-    plan, weights = decoder(Shape(window=4))
-    with pytest.raises(StartupError, match="attention with a window of 4 keys"):
-        loaded(plan, weights)
+@pytest.mark.parametrize("window", [1, 5, 32, 100, 256, 270])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 2), (2, 2), (7, 1)])
+def test_a_window_hides_what_lies_before_it(window: int, num_heads: int, num_kv_heads: int) -> None:
+    """A prompt beyond a split of 256 keys: tiles and splits wholly before the window, its edge inside one, and none."""
+    shape = Shape(window=window, num_heads=num_heads, num_kv_heads=num_kv_heads)
+    plan, weights = decoder(shape, seed=window)
+    tokens = np.random.default_rng(7).integers(0, shape.vocab, 320).tolist()
+    rows, logits = [BatchRow(tokens, 0, range(5, 25))], [Logit(t) for t in (0, 4, 5, 33, 101, 255, 257, 300, 319)]
+    got, want = (
+        logprobs_of(loaded(plan, weights, name), rows, logits, shape.vocab) for name in ("native", "reference")
+    )
+    spread = want.max(axis=1, keepdims=True) - want.min(axis=1, keepdims=True)
+    assert_within(got, want, 4 * shape.num_layers * HALF_EPSILON * np.broadcast_to(1 + spread, got.shape))
 
 
 def test_generic_and_avx2_agree_within_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
