@@ -14,16 +14,22 @@ PROMPT = (
     np.random.default_rng(1).integers(0, 20, 530).tolist()
 )  # beyond two splits of 256 keys and two tiles of 256 tokens
 OTHERS = np.random.default_rng(2).integers(0, 20, 400).tolist()
-SHAPE = Shape(type=GgmlType.Q4_1)
+PLAIN = Shape(type=GgmlType.Q4_1)
+WINDOWED = Shape(type=GgmlType.Q4_1, bias=False, post_norms=True, activation="gelu_tanh", window=130)  # as Gemma's
 
 
-def executor_of(num_threads: int = 2, **changes: int) -> Executor:
-    return loaded(*decoder(SHAPE), num_threads=num_threads, **changes)
+def executor_of(shape: Shape, num_threads: int = 2, **changes: int) -> Executor:
+    return loaded(*decoder(shape), num_threads=num_threads, **changes)
+
+
+@pytest.fixture(scope="module", params=[PLAIN, WINDOWED], ids=["plain", "windowed"])
+def shape(request: pytest.FixtureRequest) -> Shape:
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def executor() -> Executor:
-    return executor_of()
+def executor(shape: Shape) -> Executor:
+    return executor_of(shape)
 
 
 def sampled(token: int, position: int) -> Logit:
@@ -72,8 +78,8 @@ def test_a_chunked_prompt_among_neighbours_draws_what_it_draws_alone(
 
 
 @pytest.mark.parametrize("num_threads", [1, 3, 4])
-def test_threads_change_nothing(executor: Executor, num_threads: int) -> None:
-    other = executor_of(num_threads)
+def test_threads_change_nothing(executor: Executor, shape: Shape, num_threads: int) -> None:
+    other = executor_of(shape, num_threads)
     rows = [BatchRow(PROMPT[:n], 0, BLOCKS[first : first + 20]) for n, first in ((300, 0), (1, 20), (33, 24))]
     batch = make_batch(rows, [sampled(299, 300), sampled(300, 1), sampled(333, 33)])
     assert bits(run(other, batch)) == bits(run(executor, batch))
@@ -95,8 +101,8 @@ def test_decode_gives_the_bits_of_prefill(executor: Executor) -> None:
 
 
 @pytest.mark.parametrize("block_size", [32, 48, 256])
-def test_the_block_size_changes_nothing(executor: Executor, block_size: int) -> None:
-    other = executor_of(block_size=block_size)
+def test_the_block_size_changes_nothing(executor: Executor, shape: Shape, block_size: int) -> None:
+    other = executor_of(shape, block_size=block_size)
     table = range(5, 5 + -(-530 // block_size))
     batch = make_batch([BatchRow(PROMPT, 0, table)], [sampled(529, 530)])
     assert bits(run(other, batch)) == alone(executor, 530, BLOCKS)
@@ -180,7 +186,7 @@ def with_a_sick_token(shape: Shape) -> tuple[Plan, dict[str, WeightTensor]]:
         Shape(head_dim=26, num_heads=5, num_kv_heads=1, style="interleaved"),
         Shape(num_heads=6, num_kv_heads=2, window=1),
         Shape(num_heads=2, num_kv_heads=2, window=33),
-        Shape(num_heads=20, num_kv_heads=2, window=300),
+        Shape(num_heads=20, num_kv_heads=2, window=130),
     ],
     ids=lambda s: f"{s.num_heads}-{s.num_kv_heads}-{s.head_dim}-{s.window}-{s.style}",
 )
