@@ -61,17 +61,19 @@ class LlamaCpp:
 
         return repeated(step, seconds)
 
-    def logprobs(self, token_ids: list[int], targets: list[int]) -> list[float]:
-        """After each id, that of its target."""
+    def logprobs(self, token_ids: list[int], targets: list[list[int]]) -> list[list[float]]:
+        """Of each target of the last len(targets) places."""
         self._forget(0, 0)
-        found: list[float] = []
-        for first in range(0, len(token_ids), BATCH):
-            part = token_ids[first : first + BATCH]
-            self._decode([(id_, 0, first + i, True) for i, id_ in enumerate(part)])
-            for index, target in enumerate(targets[first : first + BATCH]):
-                logits = self._newest(index).astype(np.float64)
+        found: list[list[float]] = []
+        first = len(token_ids) - len(targets)
+        for start in range(0, len(token_ids), BATCH):
+            end = min(len(token_ids), start + BATCH)
+            self._decode([(token_ids[place], 0, place, place >= first) for place in range(start, end)])
+            for place in range(max(start, first), end):
+                logits = self._newest(place - start).astype(np.float64)
                 top = logits.max()
-                found.append(float(logits[target] - top - np.log(np.exp(logits - top).sum())))
+                total = top + np.log(np.exp(logits - top).sum())
+                found.append((logits[targets[place - first]] - total).tolist())
         self._forget(0, 0)
         return found
 

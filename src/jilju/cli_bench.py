@@ -1,10 +1,11 @@
-"""The command line's `bench` group: machine, model, quality.
+"""The command line's `bench` group: machine, model, serve, quality.
 
 Owns their flags and where results go: a table on standard output, JSON and a chart into files. Every command hands its work to
 `jilju.bench`. Heavy parts are imported by the command that needs them, so that help is instant.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from jilju.terminal import counting, fetching, threads_option
 
 if TYPE_CHECKING:
     from jilju.bench.chart import Group
+    from jilju.bench.divergence import Compared, Scorer
     from jilju.bench.guard import Guard
     from jilju.bench.model import Load
     from jilju.bench.peers import Peer, PeerProgram
@@ -63,7 +65,7 @@ _max_others = click.option(
 
 @click.group()
 def bench() -> None:
-    """Measure: `machine` its roofs, `model` steps beside roofs and other engines, `quality` perplexity.
+    """Measure: `machine` its roofs, `model` steps beside roofs and other engines, `serve` a running server, `quality` perplexity.
 
     \b
     Examples:
@@ -202,24 +204,151 @@ def _running(programs: "Sequence[PeerProgram]", *sizes: Any) -> "Iterator[list[P
         yield peers
 
 
+@bench.command("serve")
+@click.option(
+    "--url", required=True, help="Address of a running server with /v1/completions, such as http://127.0.0.1:8000."
+)
+@click.option("--model", default=None, help="Name of the model. Default: the first that the server names.")
+@click.option("--num-prompts", type=click.IntRange(1), default=128, show_default=True, help="Requests that count.")
+@click.option(
+    "--warmup",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Requests sent before them, which do not count.",
+)
+@click.option(
+    "--request-rate",
+    type=click.FloatRange(0, min_open=True),
+    default=math.inf,
+    help="Requests a second, with Poisson arrivals. Default: all at once, as far as --max-concurrency lets them.",
+)
+@click.option(
+    "--max-concurrency",
+    type=click.IntRange(1),
+    default=None,
+    help="Requests under way at once, at most. Default: no bound.",
+)
+@click.option(
+    "--random-input-len",
+    type=click.IntRange(1),
+    default=200,
+    show_default=True,
+    help="Random ids of each prompt's own.",
+)
+@click.option(
+    "--random-prefix-len",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Ids before them that all prompts share.",
+)
+@click.option(
+    "--random-output-len",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Tokens to generate; the end of text is ignored.",
+)
+@click.option(
+    "--random-vocab", type=click.IntRange(1), default=20_000, show_default=True, help="Ids are drawn below it."
+)
+@click.option(
+    "--goodput",
+    multiple=True,
+    metavar="METRIC:MS",
+    help="Bound that a good request keeps, such as ttft:500; may be repeated. Metrics: ttft, tpot, e2el.",
+)
+@click.option("--seed", type=int, default=0, show_default=True, help="Same seed, same prompts and arrivals.")
+@click.option("--api-key", envvar="OPENAI_API_KEY", default=None, help="Key to send.  [OPENAI_API_KEY]")
+@_json
+@_chart
+def bench_serve(goodput: tuple[str, ...], json_file: str | None, chart_file: Path | None, **flags: Any) -> None:
+    """Load a running OpenAI-compatible server with streamed completions. Flags and metrics are named as in `vllm bench serve`.
+
+    \b
+    Examples:
+      jilju bench serve --url http://127.0.0.1:8000 --max-concurrency 16 --warmup 16
+      jilju bench serve --url http://127.0.0.1:8000 --request-rate 2 --goodput ttft:500 --goodput tpot:50
+      jilju bench serve --url http://127.0.0.1:8000 --max-concurrency 16 --random-prefix-len 800 --random-input-len 50
+    """
+    from jilju.bench.load import LoadOptions, run_load
+    from jilju.bench.report import load_groups, load_tables
+
+    options = LoadOptions(goodput=dict(map(_bound, goodput)), **flags)
+    with counting("requests") as count:
+        result = run_load(options, count)
+    _tell(result, load_tables(result), json_file)
+    note = f"{result.output_throughput:.0f} output tokens per second, {result.completed} requests"
+    _draw(chart_file, f"{result.model} at {options.url}", note, load_groups(result))
+
+
+def _bound(text: str) -> tuple[str, float]:
+    name, _, bound = text.partition(":")
+    try:
+        value = float(bound)
+    except ValueError:
+        value = math.nan
+    if name not in ("ttft", "tpot", "e2el") or not value > 0:
+        raise click.UsageError(f"--goodput {text!r}; allowed: ttft, tpot or e2el, a colon and milliseconds above 0")
+    return name, value
+
+
 @bench.command("quality")
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option("--text", "text_file", type=click.Path(exists=True, dir_okay=False, path_type=Path), required=True, help="UTF-8 text to score.")  # fmt: skip
-@click.option("--window", type=click.IntRange(16), default=512, show_default=True, help="Tokens of a window; the second half of each is scored.")  # fmt: skip
+@click.option(
+    "--text",
+    "text_file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    required=True,
+    help="UTF-8 text to score.",
+)
+@click.option(
+    "--window",
+    type=click.IntRange(16),
+    default=512,
+    show_default=True,
+    help="Tokens of a window; the second half of each is scored.",
+)
+@click.option(
+    "--reference",
+    is_flag=True,
+    help="Compare with the reference backend in float32, on the same ids: its perplexity, and the divergence (KL) from it. Takes minutes and four bytes a weight.",
+)
+@click.option(
+    "--peers",
+    type=_peer_names,
+    metavar="all|NAME,...",
+    default="",
+    help="Engines to compare too, with --reference; those that give logprobs: llama.cpp.",
+)
 @threads_option
 @_json
-def bench_quality(model: str, text_file: Path, window: int, threads: int | None, json_file: str | None) -> None:
+def bench_quality(
+    model: str,
+    text_file: Path,
+    window: int,
+    reference: bool,
+    peers: tuple[str, ...],
+    threads: int | None,
+    json_file: str | None,
+) -> None:
     """Perplexity of MODEL over a text, cut into windows; the second half of each is scored.
 
     \b
-    Example:
+    Examples:
       jilju bench quality smollm2-135m --text LICENSE
+      jilju bench quality smollm2-135m --text LICENSE --reference --peers llama.cpp
     """
     import msgspec
 
-    from jilju.bench.quality import measure_quality
+    from jilju.bench.quality import measure_quality, windows
+    from jilju.bench.report import compared_table
     from jilju.llm import LLM
 
+    if peers and not reference:
+        raise click.UsageError("--peers needs --reference, which is what all are compared with")
+    programs = _programs(peers)
     with fetching() as progress:
         llm = LLM(model, context=window, kv_memory="256MiB", threads=threads, progress=progress)
     with llm, counting("windows") as count:
@@ -227,11 +356,29 @@ def bench_quality(model: str, text_file: Path, window: int, threads: int | None,
         ids = tokenizer.encode(_read_text(text_file))
         bos = tokenizer.bos_id if tokenizer.add_bos else None
         quality = measure_quality(llm.engine, ids, window=window, bos_id=bos, progress=count)
-    _write_json({"model": llm.name, "text": text_file.name, **msgspec.to_builtins(quality)}, json_file)
+    compared = _compared(llm.path, list(windows(ids, window, bos)), programs, threads) if reference else []
+    told = {"model": llm.name, "text": text_file.name, **msgspec.to_builtins(quality), "compared": compared}
+    _tell(told, [compared_table(compared)] if compared else [], json_file)
     if json_file != "-":
         click.echo(
             f"{llm.name}: perplexity {quality.perplexity:.3f} over {quality.num_scored} tokens in {quality.num_windows} windows of {window}"
         )
+
+
+def _compared(
+    path: str, windows: list[list[int]], programs: "Sequence[PeerProgram]", threads: int | None
+) -> "list[Compared]":
+    """What is compared: this machine's kernels and the peers, with the reference backend."""
+    from jilju.assemble.bench import load_reference, load_stepped
+    from jilju.assemble.engine import open_model
+    from jilju.bench.divergence import ExecutorScores, compare
+
+    file, window, num_threads = open_model(path), len(windows[0]), threads or usable_cores()[0]
+    native = load_stepped(file, 1, window, num_threads)
+    with _running(programs, Path(path), num_threads, 1, window) as peers, counting("windows") as count:
+        others: dict[str, Scorer] = {native.executor.kernel_set: ExecutorScores(native.executor, native.limits)}
+        others |= {peer.name: peer for peer in peers if peer.runs("logprobs")}
+        return compare(ExecutorScores(*load_reference(file, window)), others, windows, progress=count)
 
 
 def _read_text(path: Path) -> str:

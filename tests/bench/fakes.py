@@ -88,7 +88,7 @@ for line in sys.stdin:
     elif ask["run"] == "decode":
         print(json.dumps({"pass_s": ask["rows"] / (ask["context"] + 1)}), flush=True)
     else:
-        print(json.dumps({"logprobs": [-1.0 * t for t in ask["targets"]]}), flush=True)
+        print(json.dumps({"logprobs": [[-1.0 * t for t in place] for place in ask["targets"]]}), flush=True)
 """
 
 

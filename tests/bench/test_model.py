@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 
+from jilju.assemble.bench import load_stepped, make_probes
 from jilju.assemble.engine import open_model
 from jilju.backends.reference import ReferenceExecutor
-from jilju.bench.model import Load, OpLedger, Subject, linear_work, measure_model, step_bytes
+from jilju.bench.model import SAMPLED, Load, OpLedger, Subject, linear_work, measure_model, step_bytes
 from jilju.bench.peers import Peer
 from jilju.bench.report import model_groups, model_tables
 from jilju.bench.steps import Steps, decode_shape, prefill_shape
-from jilju.errors import StartupError
+from jilju.errors import ConfigError, StartupError
 from jilju.model.weights import load_weights
 from jilju.plan import Attention, Linear
 from tests.bench.fakes import CountingExecutor, KnownProbes, idle_guard, limits, peer_command
@@ -163,3 +164,16 @@ def test_a_peer_that_does_not_start_is_an_error_with_its_command(tmp_path):
     (script := tmp_path / "broken.py").write_text("raise SystemExit(3)")
     with pytest.raises(StartupError, match=r"known ended with exit status 3; run it by hand .*broken\.py"):
         Peer("known", ["python3", str(script)])
+
+
+def test_a_model_as_the_command_loads_it_runs_every_load(model):
+    stepped = load_stepped(model, 2, 64, 1)
+    with (ledger := OpLedger(stepped.executor)):
+        assert stepped.steps.prefill(60) > 0 and stepped.steps.decode(2, 30, 0.0, SAMPLED) > 0
+    assert sum(ledger.shares().values()) == pytest.approx(1) and ledger.shares()["linear"] > 0
+    assert set(make_probes().weight_bytes(stepped.plan)) == set(stepped.plan.weights)
+
+
+def test_more_than_the_model_holds_is_refused(model):
+    with pytest.raises(ConfigError, match=f"at most {model.spec.max_context} tokens, 100000"):
+        load_stepped(model, 1, 100000, 1)

@@ -22,6 +22,7 @@ class SteppedModel(NamedTuple):
     plan: Plan
     executor: ProfiledExecutor
     kv_element_bytes: int
+    limits: Limits
     steps: Steps
 
 
@@ -44,7 +45,7 @@ def load_stepped(model: ModelFile, max_rows: int, max_context: int, num_threads:
     limits = limits_for(model, max_rows, max_context, num_threads)
     executor.load(model.plan, load_weights(model.gguf, model.plan), limits)
     kv_element_bytes = executor.kv_bytes_per_token(model.plan) // model.plan.kv.elements_per_token
-    return SteppedModel(model.plan, executor, kv_element_bytes, Steps(executor, model.plan, limits))
+    return SteppedModel(model.plan, executor, kv_element_bytes, limits, Steps(executor, model.plan, limits))
 
 
 def load_reference(model: ModelFile, max_context: int) -> tuple[Executor, Limits]:

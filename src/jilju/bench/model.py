@@ -13,11 +13,12 @@ from typing import Literal
 
 import msgspec
 
+from jilju.bench.batches import Sampling
 from jilju.bench.guard import Guard
 from jilju.bench.machine import Probes
 from jilju.bench.peers import Peer
 from jilju.bench.rounds import Contender, Rounds, take_turns
-from jilju.bench.steps import ProfiledExecutor, Sampling, Steps, decode_shape, prefill_shape
+from jilju.bench.steps import ProfiledExecutor, Steps, decode_shape, prefill_shape
 from jilju.plan import Attention, Linear, Plan, StepShape
 
 RUN_S = 0.5  # a run lasts at least so long; the guard sees the clock ticks of the system, 10 ms each

@@ -52,10 +52,10 @@ class Peer:
         answer = self._ask({"run": "decode", "rows": num_rows, "context": context, "seconds": seconds})
         return num_rows / float(answer["pass_s"])
 
-    def logprobs(self, token_ids: list[int], targets: list[int]) -> list[float]:
-        """Log probability of each target after the ids up to its own place."""
+    def logprobs(self, token_ids: list[int], targets: list[list[int]]) -> list[list[float]]:
+        """Of each target of the last len(targets) places, after the tokens up to and with that place."""
         answer = self._ask({"run": "logprobs", "token_ids": token_ids, "targets": targets})
-        return [float(x) for x in answer["logprobs"]]
+        return [[float(x) for x in place] for place in answer["logprobs"]]
 
     def close(self) -> None:
         assert self._process.stdin is not None

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from rich.table import Table
 
 from jilju.bench.chart import Bar, Group
+from jilju.bench.divergence import Compared
+from jilju.bench.load import METRICS, LoadResult
 from jilju.bench.machine import Machine
 from jilju.bench.model import Figure, ModelReport
 
@@ -88,3 +90,52 @@ def model_groups(report: ModelReport) -> list[Group]:
         bars += [Bar(name, r.tokens_per_s, f"{r.tokens_per_s:.0f} tok/s") for name, r in f.peers.items()]
         groups.append(Group(f.load.label, bars))
     return groups
+
+
+LONG = {
+    "ttft": "time to first token",
+    "tpot": "time per output token",
+    "itl": "inter-token latency",
+    "e2el": "end to end",
+}
+
+
+def load_tables(result: LoadResult) -> list[Table]:
+    title = f"{result.model}: {result.completed} requests in {result.duration:.1f} s, {result.failed} failed"
+    rates = table_of(title, ["", ""])
+    rates.add_row("request throughput", f"{result.request_throughput:.2f}/s")
+    if result.request_goodput is not None:
+        rates.add_row("request goodput", f"{result.request_goodput:.2f}/s")
+    rates.add_row("output token throughput", f"{result.output_throughput:.1f} tok/s")
+    rates.add_row("total token throughput", f"{result.total_token_throughput:.1f} tok/s")
+    rates.add_row("most requests at once", str(result.max_concurrent_requests))
+    rates.add_row("this client's CPU", f"{result.client_cpu_share:.1%} of a core")
+    if result.first_error is not None:
+        rates.add_row("first error", result.first_error)
+    times = table_of("milliseconds", ["", "mean", "median", "p95", "p99"])
+    for name in METRICS:
+        row = [getattr(result, f"{statistic}_{name}_ms") for statistic in ("mean", "median", "p95", "p99")]
+        times.add_row(f"{LONG[name]} ({name})", *(f"{value:.1f}" for value in row))
+    return [rates, times]
+
+
+def load_groups(result: LoadResult) -> list[Group]:
+    return [
+        Group(LONG[name], [
+            Bar(statistic, value, f"{value:.0f} ms")
+            for statistic in ("median", "p95", "p99")
+            for value in [getattr(result, f"{statistic}_{name}_ms")]
+        ])
+        for name in METRICS
+    ]  # fmt: skip
+
+
+def compared_table(compared: Sequence[Compared]) -> Table:
+    """The reference stands first."""
+    table = table_of(
+        "beside the reference backend, on the same ids", ["", "perplexity", "of reference", "KL, nats", "±"]
+    )
+    for c in compared:
+        kl = ["-", "-"] if c.kl is None else [f"{c.kl:.2e}", f"{c.kl_error:.0e}"]
+        table.add_row(c.name, f"{c.perplexity:.3f}", f"{c.perplexity / compared[0].perplexity - 1:+.2%}", *kl)
+    return table

@@ -7,10 +7,11 @@ its context stays what it is; the keys before it are computed once. Knows nothin
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from jilju.bench.batches import LogitRows, Sampling, batch_of
 from jilju.plan import Batch, Executor, Limits, Plan, StepResult, StepShape
 
 
@@ -25,22 +26,6 @@ class ProfiledExecutor(Executor, Protocol):
     def profile(self) -> OpTimes:
         """Nanoseconds by kind of op, of all steps so far."""
         ...
-
-
-class Sampling(NamedTuple):
-    """How every row samples, and how many ids its lists have; which ids is random but fixed."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    num_top: int = 0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    num_penalized: int = 0
-    num_biases: int = 0
-    allowed_share: float | None = None  # of the vocabulary, by a mask a row; None: no mask
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,55 +86,22 @@ class Steps:
     def batch(self, parts: Sequence[Part], num_logits: int, sampling: Sampling) -> Batch:
         """A batch that samples after the last token of each of the last `num_logits` parts."""
         tables = np.arange(self._limits.max_rows * self._blocks_per_row, dtype=np.int32)
-        ends = np.cumsum([part.count for part in parts])
-        sampled = parts[len(parts) - num_logits :]
-        n = num_logits
-        return Batch(
-            token_ids=np.concatenate([self._ids[p.row, p.start : p.start + p.count] for p in parts]),
-            starts=np.array([p.start for p in parts], np.int32),
-            counts=np.array([p.count for p in parts], np.int32),
-            block_tables=tables.reshape(-1, self._blocks_per_row)[[p.row for p in parts]],
-            logit_tokens=(ends[len(parts) - n :] - 1).astype(np.int32),
-            targets=np.full(n, -1, np.int32),
-            positions=np.array([p.start + p.count for p in sampled], np.int64),
-            seeds=np.arange(n, dtype=np.uint64),
-            temperatures=np.full(n, sampling.temperature, np.float32),
-            top_ks=np.full(n, sampling.top_k, np.int32),
-            top_ps=np.full(n, sampling.top_p, np.float32),
-            min_ps=np.full(n, sampling.min_p, np.float32),
-            num_top=np.full(n, sampling.num_top, np.int32),
-            repetition_penalties=np.full(n, sampling.repetition_penalty, np.float32),
-            presence_penalties=np.full(n, sampling.presence_penalty, np.float32),
-            frequency_penalties=np.full(n, sampling.frequency_penalty, np.float32),
-            penalty_starts=_starts(n, sampling.num_penalized),
-            penalty_ids=self._lists(n, sampling.num_penalized),
-            penalty_counts=np.ones(n * sampling.num_penalized, np.int32),
-            bias_starts=_starts(n, sampling.num_biases),
-            bias_ids=self._lists(n, sampling.num_biases),
-            biases=np.ones(n * sampling.num_biases, np.float32),
-            banned_starts=_starts(n, 0),
-            banned_ids=self._lists(n, 0),
-            mask_rows=np.arange(n, dtype=np.int32) if sampling.allowed_share is not None else np.full(n, -1, np.int32),
-            masks=self._masks(n, sampling.allowed_share),
+        sampled = range(len(parts) - num_logits, len(parts))
+        ends = np.cumsum([part.count for part in parts]).tolist()
+        logits = LogitRows(
+            tokens=[ends[index] - 1 for index in sampled],
+            positions=[parts[index].start + parts[index].count for index in sampled],
+            targets=[-1] * num_logits,
+            seeds=list(sampled),
         )
-
-    def _lists(self, num_rows: int, length: int) -> np.ndarray:
-        """So many ids a row, each once in a row: int32 [num_rows * length]"""
-        rng = np.random.default_rng(length)
-        rows = [rng.permutation(self._vocab_size)[:length] for _ in range(num_rows)] if length else []
-        return np.concatenate([np.empty(0, np.int32), *rows]).astype(np.int32)
-
-    def _masks(self, num_rows: int, share: float | None) -> np.ndarray:
-        num_words = -(-self._vocab_size // 32)
-        if share is None:
-            return np.zeros((0, num_words), np.uint32)
-        bits = np.random.default_rng(0).random((num_rows, 32 * num_words)) < share
-        bits[:, 0] = True  # at least one id may be sampled
-        return np.packbits(bits, axis=1, bitorder="little").view(np.uint32)
-
-
-def _starts(num_rows: int, length: int) -> np.ndarray:
-    return np.arange(0, (num_rows + 1) * length, length, dtype=np.int32) if length else np.zeros(num_rows + 1, np.int32)
+        return batch_of(
+            np.concatenate([self._ids[p.row, p.start : p.start + p.count] for p in parts]),
+            [p.start for p in parts],
+            [p.count for p in parts],
+            tables.reshape(-1, self._blocks_per_row)[[p.row for p in parts]],
+            logits,
+            sampling,
+        )
 
 
 def prefill_shape(num_tokens: int) -> StepShape:
