@@ -376,7 +376,9 @@ def _compared(
     file, window, num_threads = open_model(path), len(windows[0]), threads or usable_cores()[0]
     native = load_stepped(file, 1, window, num_threads)
     with _running(programs, Path(path), num_threads, 1, window) as peers, counting("windows") as count:
-        others: dict[str, Scorer] = {native.executor.kernel_set: ExecutorScores(native.executor, native.limits)}
+        others: dict[str, Scorer] = {
+            native.executor.kernel_set: ExecutorScores(native.executor, native.plan, native.limits)
+        }
         others |= {peer.name: peer for peer in peers if peer.runs("logprobs")}
         return compare(ExecutorScores(*load_reference(file, window)), others, windows, progress=count)
 

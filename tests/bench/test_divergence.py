@@ -68,7 +68,7 @@ def test_scores_and_draws_of_a_backend_are_those_of_its_logits():
     executor.load(model.plan, load_weights(model.gguf, model.plan), bounds)
     with np.load(GOLDEN / "llama-tied.npz") as stored:
         ids, logits = stored["token_ids"].tolist(), stored["logits"]
-    scores = ExecutorScores(executor, bounds)
+    scores = ExecutorScores(executor, model.plan, bounds)
     drawn = scores.draw(ids, ids[20:], num_draws=2, seed=7)
     assert [place[0] for place in drawn.ids] == ids[20:]
     first, second = ([place[k] for place in drawn.ids] for k in (1, 2))

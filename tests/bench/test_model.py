@@ -6,10 +6,11 @@ import pytest
 from jilju.assemble.bench import load_stepped, make_probes
 from jilju.assemble.engine import open_model
 from jilju.backends.reference import ReferenceExecutor
+from jilju.bench.batches import Sampling
 from jilju.bench.model import SAMPLED, Load, OpLedger, Subject, linear_work, measure_model, step_bytes
 from jilju.bench.peers import Peer
 from jilju.bench.report import model_groups, model_tables
-from jilju.bench.steps import Steps, decode_shape, prefill_shape
+from jilju.bench.steps import Part, Steps, decode_shape, prefill_shape
 from jilju.errors import ConfigError, StartupError
 from jilju.model.weights import load_weights
 from jilju.plan import Attention, Linear
@@ -177,3 +178,23 @@ def test_a_model_as_the_command_loads_it_runs_every_load(model):
 def test_more_than_the_model_holds_is_refused(model):
     with pytest.raises(ConfigError, match=f"at most {model.spec.max_context} tokens, 100000"):
         load_stepped(model, 1, 100000, 1)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        SAMPLED,
+        Sampling(0.7, presence_penalty=1.0, num_penalized=20, num_biases=5, allowed_share=0.3, num_top=3),
+    ],
+)
+def test_steps_with_lists_and_masks_are_sound_to_a_backend(model, sampling):
+    stepped = load_stepped(model, 3, 64, 1)
+    result = stepped.steps.run([Part(row, 0, 5) for row in range(3)], 3, sampling)
+    assert result.finite.all()
+    batch = stepped.steps.batch([Part(row, 0, 5) for row in range(3)], 3, sampling)
+    for ids, length in ((batch.penalty_ids, sampling.num_penalized), (batch.bias_ids, sampling.num_biases)):
+        assert all(len(set(row)) == length for row in ids.reshape(3, -1).tolist())
+    if sampling.allowed_share is not None:
+        allowed = np.unpackbits(batch.masks.view(np.uint8), axis=1, bitorder="little")[:, : model.plan.vocab_size]
+        assert allowed[range(3), result.token_ids].all() and 0.2 < allowed.mean() < 0.4

@@ -48,8 +48,8 @@ def load_stepped(model: ModelFile, max_rows: int, max_context: int, num_threads:
     return SteppedModel(model.plan, executor, kv_element_bytes, limits, Steps(executor, model.plan, limits))
 
 
-def load_reference(model: ModelFile, max_context: int) -> tuple[Executor, Limits]:
+def load_reference(model: ModelFile, max_context: int) -> tuple[Executor, Plan, Limits]:
     """The definition of the ops on this model, one row at a time."""
     executor, limits = make_executor("reference"), limits_for(model, 1, max_context, 1)
     executor.load(model.plan, load_weights(model.gguf, model.plan), limits)
-    return executor, limits
+    return executor, model.plan, limits

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 
 from jilju.bench.batches import LogitRows, Sampling, batch_of
-from jilju.plan import Batch, Executor, Limits
+from jilju.plan import Batch, Executor, Limits, Plan
 
 Table = list[list[float]]  # [places][ids of a place]
 
@@ -83,8 +83,8 @@ def divergence(gaps: Sequence[float]) -> tuple[float, float] | tuple[None, None]
 class ExecutorScores:
     """Scores and draws of a loaded executor, one row whose tokens begin at position 0."""
 
-    def __init__(self, executor: Executor, limits: Limits):
-        self._executor, self._limits = executor, limits
+    def __init__(self, executor: Executor, plan: Plan, limits: Limits):
+        self._executor, self._limits, self._vocab_size = executor, limits, plan.vocab_size
 
     def logprobs(self, token_ids: list[int], targets: list[list[int]]) -> Table:
         return self._run(token_ids, targets, seed=0).logprobs
@@ -119,4 +119,6 @@ class ExecutorScores:
             seeds=[seed + k for _ in places for k in range(width)],
         )
         blocks = np.arange(num_blocks, dtype=np.int32)[None, :]
-        return batch_of(np.array(token_ids), [start], [len(token_ids)], blocks, logits, Sampling(temperature=1.0))
+        return batch_of(
+            np.array(token_ids), [start], [len(token_ids)], blocks, logits, Sampling(temperature=1.0), self._vocab_size
+        )

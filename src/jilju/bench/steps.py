@@ -101,6 +101,7 @@ class Steps:
             tables.reshape(-1, self._blocks_per_row)[[p.row for p in parts]],
             logits,
             sampling,
+            self._vocab_size,
         )
 
 
