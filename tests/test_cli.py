@@ -86,6 +86,22 @@ def test_a_peer_that_is_not_installed_is_told_before_a_model_is_loaded(tmp_path,
     assert ".venv-openvino" in done.stderr and "make peers" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("serve", "gemma3-270m"), ("chat", "gemma3-270m"), ("generate", "x", "-m", "gemma3-270m"), ("pull", "gemma3-270m"),
+     ("tokenize", "x", "-m", "gemma3-270m")],
+)  # fmt: skip
+def test_terms_are_not_asked_for_outside_a_terminal(arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("JILJU_CACHE", str(tmp_path))
+    monkeypatch.delenv("JILJU_ACCEPT_LICENCE", raising=False)
+    done = run(*arguments)
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "https://ai.google.dev/gemma/terms" in done.stderr and "--accept-licence gemma" in done.stderr
+    assert not list(tmp_path.iterdir())
+    assert "not accepted yet" in run("models").stdout
+
+
 def test_a_file_that_is_no_model_is_named(tmp_path):
     path = tmp_path / "broken.gguf"
     path.write_bytes(b"GGUF" + bytes(20))

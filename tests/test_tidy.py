@@ -25,7 +25,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "view": set(),
     "assemble": PLAN | {"text", "model", "engine", "backends", "serve", "bench", "view"},
     "llm": PLAN | {"text", "engine", "assemble"},
-    "terminal": set(),
+    "terminal": {"errors", "model"},
     "cli_bench": PLAN | {"text", "model", "engine", "bench", "assemble", "llm", "terminal"},
     "cli": PLAN | {"text", "model", "engine", "serve", "assemble", "llm", "terminal", "cli_bench"},
     "__init__": {"llm", "engine"},

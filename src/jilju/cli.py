@@ -22,8 +22,8 @@ from rich.table import Table
 from jilju import __version__
 from jilju.cli_bench import bench
 from jilju.config import DEFAULT_MODEL, FALLBACK_MODEL, SERVE_OPTIONS, Option, ServeConfig, resolve_serve_config
-from jilju.errors import InvalidRequest, JiljuError, ModelSourceError, PlatformError
-from jilju.terminal import fetching, threads_option
+from jilju.errors import InvalidRequest, JiljuError, ModelSourceError, PlatformError, TemplateFailed
+from jilju.terminal import accept_licence_option, agree, fetching, threads_option
 
 if TYPE_CHECKING:
     from jilju.assemble.engine import MemoryPlan, ModelFile
@@ -123,8 +123,9 @@ _temperature = click.option(
 
 @commands.command()
 @click.argument("model", required=False)
+@accept_licence_option
 @_options
-def serve(model: str | None, **flags: Any) -> None:
+def serve(model: str | None, accept_licence: str | None, **flags: Any) -> None:
     """Serve MODEL over an OpenAI-compatible API, with a chat page at the address that is printed.
 
     MODEL is a name of `jilju models` or the path of a GGUF file.
@@ -139,6 +140,7 @@ def serve(model: str | None, **flags: Any) -> None:
 
     config = resolve_serve_config(model, flags)
     check_bind(config.host, config.api_key, config.insecure)  # before a model is fetched for nothing
+    agree(config.model, accept_licence)
     with fetching() as progress:
         model_file = _open_or_fall_back(config, progress)
     from jilju.assemble.launch import launch_engine
@@ -232,7 +234,15 @@ def _announce(console: Console, model: "ModelFile", config: ServeConfig, memory:
     help="Longest conversation in tokens. Default: the model's own maximum, or what a quarter of the memory holds.",
 )
 @threads_option
-def chat(model: str | None, system: str | None, context: int | None, threads: int | None, **sampling: Any) -> None:
+@accept_licence_option
+def chat(
+    model: str | None,
+    system: str | None,
+    context: int | None,
+    threads: int | None,
+    accept_licence: str | None,
+    **sampling: Any,
+) -> None:
     """Chat with MODEL in the terminal. An empty line or Ctrl-D ends it; Ctrl-C stops an answer; /new starts over.
 
     \b
@@ -242,9 +252,12 @@ def chat(model: str | None, system: str | None, context: int | None, threads: in
     """
     from jilju.llm import LLM
 
+    agree(model or DEFAULT_MODEL, accept_licence)
     with fetching() as progress:
         llm = LLM(model or DEFAULT_MODEL, context=context, threads=threads, progress=progress)
     with llm:
+        if llm.text.template is None:
+            raise TemplateFailed(f"{llm.name} has no chat template: it continues text; use `jilju generate`")
         params = _params(llm.defaults, sampling)
         start = [{"role": "system", "content": system}] if system else []
         messages: list[dict[str, str]] = list(start)
@@ -341,8 +354,15 @@ def _params(defaults: "SamplingParams", given: dict[str, Any]) -> "SamplingParam
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Go on past the model's end of text.")
 @threads_option
+@accept_licence_option
 def generate(
-    prompt: str, model: str, as_chat: bool, threads: int | None, stop: tuple[str, ...], **sampling: Any
+    prompt: str,
+    model: str,
+    as_chat: bool,
+    threads: int | None,
+    stop: tuple[str, ...],
+    accept_licence: str | None,
+    **sampling: Any,
 ) -> None:
     """Complete PROMPT and print the text as it comes. `-` reads the prompt from standard input.
 
@@ -354,6 +374,7 @@ def generate(
     """
     from jilju.llm import LLM
 
+    agree(model, accept_licence)
     text = sys.stdin.read() if prompt == "-" else prompt
     with fetching() as progress:
         llm = LLM(model, threads=threads, progress=progress)
@@ -373,7 +394,8 @@ def generate(
 @click.argument("text")
 @_model
 @click.option("--special", is_flag=True, help="Read the text of special tokens, such as <|im_end|>, as these tokens.")
-def tokenize(text: str, model: str, special: bool) -> None:
+@accept_licence_option
+def tokenize(text: str, model: str, special: bool, accept_licence: str | None) -> None:
     """Print the tokens of TEXT: piece, id and bytes. `-` reads the text from standard input.
 
     \b
@@ -384,6 +406,7 @@ def tokenize(text: str, model: str, special: bool) -> None:
     from jilju.assemble.engine import open_model
     from jilju.assemble.text import load_text
 
+    agree(model, accept_licence)
     given = sys.stdin.read() if text == "-" else text
     with fetching() as progress:
         model_file = open_model(model, progress)
@@ -418,7 +441,8 @@ def _piece(raw: bytes) -> str:
 @commands.command()
 @click.argument("name")
 @click.option("--verify", is_flag=True, help="Check the SHA-256 of a model that is in the cache already.")
-def pull(name: str, verify: bool) -> None:
+@accept_licence_option
+def pull(name: str, verify: bool, accept_licence: str | None) -> None:
     """Fetch the model NAME into the cache, with progress, and check its SHA-256.
 
     \b
@@ -428,6 +452,7 @@ def pull(name: str, verify: bool) -> None:
     """
     from jilju.model import sources
 
+    agree(name, accept_licence)
     with fetching() as progress:
         path = sources.pull(name, progress)
         if verify:
@@ -437,7 +462,8 @@ def pull(name: str, verify: bool) -> None:
 
 @commands.command()
 def models() -> None:
-    """List the models that have a name: size, licence, sampling defaults, whether they are in the cache, and where that is.
+    """List the models that have a name: size, licence and whether it was accepted where that is needed, sampling defaults, whether
+    they are in the cache, and where that is.
 
     \b
     Example:
@@ -452,6 +478,10 @@ def models() -> None:
         click.echo(
             f"    {entry.title}, {show_bytes(entry.num_bytes)}, {entry.licence}, {'cached' if listed.cached else 'not fetched yet'}"
         )
+        if entry.terms is not None:
+            a = listed.acceptance
+            told = f"accepted at {a.accepted_at} ({a.how})" if a else "not accepted yet; asked for before first use"
+            click.echo(f"    terms: {entry.terms.licence.url}, {told}")
         filters = f"top_p {d.top_p:g}, top_k {d.top_k}, repetition_penalty {d.repetition_penalty:g}"
         click.echo(f"    samples with temperature {d.temperature:g}, {filters} ({d.source})")
     click.echo(f"cache: {sources.cache_dir()}  (JILJU_CACHE names another)\nAny other GGUF file is given by its path.")

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from jilju.config import DEFAULT_MODEL, usable_cores
 from jilju.errors import ConfigError
-from jilju.terminal import counting, fetching, threads_option
+from jilju.terminal import agree, counting, fetching, threads_option
 
 if TYPE_CHECKING:
     from jilju.bench.chart import Group
@@ -153,6 +153,7 @@ def bench_model(
     from jilju.bench.report import model_groups, model_tables
 
     num_threads, programs = threads or usable_cores()[0], _programs(peers)
+    agree(model)
     with fetching() as progress:
         file = open_model(model, progress)
     longest = max([*prefill, *(context + 1 for context in contexts)])
@@ -349,6 +350,7 @@ def bench_quality(
     if peers and not reference:
         raise click.UsageError("--peers needs --reference, which is what all are compared with")
     programs = _programs(peers)
+    agree(model)
     with fetching() as progress:
         llm = LLM(model, context=window, kv_memory="256MiB", threads=threads, progress=progress)
     with llm, counting("windows") as count:

@@ -23,6 +23,7 @@
     └── StartupError              --   what stops a command before it serves: bad file, bad config, no memory
         ├── ModelFileError             a model file that lies, is cut short or is not supported
         ├── ModelSourceError           a model that cannot be fetched
+        ├── LicenceNotAccepted         a model whose terms the user has not accepted
         ├── ConfigError                a flag or an environment variable
         ├── PlatformError              a machine that jilju does not run on
         └── BusyMachine                a measurement that other processes disturb
@@ -178,6 +179,10 @@ class ModelFileError(StartupError):
 
 
 class ModelSourceError(StartupError):
+    pass
+
+
+class LicenceNotAccepted(StartupError):
     pass
 
 

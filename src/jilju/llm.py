@@ -96,17 +96,19 @@ class LLM:
     """A model with an engine of its own. `model` is a name of `jilju models` or the path of a GGUF file.
 
     `context` is the longest sequence in tokens and `kv_memory` the memory of the KV cache ("1GiB" or bytes); by default both
-    are chosen as `jilju serve` does. Raises StartupError if the model cannot be had, read or held.
+    are chosen as `jilju serve` does. `accept_licence` names the terms of a model that has some ("gemma"); that they are accepted is
+    recorded, so it is needed once. Raises StartupError if the model cannot be had, read or held.
     """
 
     def __init__(
         self, model: str = DEFAULT_MODEL, *, context: int | None = None, kv_memory: int | str | None = None, max_rows: int = 32,
         step_tokens: int = 256, threads: int | None = None, progress: Callable[[int, int, str], None] | None = None,
+        accept_licence: str | None = None,
     ):  # fmt: skip
         config = engine_config(
             model, context=context, kv_memory=kv_memory, max_rows=max_rows, step_tokens=step_tokens, threads=threads
         )
-        model_file = open_model(model, progress or _silent)
+        model_file = open_model(model, progress or _silent, accept_licence)
         self.config, options, self.memory = resolve_engine(model_file, config)
         self.name, self.path = model_file.name, model_file.path
         self.text = load_text(model_file)
@@ -146,7 +148,7 @@ class LLM:
 
     def chat_stream(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Piece]:
         if self.text.template is None:
-            raise TemplateFailed(f"{self.name} has no chat template; use generate()")
+            raise TemplateFailed(f"{self.name} has no chat template: it continues text; use generate()")
         ids = encode_chat(self.text.template, self.text.tokenizer, [dict(m) for m in messages])
         return self._run([(ids, ids)], params or self.defaults)
 

@@ -1,14 +1,17 @@
-"""Terminal: what the commands share: options that several have, and their progress bars.
+"""Terminal: what the commands share: options that several have, the question for a model's terms, and progress bars.
 
 Knows nothing of what a command does.
 """
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from jilju.errors import ModelSourceError
 
 threads_option = click.option(
     "--threads",
@@ -16,6 +19,33 @@ threads_option = click.option(
     default=None,
     help="Threads that compute. Default: the cores this process may use.",
 )
+accept_licence_option = click.option(
+    "--accept-licence",
+    metavar="NAME",
+    default=None,
+    help="Accept the terms of a model that has some, such as gemma; recorded, so needed once.  [JILJU_ACCEPT_LICENCE]",
+)
+
+
+def agree(model: str, accepted: str | None = None) -> None:
+    """Record the terms accepted by a flag; in a terminal, show and ask for those that the model still needs. Elsewhere nothing
+    is asked: who opens the model is refused, with the way to accept."""
+    from jilju.model import sources
+    from jilju.model.licences import FLAG
+
+    if accepted is not None:
+        sources.accept_licence(accepted, FLAG)
+    terms = sources.terms_to_accept(model)
+    if terms is None or not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return
+    licence = terms.licence
+    try:
+        where = f"{licence.url}\n{sources.terms_text(terms)}"
+    except ModelSourceError as error:
+        where = f"{licence.url} (a copy could not be fetched: {error.message})"
+    click.echo(f"{model} comes under the {licence.title}:\n{where}\n\nIn short: {licence.summary}\n", err=True)
+    if click.confirm(f"Do you accept the {licence.title}?", err=True):
+        sources.accept_licence(licence.name, "asked in the terminal")
 
 
 @contextlib.contextmanager

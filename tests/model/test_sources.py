@@ -1,22 +1,38 @@
 """Sources: models fetched with the real pip from an index of tiny wheels, with everything that may go wrong."""
 
+import contextlib
 import hashlib
 import os
+import pty
 import signal
 import subprocess
 import sys
 import threading
 import zipfile
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import msgspec
 import pytest
 
-from jilju.errors import ModelSourceError
-from jilju.model import sources
-from jilju.model.sources import ModelEntry, Package, SamplingDefaults, cache_dir, list_models, pull, resolve, verify
+from jilju.errors import ConfigError, LicenceNotAccepted, ModelSourceError
+from jilju.model import licences, sources
+from jilju.model.sources import (
+    ModelEntry,
+    Package,
+    SamplingDefaults,
+    Terms,
+    accept_licence,
+    cache_dir,
+    list_models,
+    pull,
+    resolve,
+    terms_text,
+    terms_to_accept,
+    verify,
+)
 
 PARTS = (b"first part, " * 3000, b"second part, " * 5000)
 WHOLE = b"".join(PARTS)
@@ -276,6 +292,131 @@ def test_of_two_pulls_one_works_and_one_waits(cache: Path, slow: SlowIndex) -> N
     assert (cache / "tiny.gguf").read_bytes() == WHOLE
 
 
+# ---- terms of their own, which are accepted before the first use
+
+TERMS_TEXT = b"<p>Be good.</p>"
+TERMS_PACKAGE = Package("jilju-test-terms", "1.0", "jilju_test_terms/TERMS.html", len(TERMS_TEXT))
+LICENCE = licences.Licence(name="good", title="Terms of Good", url="https://example.org/terms", summary="Be good.")
+TERMS = Terms(licence=LICENCE, package=TERMS_PACKAGE, sha256=hashlib.sha256(TERMS_TEXT).hexdigest())
+
+
+@pytest.fixture
+def with_terms(cache: Path, index: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The model comes under terms; where their record would lie."""
+    write_wheel(index, TERMS_PACKAGE, TERMS_TEXT)
+    use(monkeypatch, terms=TERMS)
+    monkeypatch.setattr(licences, "LICENCES", {"good": LICENCE})
+    monkeypatch.delenv(licences.VARIABLE, raising=False)
+    return cache.parent / "licences"
+
+
+def test_a_model_with_terms_is_not_given_out_before_they_are_accepted(with_terms: Path, cache: Path) -> None:
+    def refused() -> None:
+        for act in (pull, resolve):
+            with pytest.raises(
+                LicenceNotAccepted, match=r"tiny .*Terms of Good .*https://example.org.*--accept-licence good .*JILJU_"
+            ):
+                act("tiny")
+        assert terms_to_accept("tiny") == TERMS
+        assert list_models()[0].acceptance is None
+
+    refused()
+    assert not cache.exists(), "nothing is fetched"
+    cache.mkdir(parents=True)
+    (cache / "tiny.gguf").write_bytes(WHOLE)
+    refused()  # in the cache or not
+    with_terms.mkdir()
+    (with_terms / "good.json").write_text("{}")
+    refused()  # nor by a record that says nothing
+
+
+def test_terms_are_accepted_once(with_terms: Path) -> None:
+    accept_licence("good", "--accept-licence")
+    first = list_models()[0].acceptance
+    assert first is not None
+    assert (first.licence, first.url, first.how) == ("good", LICENCE.url, "--accept-licence")
+    assert abs(datetime.fromisoformat(first.accepted_at) - datetime.now(UTC)).total_seconds() < 600
+    accept_licence("good", "again")
+    assert list_models()[0].acceptance == first
+    assert terms_to_accept("tiny") is None
+    assert pull("tiny").read_bytes() == WHOLE
+    assert (with_terms / "good.html").read_bytes() == TERMS_TEXT, "the text is kept beside the record"
+    assert {path.name for path in with_terms.iterdir()} == {"good.json", "good.html"}
+
+
+def test_the_variable_accepts_and_is_recorded(with_terms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(licences.VARIABLE, " good ,")
+    assert pull("tiny").read_bytes() == WHOLE
+    monkeypatch.delenv(licences.VARIABLE)
+    accepted = list_models()[0].acceptance
+    assert accepted is not None and accepted.how == licences.VARIABLE
+    assert pull("tiny").is_file()
+
+
+def test_unknown_terms_are_refused(with_terms: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="--accept-licence is 'bad'; allowed: good"):
+        accept_licence("bad", "--accept-licence")
+    monkeypatch.setenv(licences.VARIABLE, "good,bad")
+    with pytest.raises(ConfigError, match="JILJU_ACCEPT_LICENCE is 'bad'; allowed: good"):
+        pull("tiny")
+
+
+def test_a_text_that_is_not_the_known_one_is_refused(with_terms: Path, index: Path) -> None:
+    write_wheel(index, TERMS_PACKAGE, b"<p>Be bad.</p>")
+    with pytest.raises(
+        ModelSourceError, match=r"the Terms of Good in jilju-test-terms has SHA-256 .*https://example.org"
+    ):
+        terms_text(TERMS)
+    assert not list(with_terms.iterdir())
+
+
+def test_terms_where_nothing_can_be_written(with_terms: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JILJU_CACHE", str(tmp_path / "file"))
+    monkeypatch.setenv(licences.VARIABLE, "good")
+    for act in (lambda: accept_licence("good", "x"), lambda: pull("tiny"), lambda: terms_text(TERMS)):
+        with pytest.raises(ModelSourceError, match="JILJU_CACHE names another folder"):
+            act()
+
+
+ASKING = """
+import sys
+import msgspec
+from jilju.model import licences, sources
+entry = msgspec.json.decode(sys.argv.pop(1), type=sources.ModelEntry)
+sources.MODELS, licences.LICENCES = {"tiny": entry}, {"good": entry.terms.licence}
+from jilju.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("answer", "status"), [("y", 0), ("n", 1), ("", 1)])
+def test_a_terminal_shows_the_terms_and_asks_once(with_terms: Path, cache: Path, answer: str, status: int) -> None:
+    model = msgspec.json.encode(sources.MODELS["tiny"]).decode()
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", ASKING, model, "pull", "tiny"], stdin=theirs, stderr=theirs, stdout=subprocess.PIPE
+    )
+    os.close(theirs)
+    shown = b""
+    try:
+        while not shown.endswith(b"[y/N]: "):
+            shown += os.read(ours, 4096)
+        os.write(ours, answer.encode() + b"\n")
+        with contextlib.suppress(OSError):  # the other side has closed
+            while chunk := os.read(ours, 4096):
+                shown += chunk
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+        os.close(ours)
+    for told in (LICENCE.title, LICENCE.url, LICENCE.summary, str(with_terms / "good.html")):
+        assert told in shown.decode()
+    assert process.returncode == status
+    assert (cache / "tiny.gguf").exists() == (with_terms / "good.json").exists() == (answer == "y")
+    assert ("accept them once with --accept-licence good" in shown.decode()) == (answer != "y")
+
+
 # ---- names, paths, the table
 
 
@@ -336,10 +477,10 @@ def test_where_the_cache_is() -> None:
 @pytest.mark.parametrize("entry", sources.MODELS.values(), ids=lambda entry: entry.name)
 def test_the_table_is_complete(entry: ModelEntry) -> None:
     assert len(bytes.fromhex(entry.sha256)) == 32
-    assert entry.licence == "Apache-2.0"
+    assert entry.licence == ("Apache-2.0" if entry.terms is None else entry.terms.licence.title)
     assert entry.title
     assert entry.defaults.source
     assert 0 < entry.defaults.top_p <= 1
-    for package in entry.packages:
+    for package in (*entry.packages, *([entry.terms.package] if entry.terms else [])):
         assert package.member.startswith(package.name.replace("-", "_") + "/")
     assert 0.8 < sum(package.wheel_bytes for package in entry.packages) / entry.num_bytes < 1.01

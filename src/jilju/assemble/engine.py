@@ -17,8 +17,9 @@ from jilju.config import ServeConfig, available_memory_bytes, usable_cores
 from jilju.engine.loop import Engine
 from jilju.errors import ConfigError, StartupError
 from jilju.formats.gguf import GgufFile
+from jilju.model import sources
 from jilju.model.decoder import build_plan
-from jilju.model.sources import ModelEntry, Progress, no_progress, resolve
+from jilju.model.sources import ModelEntry, Progress, no_progress
 from jilju.model.spec import ModelSpec, spec_from_gguf
 from jilju.model.weights import load_weights
 from jilju.plan import Executor, Limits, Plan
@@ -74,9 +75,12 @@ class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_blocks * BLOCK_SIZE
 
 
-def open_model(model: str, progress: Progress = no_progress) -> ModelFile:
-    """Find (and if needed fetch) a model by name or path, and read its head. Raises StartupError."""
-    resolved = resolve(model, progress)
+def open_model(model: str, progress: Progress = no_progress, accept_licence: str | None = None) -> ModelFile:
+    """Find (and if needed fetch) a model by name or path, and read its head; before that, record that the caller accepts the
+    terms of that name. Raises StartupError."""
+    if accept_licence is not None:
+        sources.accept_licence(accept_licence, "accept_licence=")
+    resolved = sources.resolve(model, progress)
     gguf = GgufFile.open(resolved.path)
     spec = spec_from_gguf(gguf)
     plan = build_plan(spec, {tensor.name: tensor.type for tensor in gguf.tensors.values()})

