@@ -69,6 +69,7 @@ oracle-write: .venv-oracle/installed
 peers: .venv-llama-cpp/installed .venv-openvino/installed .venv-dev/installed
 	@.venv-dev/bin/jilju pull smollm2-135m
 	@.venv-dev/bin/jilju pull qwen2.5-coder-0.5b
+	@.venv-dev/bin/jilju pull gemma3-270m
 	@.venv-llama-cpp/bin/python benchmarks/peers/write_tokenizer_golden.py
 
 bench: bench-machine bench-model bench-start bench-quality
