@@ -3,12 +3,14 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <new>
 
 #include "model.h"
+#include "pack.h"
 #include "philox.h"
 #include "roofs.h"
 
@@ -62,12 +64,14 @@ jilju::ModelLimits limits_of(const In<int64_t>& l) {
 
 class PyModel {
 public:
-    PyModel(In<int64_t> ints, In<double> reals, std::vector<In<uint8_t>> weights, In<int64_t> limits, const std::string& isa) : weights_(std::move(weights)) {
+    PyModel(In<int64_t> ints, In<double> reals, std::vector<In<uint8_t>> weights, In<uint8_t> packed, In<int64_t> limits, const std::string& isa)
+        : weights_(std::move(weights)), packed_(std::move(packed)) {
         const jilju::KernelSet& kernels = kernels_named(isa);
         std::vector<jilju::Bytes> bytes;
         for (const auto& w : weights_) bytes.push_back({w.data(), w.size()});
         jilju::Program program;
         require(jilju::decode_program({ints.data(), ints.size()}, {reals.data(), reals.size()}, bytes, &program));
+        require(jilju::use_packed(&program, {packed_.data(), packed_.size()}));
         require(jilju::Model::create(std::move(program), limits_of(limits), kernels, &model_));
     }
 
@@ -107,6 +111,7 @@ public:
 
 private:
     std::vector<In<uint8_t>> weights_;  // keeps the mapped file alive
+    In<uint8_t> packed_;
     std::unique_ptr<jilju::Model> model_;
 };
 
@@ -115,6 +120,25 @@ std::pair<int64_t, int64_t> memory_needs(In<int64_t> ints, In<double> reals, In<
     jilju::Program program;
     require(jilju::decode_program({ints.data(), ints.size()}, {reals.data(), reals.size()}, {}, &program));
     return {jilju::kv_bytes_per_token(program), jilju::workspace_bytes(program, limits_of(limits), kernels_named(isa))};
+}
+
+// What of an encoded plan's weights is packed: (version, [(weight id, offset, bytes)]).
+std::pair<std::string, std::vector<std::tuple<int, int64_t, int64_t>>> packed_layout(In<int64_t> ints, In<double> reals) {
+    jilju::Program program;
+    require(jilju::decode_program({ints.data(), ints.size()}, {reals.data(), reals.size()}, {}, &program));
+    std::vector<std::tuple<int, int64_t, int64_t>> entries;
+    for (const jilju::PackedEntry& e : jilju::packed_layout(program)) entries.emplace_back(e.weight, e.offset, e.num_bytes);
+    return {jilju::kPackedVersion, entries};
+}
+void pack(In<int64_t> ints, In<double> reals, int weight_id, In<uint8_t> data, Out<uint8_t> out) {
+    jilju::Program program;
+    require(jilju::decode_program({ints.data(), ints.size()}, {reals.data(), reals.size()}, {}, &program));
+    require(weight_id >= 0 && weight_id < static_cast<int>(program.weights.size()), "no such weight");
+    const jilju::Weight& w = program.weights[weight_id];
+    require(w.family != jilju::Family::kFloat, "this weight is not packed");
+    require(static_cast<int64_t>(data.size()) == w.num_outputs * w.row_bytes && static_cast<int64_t>(out.size()) == w.packed_bytes(), "data or output has another size than the weight");
+    nb::gil_scoped_release release;
+    jilju::pack(w, data.data(), out.data());
 }
 
 // Probes: single kernels, for tests.
@@ -160,6 +184,8 @@ NB_MODULE(_kernels, m) {
 
     m.def("kernel_set", [](const std::string& isa) { return std::string(kernels_named(isa).name); }, "isa"_a);
     m.def("memory_needs", &memory_needs, "ints"_a.noconvert(), "reals"_a.noconvert(), "limits"_a.noconvert(), "isa"_a);
+    m.def("packed_layout", &packed_layout, "ints"_a.noconvert(), "reals"_a.noconvert());
+    m.def("pack", &pack, "ints"_a.noconvert(), "reals"_a.noconvert(), "weight_id"_a, "data"_a.noconvert(), "out"_a.noconvert());
     m.def("unpack", &unpack, "isa"_a, "format"_a, "data"_a.noconvert(), "out"_a.noconvert());
     m.def("exp", &exp_all, "isa"_a, "x"_a.noconvert(), "out"_a.noconvert());
     m.def("philox4x32_10", &philox, "counter"_a, "key"_a);
@@ -168,8 +194,8 @@ NB_MODULE(_kernels, m) {
     m.attr("OP_KINDS") = nb::make_tuple("embed", "rms_norm", "linear", "rope", "attention", "glu", "take_rows", "sample", "other");
 
     nb::class_<PyModel>(m, "Model")
-        .def(nb::init<In<int64_t>, In<double>, std::vector<In<uint8_t>>, In<int64_t>, const std::string&>(), "ints"_a.noconvert(), "reals"_a.noconvert(),
-             "weights"_a, "limits"_a.noconvert(), "isa"_a)
+        .def(nb::init<In<int64_t>, In<double>, std::vector<In<uint8_t>>, In<uint8_t>, In<int64_t>, const std::string&>(), "ints"_a.noconvert(), "reals"_a.noconvert(),
+             "weights"_a, "packed"_a.noconvert(), "limits"_a.noconvert(), "isa"_a)
         .def("run", &PyModel::run)
         .def("set_profiling", &PyModel::set_profiling, "enabled"_a)
         .def("profile", &PyModel::profile);

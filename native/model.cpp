@@ -7,6 +7,8 @@
 #include <cmath>
 #include <new>
 
+#include "pack.h"
+
 namespace jilju {
 namespace {
 
@@ -27,7 +29,7 @@ int64_t max_partials(const Program& p, const ModelLimits& l) {
 // Floats of each part of the workspace, in the order in which they lie there.
 struct Workspace {
     std::vector<int64_t> buffers, rope;
-    int64_t partials = 0, groups = 0, strips = 0, scratch = 0, total = 0;
+    int64_t partials = 0, groups = 0, strips = 0, quantized = 0, quantized_scales = 0, scratch = 0, total = 0;
 
     Workspace(const Program& p, const ModelLimits& l, const KernelSet& kernels) {
         const auto part = [&](int64_t floats) {
@@ -39,6 +41,16 @@ struct Workspace {
         partials = part(max_partials(p, l) * p.num_kv_heads * p.group * (padded_head_dim(p) + 2));
         groups = part(kTileLogits * ceil_div(p.vocab_size, kGroupIds));
         strips = part(kTileLogits * ceil_div(p.vocab_size, kStripIds) * static_cast<int64_t>(sizeof(StripSummary) / sizeof(float)));
+        int64_t bytes = 0, scales = 0;  // of the largest input of integer kernels
+        for (const Op& op : p.ops) {
+            const LinearOp* linear = std::get_if<LinearOp>(&op);
+            if (!linear || linear->num_packed == 0) continue;
+            const int64_t rows = linear->x.logits ? kTileLogits : tile_tokens(l);
+            bytes = std::max(bytes, rows * linear->x.width / kBlockColumns * (kBlockColumns + 4));
+            scales = std::max(scales, rows * linear->x.width / super_block_of(linear->x.width));
+        }
+        quantized = part(ceil_div(bytes, sizeof(float)));
+        quantized_scales = part(scales);
         scratch = part(kernels.scratch_floats(p) * l.num_threads);
     }
 };
@@ -65,24 +77,37 @@ bool Memory::allocate(size_t num_bytes) {
     return true;
 }
 
+namespace {
+
+struct Isa {
+    const char* name;
+    bool (*is_supported)();
+    const KernelSet& (*kernels)();
+    const char* needs;
+};
+constexpr Isa kIsas[] = {  // best first
+#if defined(JILJU_HAVE_AVX2)
+    {"avx512", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"); }, avx512_kernels, "AVX512 F, BW, VL, DQ and VNNI"},
+    {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }, avx2_kernels, "AVX2, FMA and F16C"},
+#endif
+    {"generic", [] { return true; }, generic_kernels, ""},
+};
+
+}  // namespace
+
 Status select_kernels(const std::string& name, const KernelSet** out) {
-#if defined(JILJU_HAVE_AVX2)
-    const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (name == "avx2" && !has_avx2) return Status::unsupported("the instruction set avx2 was asked for, but this CPU lacks AVX2, FMA or F16C");
-    if (name == "avx2" || (name.empty() && has_avx2)) {
-        *out = &avx2_kernels();
-        return {};
+    std::string names;
+    for (const Isa& isa : kIsas) {
+        names += (names.empty() ? "" : ", ") + std::string(isa.name);
+        if (!name.empty() && name != isa.name) continue;
+        if (isa.is_supported()) {
+            *out = &isa.kernels();
+            return {};
+        }
+        if (!name.empty()) return Status::unsupported("the instruction set " + name + " was asked for, but this CPU lacks it (" + isa.needs + ")");
     }
-#endif
-    if (name.empty() || name == "generic") {
-        *out = &generic_kernels();
-        return {};
-    }
-#if defined(JILJU_HAVE_AVX2)
-    return Status::unsupported("the instruction set '" + name + "' is unknown; allowed: generic, avx2");
-#else
-    return Status::unsupported("the instruction set '" + name + "' is not in this build; allowed: generic");
-#endif
+    return Status::unsupported("the instruction set '" + name + "' is unknown here; allowed: " + names);
 }
 
 int64_t kv_bytes_per_token(const Program& p) {
@@ -96,6 +121,8 @@ int64_t workspace_bytes(const Program& program, const ModelLimits& limits, const
 Status Model::create(Program program, const ModelLimits& limits, const KernelSet& kernels, std::unique_ptr<Model>* out) {
     std::unique_ptr<Model> model(new Model(std::move(program), limits, kernels));
     Program& p = model->program_;
+    for (const Weight& w : p.weights)
+        if (w.family != Family::kFloat && !w.packed) return Status::invalid("the packed weights are missing");
 
     const int64_t kv_bytes = kv_bytes_per_token(p) * limits.block_size * limits.num_blocks;
     if (!model->kv_memory_.allocate(kv_bytes))
@@ -123,7 +150,9 @@ Status Model::create(Program program, const ModelLimits& limits, const KernelSet
     model->step_.splits_done = model->splits_done_.data();
     model->step_.group_largest = at += workspace.partials;
     model->step_.strips = reinterpret_cast<StripSummary*>(at += workspace.groups);
-    float* const scratch = at + workspace.strips;
+    model->step_.quantized = reinterpret_cast<int8_t*>(at += workspace.strips);
+    model->step_.quantized_scales = at += workspace.quantized;
+    float* const scratch = at + workspace.quantized_scales;
 
     const int64_t tokens = tile_tokens(limits);
     model->step_.segments.reserve(tokens);

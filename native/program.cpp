@@ -4,6 +4,9 @@
 #include <cmath>
 #include <string>
 
+#include "lower.h"
+#include "pack.h"
+
 namespace jilju {
 namespace {
 
@@ -34,12 +37,6 @@ int64_t stride_of(int64_t width) {
     return stride % 256 == 0 ? stride + 16 : stride;
 }
 
-bool overlap(const Value& a, const Value& b) {
-    return a.buffer == b.buffer && a.offset < b.offset + b.width && b.offset < a.offset + a.width;
-}
-
-bool same(const Value& a, const Value& b) { return a.buffer == b.buffer && a.offset == b.offset && a.width == b.width; }
-
 // The ropes of q and k right before an attention become part of it.
 void take_ropes(Program& p, AttentionOp* op) {
     while (!p.ops.empty() && std::holds_alternative<RopeOp>(p.ops.back())) {
@@ -53,14 +50,6 @@ void take_ropes(Program& p, AttentionOp* op) {
         }
         p.ops.pop_back();
     }
-}
-
-float half_to_float(uint16_t h) {
-    const int exponent = h >> 10 & 31, mantissa = h & 1023;
-    const double magnitude = exponent == 0 ? std::ldexp(mantissa, -24)
-                             : exponent < 31 ? std::ldexp(1024 + mantissa, exponent - 25)
-                             : mantissa ? std::nan("") : INFINITY;
-    return static_cast<float>(h >> 15 ? -magnitude : magnitude);
 }
 
 bool unpack_vector(const Weight& w, std::vector<float>* out) {
@@ -85,6 +74,20 @@ bool unpack_vector(const Weight& w, std::vector<float>* out) {
 
 }  // namespace
 
+bool overlap(const Value& a, const Value& b) {
+    return a.buffer == b.buffer && a.offset < b.offset + b.width && b.offset < a.offset + a.width;
+}
+
+bool same(const Value& a, const Value& b) { return a.buffer == b.buffer && a.offset == b.offset && a.width == b.width; }
+
+float half_to_float(uint16_t h) {
+    const int exponent = h >> 10 & 31, mantissa = h & 1023;
+    const double magnitude = exponent == 0 ? std::ldexp(mantissa, -24)
+                             : exponent < 31 ? std::ldexp(1024 + mantissa, exponent - 25)
+                             : mantissa ? std::nan("") : INFINITY;
+    return static_cast<float>(h >> 15 ? -magnitude : magnitude);
+}
+
 const Layout* layout_of(int64_t format) {
     static constexpr Layout f32{1, 4}, f16{1, 2}, q4_0{32, 18}, q4_1{32, 20}, q5_0{32, 22}, q5_1{32, 24}, q8_0{32, 34},
         q4_k{256, 144}, q5_k{256, 176}, q6_k{256, 210};
@@ -102,6 +105,50 @@ const Layout* layout_of(int64_t format) {
         case Format::kQ6_K: return &q6_k;
     }
     return nullptr;
+}
+
+int64_t super_block_of(int64_t num_inputs) {
+    for (int64_t size = kMaxSuperBlock; size >= 32; size -= 32)
+        if (num_inputs % size == 0) return size;
+    return 0;
+}
+
+namespace {
+
+Family family_of(Format format) {
+    switch (format) {
+        case Format::kF32:
+        case Format::kF16:
+        case Format::kBF16: return Family::kFloat;
+        case Format::kQ4_0: return Family::kW4;
+        case Format::kQ4_1: return Family::kW4Offset;
+        case Format::kQ5_0: return Family::kW5;
+        case Format::kQ5_1: return Family::kW5Offset;
+        case Format::kQ8_0: return Family::kW8;
+        case Format::kQ4_K: return Family::kW4K;
+        case Format::kQ5_K: return Family::kW5K;
+        case Format::kQ6_K: return Family::kW6;
+    }
+    return Family::kFloat;
+}
+
+void choose_family(Weight* w) {
+    w->family = family_of(w->format);
+    if (w->family == Family::kFloat) return;
+    const FamilyLayout layout = family_layout(w->family);
+    w->super_block = super_block_of(w->num_inputs);
+    w->strip_bytes = w->num_inputs / w->super_block * layout.head_bytes + w->num_inputs / 32 * layout.block_bytes;
+}
+
+}  // namespace
+
+Status use_packed(Program* program, Bytes packed) {
+    const std::vector<PackedEntry> entries = packed_layout(*program);
+    const int64_t wanted = entries.empty() ? 0 : entries.back().offset + entries.back().num_bytes;
+    if (static_cast<int64_t>(packed.size) != wanted)
+        return Status::invalid("the packed weights have " + std::to_string(packed.size) + " bytes, this plan needs " + std::to_string(wanted));
+    for (const PackedEntry& entry : entries) program->weights[entry.weight].packed = packed.data + entry.offset;
+    return {};
 }
 
 Status decode_program(std::span<const int64_t> ints, std::span<const double> reals, std::span<const Bytes> weights, Program* out) {
@@ -187,6 +234,10 @@ Status decode_program(std::span<const int64_t> ints, std::span<const double> rea
                 if (!bounded(num_parts) || (num_biases != 0 && num_biases != num_parts)) return Status::invalid("linear: bad number of parts");
                 for (int64_t j = 0; j < num_parts; ++j) op.parts.push_back(matrix(in.next(), op.x.width));
                 for (int64_t j = 0; j < num_biases; ++j) op.biases.push_back(vector(in.next()));
+                for (size_t j = 0; j < op.parts.size() && status.ok(); ++j) {
+                    choose_family(&p.weights[op.parts[j]]);
+                    op.num_packed += p.weights[op.parts[j]].family != Family::kFloat;
+                }
                 int64_t outputs = 0;
                 for (size_t j = 0; j < op.parts.size() && status.ok(); ++j) {
                     outputs += p.weights[op.parts[j]].num_outputs;
@@ -270,6 +321,7 @@ Status decode_program(std::span<const int64_t> ints, std::span<const double> rea
         if (!on_logits) return Status::unsupported("an op on tokens after take_rows; all ops after it must run on logit rows");
     }
     if (p.ops.empty() || !std::holds_alternative<SampleOp>(p.ops.back())) return Status::unsupported("the last op must be sample");
+    fuse(&p);
     return {};
 }
 

@@ -23,13 +23,48 @@ struct Layout {
     int block_bytes;
 };
 const Layout* layout_of(int64_t format);  // null: not a format that we read
+float half_to_float(uint16_t bits);
+
+// How a linear op holds a weight: as in the file, or packed for integer kernels (pack.h).
+enum class Family : int32_t { kFloat, kW4, kW4Offset, kW4K, kW5, kW5Offset, kW5K, kW6, kW8 };
+inline constexpr int kNumFamilies = 9;
+inline constexpr int64_t kMaxSuperBlock = 128;
+
+struct FamilyLayout {
+    int head_bytes;   // of a super-block
+    int scale_bytes;  // of a block: scales and offsets
+    int block_bytes;
+};
+constexpr FamilyLayout family_layout(Family family) {
+    switch (family) {
+        case Family::kFloat: break;
+        case Family::kW4: return {32, 16, 16 + 128};
+        case Family::kW4Offset: return {32, 32, 32 + 128};
+        case Family::kW4K: return {64, 16, 16 + 128};
+        case Family::kW5: return {32, 16, 16 + 128 + 32};
+        case Family::kW5Offset: return {32, 32, 32 + 128 + 32};
+        case Family::kW5K: return {64, 16, 16 + 128 + 32};
+        case Family::kW6: return {32, 16, 16 + 128 + 64};
+        case Family::kW8: return {0, 16, 16 + 256};
+    }
+    return {0, 0, 0};
+}
+
+// Columns of which one activation scale is shared: the largest multiple of 32 that divides num_inputs, at most 256.
+int64_t super_block_of(int64_t num_inputs);
 
 struct Weight {
     Format format;
     int64_t num_outputs;
     int64_t num_inputs;
     int64_t row_bytes;
-    const uint8_t* data;  // in the mapped file: any alignment
+    const uint8_t* data;  // in the mapped file: any alignment; null if only the packed form is needed
+    Family family = Family::kFloat;  // packed, if a linear op uses it
+    int64_t super_block = 0;
+    int64_t strip_bytes = 0;
+    const uint8_t* packed = nullptr;
+
+    int64_t packed_bytes() const { return (num_outputs + 7) / 8 * strip_bytes; }
 };
 
 struct Buffer {
@@ -46,11 +81,23 @@ struct Value {
     bool logits;
 };
 
+
 enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
 
 struct EmbedOp { int table; Value out; float scale; };
 struct RmsNormOp { Value x; int weight; Value out; float eps; bool add_to; };
-struct LinearOp { Value x; Value out; std::vector<int> parts; std::vector<int> biases; bool add_to; };
+struct LinearOp {
+    Value x, out;
+    std::vector<int> parts, biases;
+    bool add_to;
+    size_t num_packed = 0;  // of the parts
+    // fused into it (lower.h):
+    int norm = -1;  // weight of an RMS norm of x, or -1
+    float norm_eps = 0;
+    std::optional<Activation> gate = {};  // parts are gate and up: out = activation(gate) * up
+
+    bool all_packed() const { return num_packed == parts.size(); }
+};
 struct RopeOp { Value x; int64_t head_dim; bool halves; int table; };
 struct AttentionOp {
     Value q, k, v, out;
@@ -89,7 +136,13 @@ struct Bytes {
     size_t size;
 };
 
+bool overlap(const Value& a, const Value& b);
+bool same(const Value& a, const Value& b);  // the same columns
+
 // Without weights only shapes are decoded, which is enough to count memory.
 Status decode_program(std::span<const int64_t> ints, std::span<const double> reals, std::span<const Bytes> weights, Program* out);
+
+// Where the packed weights lie: one buffer as packed_layout() says.
+Status use_packed(Program* program, Bytes packed);
 
 }  // namespace jilju

@@ -109,6 +109,8 @@ struct Step {
     float* partials;               // [num_partials, num_kv_heads, group, padded_head_dim + 2]
     std::atomic<int32_t>* splits_done;  // [num_partials, num_kv_heads], at a query's first partial; zeros between ops
     std::vector<float*> rope;      // per table: [token][cos[half], sin[half]]
+    int8_t* quantized;             // the rows of a linear's input, and the scales of their super-blocks (ops/linear_packed.h)
+    float* quantized_scales;
     // the tile of logit rows
     int64_t first_logit, num_logits;
     int64_t first_token;           // of the token tile, in the batch
@@ -145,6 +147,7 @@ struct KernelSet {
 const KernelSet& generic_kernels();
 #if defined(JILJU_HAVE_AVX2)
 const KernelSet& avx2_kernels();
+const KernelSet& avx512_kernels();
 #endif
 
 }  // namespace jilju

@@ -7,7 +7,9 @@ namespace {
 
 int64_t scratch_floats(const Program& program) {
     const int64_t padded = ceil_div(program.head_dim, 8) * 8;
-    int64_t floats = linear_scratch_floats();
+    int64_t max_inputs = 0;
+    for (const Weight& weight : program.weights) max_inputs = max_int(max_inputs, weight.num_inputs);
+    int64_t floats = linear_scratch_floats(max_inputs);
     floats = max_int(floats, attention_scratch_floats(program.group, program.head_dim, padded));
     floats = max_int(floats, sample_scratch_floats(program.vocab_size));
     return ceil_div(floats, 16) * 16;
@@ -30,7 +32,9 @@ const KernelSet& table() {
 
 }  // namespace JILJU_ISA
 
-#if defined(JILJU_COMPILE_AVX2)
+#if defined(JILJU_COMPILE_AVX512)
+const KernelSet& avx512_kernels() { return avx512::table(); }
+#elif defined(JILJU_COMPILE_AVX2)
 const KernelSet& avx2_kernels() { return avx2::table(); }
 #else
 const KernelSet& generic_kernels() { return generic::table(); }

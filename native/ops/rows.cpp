@@ -1,7 +1,6 @@
 // embed, rms_norm, glu, take_rows: the ops that treat each row by itself.
-#include "simd.h"
+#include "rows.h"
 
-#include <cmath>
 #include <cstring>
 
 namespace jilju::JILJU_ISA {
@@ -17,38 +16,13 @@ void embed(const EmbedOp& op, Step& step, Pool& pool) {
     });
 }
 
-// out = x / sqrt(mean(x^2) + eps) * weight (+ out), per head of weight's width        x, out [rows, heads * width]
+// rms_norm_row per head of the weight's width        x, out [rows, heads * width]
 void rms_norm(const RmsNormOp& op, Step& step, Pool& pool) {
     const std::vector<float>& weight = step.program->vectors[op.weight];
-    const int64_t width = static_cast<int64_t>(weight.size()), whole = width / 8 * 8;
-    const int tail = static_cast<int>(width % 8);
+    const int64_t width = static_cast<int64_t>(weight.size());
     pool.for_tiles(step.rows(op.x), [&](int64_t row, float*) {
-        for (int64_t head = 0; head < op.x.width; head += width) {
-            const float* x = step.at(op.x, row) + head;
-            float* out = step.at(op.out, row) + head;
-            F32 squares = zero();
-            for (int64_t i = 0; i < whole; i += 8) squares = fma(load(x + i), load(x + i), squares);
-            if (tail) squares = fma(load_n(x + whole, tail), load_n(x + whole, tail), squares);
-            const F32 scale = set1(1.0f / std::sqrt(sum(squares) / static_cast<float>(width) + op.eps));
-            for (int64_t i = 0; i < whole; i += 8) {
-                const F32 normed = mul(mul(load(x + i), scale), load(weight.data() + i));
-                store(out + i, op.add_to ? add(load(out + i), normed) : normed);
-            }
-            if (tail) {
-                const F32 normed = mul(mul(load_n(x + whole, tail), scale), load_n(weight.data() + whole, tail));
-                store_n(out + whole, op.add_to ? add(load_n(out + whole, tail), normed) : normed, tail);
-            }
-        }
+        for (int64_t head = 0; head < op.x.width; head += width) rms_norm_row(step.at(op.x, row) + head, weight, op.eps, op.add_to, step.at(op.out, row) + head);
     });
-}
-
-// g / (1 + exp(-g))
-JILJU_INLINE F32 silu(F32 g) { return div(g, add(set1(1.0f), exp(sub(zero(), g)))); }
-
-// g / 2 * (1 + tanh(u)), u = sqrt(2 / pi) * (g + 0.044715 g^3), as g / (1 + exp(-2u)): no difference of near numbers
-JILJU_INLINE F32 gelu_tanh(F32 g) {
-    const F32 minus_2u = mul(mul(g, set1(-1.5957691216f)), fma(mul(g, g), set1(0.044715f), set1(1.0f)));
-    return div(g, add(set1(1.0f), exp(minus_2u)));
 }
 
 // out = activation(gate) * up        x = [gate | up] [rows, 2F], out [rows, F]

@@ -6,7 +6,9 @@
 
 #include "../step.h"
 
-#if defined(JILJU_COMPILE_AVX2)
+#if defined(JILJU_COMPILE_AVX512)
+#include "../simd/avx512.h"
+#elif defined(JILJU_COMPILE_AVX2)
 #include "../simd/avx2.h"
 #else
 #include "../simd/generic.h"
@@ -71,7 +73,7 @@ void take_rows(const TakeRowsOp&, Step&, Pool&);
 void sample(const SampleOp&, Step&, Pool&);
 
 void unpack_row(const Weight&, int64_t row, float* out);
-int64_t linear_scratch_floats();
+int64_t linear_scratch_floats(int64_t max_inputs);
 int64_t attention_scratch_floats(int group, int64_t head_dim, int64_t padded_head_dim);
 int64_t attention_queries_per_unit(int group);
 int64_t sample_scratch_floats(int64_t vocab_size);

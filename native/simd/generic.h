@@ -18,8 +18,13 @@ using Bytes = uint8_t __attribute__((vector_size(16)));
 using HalfBytes = uint8_t __attribute__((vector_size(8)));
 using HalfSignedBytes = int8_t __attribute__((vector_size(8)));
 
+using Ints = int32_t __attribute__((vector_size(32)));
+
 struct F32 { Floats v; };
+struct I32 { Ints v; };
 struct B16 { Bytes v; };
+struct B32 { uint8_t v[32]; };  // of 8 rows, 4 columns each
+struct Pairs { int32_t low[8], high[8]; };
 
 #define JILJU_INLINE inline
 
@@ -184,5 +189,88 @@ JILJU_INLINE F32 low_u8(B16 a) { return load_u8(reinterpret_cast<const uint8_t*>
 JILJU_INLINE F32 high_u8(B16 a) { return load_u8(reinterpret_cast<const uint8_t*>(&a.v) + 8); }
 
 JILJU_INLINE void prefetch(const void*) {}
+
+template <class Body>
+JILJU_INLINE I32 int_lanes(Body&& body) {
+    I32 out;
+    for (int i = 0; i < 8; ++i) out.v[i] = body(i);
+    return out;
+}
+JILJU_INLINE I32 zero_i32() { return {Ints{}}; }
+JILJU_INLINE I32 add(I32 a, I32 b) { return {a.v + b.v}; }
+JILJU_INLINE I32 negative(I32 a) { return {-a.v}; }
+JILJU_INLINE I32 times_power(I32 a, int power) { return {a.v * (1 << power)}; }
+JILJU_INLINE I32 load_i32_from_i16(const void* p) {
+    int16_t words[8];
+    std::memcpy(words, p, sizeof words);
+    return int_lanes([&](int i) { return words[i]; });
+}
+JILJU_INLINE I32 load_i32_from_i8(const void* p) { return int_lanes([=](int i) { return static_cast<const int8_t*>(p)[i]; }); }
+JILJU_INLINE I32 load_i32_from_u8(const void* p) { return int_lanes([=](int i) { return static_cast<const uint8_t*>(p)[i]; }); }
+JILJU_INLINE F32 to_f32(I32 a) { return {__builtin_convertvector(a.v, Floats)}; }
+JILJU_INLINE Pairs pairs(I32 low, I32 high) {
+    Pairs out;
+    for (int i = 0; i < 8; ++i) out.low[i] = low.v[i], out.high[i] = high.v[i];
+    return out;
+}
+JILJU_INLINE B32 load_b32(const uint8_t* p) {
+    B32 out;
+    std::memcpy(out.v, p, sizeof out.v);
+    return out;
+}
+JILJU_INLINE B32 or_b32(B32 a, const B32& b) {
+    for (int i = 0; i < 32; ++i) a.v[i] |= b.v[i];
+    return a;
+}
+JILJU_INLINE B32 field_b32(B32 a, int shift, int mask, int to) {
+    for (int i = 0; i < 32; ++i) a.v[i] = static_cast<uint8_t>((a.v[i] >> shift & mask) << to);
+    return a;
+}
+JILJU_INLINE void quantize_32(const float* x, F32 factor, int8_t* out, int16_t* sums) {
+    sums[0] = sums[1] = 0;
+    for (int i = 0; i < 32; ++i) {
+        const float y = std::nearbyint(x[i] * factor.v[0]);
+        out[i] = y >= -127.0f && y <= 127.0f ? static_cast<int8_t>(y) : int8_t{0};  // NaN: the scale carries it on
+        sums[i / 16] = static_cast<int16_t>(sums[i / 16] + out[i]);
+    }
+}
+
+// The sums of w * x over four columns each, for eight rows.
+template <class Weight>
+JILJU_INLINE void add_products(const Weight* w, const int8_t* x, Ints& sum) {
+    for (int row = 0; row < 8; ++row)
+        sum[row] += w[4 * row] * x[0] + w[4 * row + 1] * x[1] + w[4 * row + 2] * x[2] + w[4 * row + 3] * x[3];
+}
+
+using Scale = I32;
+JILJU_INLINE Scale scale_of(I32 s) { return s; }
+
+// acc[c] += scale * sum over w and four columns each of w * x[c], for kN rows x of 32 bytes. w unsigned.
+template <int kNumBytes, int, int kN>
+JILJU_INLINE void add_scaled_dots(I32* acc, const B32* w, const int8_t* x, Scale scale) {
+    for (int c = 0; c < kN; ++c, x += 32) {
+        Ints sum{};
+        for (int l = 0; l < kNumBytes; ++l) add_products(w[l].v, x + 4 * l, sum);
+        acc[c].v += sum * scale.v;
+    }
+}
+// acc + low * x[0] + high * x[1]
+JILJU_INLINE I32 add_pairs(I32 acc, const Pairs& m, const int16_t* x) {
+    return int_lanes([&](int i) { return acc.v[i] + m.low[i] * x[0] + m.high[i] * x[1]; });
+}
+
+// Eight times 32 signed bytes.
+struct SignedBytes {
+    const int8_t* bytes;
+    JILJU_INLINE explicit SignedBytes(const uint8_t* p) : bytes(reinterpret_cast<const int8_t*>(p)) {}
+};
+// dots[c] = sum of w * x[c], for kN rows x of 32 bytes.
+template <int kN>
+JILJU_INLINE void signed_dots(I32* dots, const SignedBytes& w, const int8_t* x, const int16_t*) {
+    for (int c = 0; c < kN; ++c, x += 32) {
+        dots[c] = zero_i32();
+        for (int l = 0; l < 8; ++l) add_products(w.bytes + 32 * l, x + 4 * l, dots[c].v);
+    }
+}
 
 }  // namespace jilju::generic

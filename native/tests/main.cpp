@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../model.h"
+#include "../pack.h"
 #include "../philox.h"
 
 namespace {
@@ -27,6 +28,7 @@ struct Encoded {
     std::vector<int64_t> ints;
     std::vector<double> reals;
     std::vector<std::vector<uint8_t>> data;
+    std::vector<uint8_t> packed;
     std::vector<Bytes> bytes() const {
         std::vector<Bytes> out;
         for (const auto& d : data) out.push_back({d.data(), d.size()});
@@ -89,14 +91,24 @@ Encoded encode(Format format) {
     return e;
 }
 
+void pack_all(const Program& program, Encoded* e) {
+    for (const PackedEntry& entry : packed_layout(program)) {
+        e->packed.resize(entry.offset + entry.num_bytes);
+        pack(program.weights[entry.weight], e->data[entry.weight].data(), e->packed.data() + entry.offset);
+    }
+}
+
 constexpr ModelLimits kLimits{64, 16, 16, 700, 800, 1};
 
-std::unique_ptr<Model> make(const Encoded& e, const char* isa, int num_threads) {
+// `e` must outlive the model.
+std::unique_ptr<Model> make(Encoded& e, const char* isa, int num_threads) {
     const KernelSet* kernels = nullptr;
     if (!select_kernels(isa, &kernels).ok()) return nullptr;
     Program program;
     const Status decoded = decode_program(e.ints, e.reals, e.bytes(), &program);
     expect(decoded.ok(), decoded.message.c_str());
+    if (decoded.ok() && e.packed.empty()) pack_all(program, &e);
+    expect(use_packed(&program, {e.packed.data(), e.packed.size()}).ok(), "packed weights");
     ModelLimits limits = kLimits;
     limits.num_threads = num_threads;
     std::unique_ptr<Model> model;
@@ -157,7 +169,7 @@ Result run(Model& model, const std::vector<Row>& rows, Status* status = nullptr,
 }
 
 void test_same_bits(const char* isa, Format format) {
-    const Encoded e = encode(format);
+    Encoded e = encode(format);
     const auto one = make(e, isa, 1), many = make(e, isa, 3);
     if (!one) return;
     for (const auto& rows : std::vector<std::vector<Row>>{{{0, 1, 0}}, {{0, 300, 0}}, {{0, 20, 0}, {0, 270, 2}, {0, 1, 20}, {0, 33, 22}}, {{0, 3, 0}, {0, 2, 1}}})
@@ -174,7 +186,7 @@ void test_same_bits(const char* isa, Format format) {
 }
 
 void test_errors() {
-    const Encoded e = encode(Format::kQ4_1);
+    Encoded e = encode(Format::kQ4_1);
     const auto model = make(e, "", 2);
     Status status;
     run(*model, {{0, 4, 0}}, &status, kVocab);
@@ -208,7 +220,7 @@ void test_philox() {
 }  // namespace
 
 int main() {
-    for (const char* isa : {"generic", "avx2"})
+    for (const char* isa : {"generic", "avx2", "avx512"})
         for (const Format format : {Format::kF32, Format::kQ4_0, Format::kQ4_1, Format::kQ5_0, Format::kQ5_1, Format::kQ8_0, Format::kQ4_K, Format::kQ5_K, Format::kQ6_K})
             test_same_bits(isa, format);
     test_errors();

@@ -95,7 +95,9 @@ def test_weights_that_do_not_match_stop_the_start() -> None:
 @pytest.mark.parametrize("isa", ["avx9", "AVX2", "none"])
 def test_an_unknown_instruction_set_is_an_error(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     monkeypatch.setenv("JILJU_ISA", isa)
-    with pytest.raises(ConfigError, match=f"JILJU_ISA: the instruction set '{isa}' is unknown; allowed: generic"):
+    with pytest.raises(
+        ConfigError, match=f"JILJU_ISA: the instruction set '{isa}' is unknown here; allowed: .*generic"
+    ):
         NativeExecutor()
 
 

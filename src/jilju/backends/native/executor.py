@@ -1,12 +1,13 @@
 """NativeExecutor: the Executor protocol on the C++ core.
 
 Owns the loaded model; keeps the weights' mapping alive, for the kernels read it in place. Knows
-nothing of sequences or requests. JILJU_ISA=generic|avx2 forces an instruction set; otherwise the CPU decides.
+nothing of sequences or requests. JILJU_ISA=generic|avx2|avx512 forces an instruction set; otherwise the CPU decides.
 """
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,7 +61,8 @@ class NativeExecutor:
         kv_bytes = kv_bytes_per_token * limits.block_size * limits.num_blocks
         _check_memory(kv_bytes, workspace_bytes, limits)
         try:
-            self._model = self._kernels.Model(encoded.ints, encoded.reals, data, _flat(limits), self._isa)
+            packed = self._pack(encoded, data, limits.num_threads)
+            self._model = self._kernels.Model(encoded.ints, encoded.reals, data, packed, _flat(limits), self._isa)
         except self._kernels.NoMemory as error:
             raise StartupError(f"{error}; lower the KV cache, the tokens of a step or the threads") from error
         except self._kernels.Unsupported as error:
@@ -68,6 +70,20 @@ class NativeExecutor:
                 f"the native backend does not run this model: {error}; use the reference backend"
             ) from error
         self._model.set_profiling(self._profile)
+
+    def _pack(self, encoded: EncodedPlan, data: Sequence[np.ndarray], num_threads: int) -> np.ndarray:
+        """The weights of linear ops in the order of the integer kernels, uint8; the largest first, each by one thread."""
+        _version, entries = self._kernels.packed_layout(encoded.ints, encoded.reals)
+        packed = np.empty(max((offset + size for _, offset, size in entries), default=0), np.uint8)
+
+        def pack(entry: tuple[int, int, int]) -> None:
+            weight, offset, size = entry
+            self._kernels.pack(encoded.ints, encoded.reals, weight, data[weight], packed[offset : offset + size])
+
+        with ThreadPoolExecutor(num_threads) as threads:
+            for _ in threads.map(pack, sorted(entries, key=lambda entry: -entry[2])):
+                pass
+        return packed
 
     def launch(self, batch: Batch) -> None:
         assert self._model is not None, "launch before load"

@@ -1,0 +1,213 @@
+#include "pack.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace jilju {
+namespace {
+
+constexpr int kMaxBlocks = kMaxSuperBlock / kBlockColumns;
+
+// 32 columns of a row: quants, and what they are scaled with. Of a K format s and m are the integers of the file and d, dm
+// are the same for the whole super-block.
+struct Block {
+    uint8_t q[kBlockColumns];  // of kW8 signed
+    float d = 0, m = 0;        // d*q + m; symmetric formats: d*(q - z)
+    int s[2] = {0, 0}, offset = 0;
+};
+
+float half_at(const uint8_t* p) {
+    uint16_t bits;
+    std::memcpy(&bits, p, 2);
+    return half_to_float(bits);
+}
+
+void nibbles_of(const uint8_t* p, uint8_t* q) {
+    for (int i = 0; i < 16; ++i) {
+        q[i] = p[i] & 15;
+        q[16 + i] = p[i] >> 4;
+    }
+}
+void fifth_bits_of(const uint8_t* p, uint8_t* q) {
+    uint32_t bits;
+    std::memcpy(&bits, p, 4);
+    for (int i = 0; i < 32; ++i) q[i] |= static_cast<uint8_t>((bits >> i & 1) << 4);
+}
+
+// The six-bit scale and offset of the j-th 32 columns of Q4_K and Q5_K.
+void scales_k(const uint8_t* p, int j, Block* out) {
+    const uint8_t* scales = p + 4;
+    if (j < 4) {
+        out->s[0] = scales[j] & 63;
+        out->offset = scales[4 + j] & 63;
+    } else {
+        out->s[0] = (scales[4 + j] & 15) | (scales[j - 4] >> 6) << 4;
+        out->offset = scales[4 + j] >> 4 | (scales[j] >> 6) << 4;
+    }
+    out->d = half_at(p);
+    out->m = -half_at(p + 2);
+}
+
+// The k-th block of 32 columns of a row.
+void read_block(Format format, const uint8_t* row, int64_t k, Block* out) {
+    const Layout* layout = layout_of(static_cast<int64_t>(format));
+    const int per_block = layout->block_elements / kBlockColumns, j = static_cast<int>(k % per_block);
+    const uint8_t* p = row + k / per_block * layout->block_bytes;
+    switch (format) {
+        case Format::kQ4_0:
+            out->d = half_at(p);
+            nibbles_of(p + 2, out->q);
+            break;
+        case Format::kQ4_1:
+            out->d = half_at(p), out->m = half_at(p + 2);
+            nibbles_of(p + 4, out->q);
+            break;
+        case Format::kQ5_0:
+            out->d = half_at(p);
+            nibbles_of(p + 6, out->q);
+            fifth_bits_of(p + 2, out->q);
+            break;
+        case Format::kQ5_1:
+            out->d = half_at(p), out->m = half_at(p + 2);
+            nibbles_of(p + 8, out->q);
+            fifth_bits_of(p + 4, out->q);
+            break;
+        case Format::kQ8_0:
+            out->d = half_at(p);
+            std::memcpy(out->q, p + 2, 32);
+            break;
+        case Format::kQ4_K:
+        case Format::kQ5_K: {
+            scales_k(p, j, out);
+            const bool five = format == Format::kQ5_K;
+            const uint8_t* nibbles = p + (five ? 48 : 16) + j / 2 * 32;
+            for (int i = 0; i < 32; ++i) out->q[i] = (j % 2 ? nibbles[i] >> 4 : nibbles[i] & 15) | (five ? (p[16 + i] >> j & 1) << 4 : 0);
+            break;
+        }
+        case Format::kQ6_K: {
+            out->d = half_at(p + 208);
+            for (int h = 0; h < 2; ++h) out->s[h] = static_cast<int8_t>(p[192 + 2 * j + h]);
+            const uint8_t* nibbles = p + j / 4 * 64 + j % 2 * 32;
+            const uint8_t* high = p + 128 + j / 4 * 32;
+            for (int i = 0; i < 32; ++i) out->q[i] = (j % 4 < 2 ? nibbles[i] & 15 : nibbles[i] >> 4) | (high[i] >> 2 * (j % 4) & 3) << 4;
+            break;
+        }
+        default: break;  // not packed
+    }
+}
+
+// Float scales of a super-block to integers; returns their unit. With offsets: s*q + m stays below 66000 for every q, so
+// that 256 products with 127 fit int32; without: z*s fits int16.
+float round_scales(Family family, Block* blocks, int num_blocks) {
+    const bool has_offsets = family == Family::kW4Offset || family == Family::kW5Offset;
+    const int largest_q = family == Family::kW4 || family == Family::kW4Offset ? 15 : 31;
+    double unit = 0;
+    for (int b = 0; b < num_blocks; ++b) {
+        const double d = std::fabs(blocks[b].d), m = std::fabs(blocks[b].m);
+        if (has_offsets) {
+            unit = std::max({unit, d / 32000, m / 32000, std::fabs(static_cast<double>(largest_q) * blocks[b].d + blocks[b].m) / 65000});
+        } else {
+            unit = std::max(unit, d / (largest_q == 15 ? 4095 : 2047));
+        }
+    }
+    const float d = static_cast<float>(unit);
+    for (int b = 0; b < num_blocks && d > 0; ++b) {
+        blocks[b].s[0] = static_cast<int>(std::lround(static_cast<double>(blocks[b].d) / d));
+        blocks[b].offset = static_cast<int>(std::lround(static_cast<double>(blocks[b].m) / d));
+    }
+    return d;
+}
+
+template <class T>
+void put(uint8_t* to, int index, T value) {
+    std::memcpy(to + index * sizeof(T), &value, sizeof(T));
+}
+
+void put_quants(Family family, const uint8_t* q, int row, uint8_t* to) {
+    if (family == Family::kW8) {
+        for (int k = 0; k < kBlockColumns; ++k) to[(k / 4 * kStripRows + row) * 4 + k % 4] = q[k];
+        return;
+    }
+    for (int k = 0; k < 16; ++k) to[(k / 4 * kStripRows + row) * 4 + k % 4] = static_cast<uint8_t>((q[k] & 15) | q[16 + k] << 4);
+    uint8_t* planes = to + 128;
+    const int bits = family == Family::kW6 ? 6 : family == Family::kW4 || family == Family::kW4Offset || family == Family::kW4K ? 4 : 5;
+    for (int i = 0; i < 4 && bits > 4; ++i) {
+        uint8_t plane[2] = {0, 0};
+        for (int l = 0; l < 8; ++l) {
+            if (bits == 5) {
+                plane[0] |= static_cast<uint8_t>((q[4 * l + i] >> 4) << l);
+            } else {
+                plane[l / 4] |= static_cast<uint8_t>((q[4 * l + i] >> 4) << 2 * (l % 4));
+            }
+        }
+        planes[row * 4 + i] = plane[0];
+        if (bits == 6) planes[32 + row * 4 + i] = plane[1];
+    }
+}
+
+uint16_t half_bits(const uint8_t* p) {
+    uint16_t bits;
+    std::memcpy(&bits, p, 2);
+    return bits;
+}
+
+}  // namespace
+
+std::vector<PackedEntry> packed_layout(const Program& program) {
+    std::vector<PackedEntry> out;
+    int64_t offset = 0;
+    for (size_t i = 0; i < program.weights.size(); ++i) {
+        const Weight& w = program.weights[i];
+        if (w.family == Family::kFloat) continue;
+        const int64_t num_bytes = (w.num_outputs + kStripRows - 1) / kStripRows * w.strip_bytes;
+        out.push_back({static_cast<int>(i), offset, num_bytes});
+        offset += (num_bytes + 63) / 64 * 64;
+    }
+    return out;
+}
+
+void pack(const Weight& w, const uint8_t* from, uint8_t* to) {
+    const FamilyLayout layout = family_layout(w.family);
+    const int blocks_per_super = static_cast<int>(w.super_block / kBlockColumns);
+    const int64_t num_supers = w.num_inputs / w.super_block, num_strips = (w.num_outputs + kStripRows - 1) / kStripRows;
+    for (int64_t strip = 0; strip < num_strips; ++strip, to += w.strip_bytes) {
+        std::memset(to, 0, static_cast<size_t>(w.strip_bytes));
+        for (int row = 0; row < kStripRows && strip * kStripRows + row < w.num_outputs; ++row) {
+            const uint8_t* source = from + (strip * kStripRows + row) * w.row_bytes;
+            for (int64_t super = 0; super < num_supers; ++super) {
+                uint8_t* head = to + super * (layout.head_bytes + blocks_per_super * layout.block_bytes);
+                Block blocks[kMaxBlocks];
+                for (int b = 0; b < blocks_per_super; ++b) read_block(w.format, source, super * blocks_per_super + b, &blocks[b]);
+                const bool is_k = w.family == Family::kW4K || w.family == Family::kW5K;
+                if (w.family != Family::kW8) {
+                    put(head, row, is_k || w.family == Family::kW6 ? blocks[0].d : round_scales(w.family, blocks, blocks_per_super));
+                    if (is_k) put(head, kStripRows + row, blocks[0].m);
+                }
+                uint8_t* at = head + layout.head_bytes;
+                for (int b = 0; b < blocks_per_super; ++b, at += layout.block_bytes) {
+                    const Block& block = blocks[b];
+                    switch (w.family) {
+                        case Family::kFloat: break;
+                        case Family::kW8: put(at, row, half_bits(source + (super * blocks_per_super + b) * 34)); break;
+                        case Family::kW6:
+                            for (int h = 0; h < 2; ++h) put(at, h * kStripRows + row, static_cast<int8_t>(block.s[h]));
+                            break;
+                        case Family::kW4K:
+                        case Family::kW5K:
+                            put(at, row, static_cast<uint8_t>(block.s[0]));
+                            put(at, kStripRows + row, static_cast<uint8_t>(block.offset));
+                            break;
+                        case Family::kW4Offset:
+                        case Family::kW5Offset: put(at, kStripRows + row, static_cast<int16_t>(block.offset)); [[fallthrough]];
+                        case Family::kW4:
+                        case Family::kW5: put(at, row, static_cast<int16_t>(block.s[0])); break;
+                    }
+                    put_quants(w.family, block.q, row, at + layout.scale_bytes);
+                }
+            }
+        }
+    }
+}
+
+}  // namespace jilju

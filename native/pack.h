@@ -1,0 +1,38 @@
+// Pack: weights of the quantized formats in the order in which the integer kernels read them.
+//
+// Eight rows are interleaved to a strip, so that one vector holds four columns of each. Along K a strip is a sequence of
+// super-blocks, each of whole blocks of 32 columns:
+//   super-block   d float32[8], one a row; with kOwnOffset also dm float32[8]; then its blocks. (kW8 has no such head.)
+//   block         scales, offsets, then the quants
+//   scales        int16[8]; of kW4K and kW5K uint8[8]; of kW6 int8[2][8], one per 16 columns; of kW8 float16[8]
+//   offsets       of kW4Offset and kW5Offset int16[8]; of kW4K and kW5K uint8[8]; else none
+//   quants        byte [l][row][i], l and i in 0..3: column 4l+i in the low nibble, 16+4l+i in the high one. Then of five
+//                 bits a plane [row][i] whose bit l is the fifth bit of column 4l+i, l in 0..7; of six bits two planes of bit
+//                 pairs, for l in 0..3 and 4..7. kW8: signed byte [l][row][i], l in 0..7, column 4l+i.
+// A weight is d*s*(q - z), z being 8, 16 or 32 for a format without offsets; d*(s*q + m); of the K formats d*s*q + dm*m; of
+// kW8 d*q. The scales of a format that holds them as float16 are rounded to integers times the super-block's d: their
+// error is below 1/4000 of the largest of them. The last strip is filled up with rows of zeros. Knows no instruction set.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "program.h"
+
+namespace jilju {
+
+inline constexpr const char* kPackedVersion = "r8-1";
+inline constexpr int kStripRows = 8;
+inline constexpr int kBlockColumns = 32;
+
+// One entry a weight that is packed, in order of weight ids; offsets in one buffer, multiples of 64.
+struct PackedEntry {
+    int weight;
+    int64_t offset, num_bytes;
+};
+std::vector<PackedEntry> packed_layout(const Program& program);
+
+// `from`: the weight's rows as they lie in the file. `to`: the entry's bytes.
+void pack(const Weight& weight, const uint8_t* from, uint8_t* to);
+
+}  // namespace jilju
