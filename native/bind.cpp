@@ -9,6 +9,7 @@
 #include <memory>
 #include <new>
 
+#include "checksum.h"
 #include "model.h"
 #include "pack.h"
 #include "philox.h"
@@ -141,6 +142,11 @@ void pack(In<int64_t> ints, In<double> reals, int weight_id, In<uint8_t> data, O
     jilju::pack(w, data.data(), out.data());
 }
 
+uint64_t checksum(In<uint8_t> data, uint64_t seed) {
+    nb::gil_scoped_release release;
+    return jilju::checksum(data.data(), data.size(), seed);
+}
+
 // Probes: single kernels, for tests.
 void unpack(const std::string& isa, int format, In<uint8_t> data, Out2<float> out) {
     const jilju::Layout* layout = jilju::layout_of(format);
@@ -186,6 +192,7 @@ NB_MODULE(_kernels, m) {
     m.def("memory_needs", &memory_needs, "ints"_a.noconvert(), "reals"_a.noconvert(), "limits"_a.noconvert(), "isa"_a);
     m.def("packed_layout", &packed_layout, "ints"_a.noconvert(), "reals"_a.noconvert());
     m.def("pack", &pack, "ints"_a.noconvert(), "reals"_a.noconvert(), "weight_id"_a, "data"_a.noconvert(), "out"_a.noconvert());
+    m.def("checksum", &checksum, "data"_a.noconvert(), "seed"_a);
     m.def("unpack", &unpack, "isa"_a, "format"_a, "data"_a.noconvert(), "out"_a.noconvert());
     m.def("exp", &exp_all, "isa"_a, "x"_a.noconvert(), "out"_a.noconvert());
     m.def("philox4x32_10", &philox, "counter"_a, "key"_a);

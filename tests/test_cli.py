@@ -20,8 +20,8 @@ def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     "command",
-    [(), ("serve",), ("chat",), ("generate",), ("tokenize",), ("pull",), ("models",), ("bench",), ("bench", "quality"), ("bench", "machine"),
-     ("bench", "model"), ("bench", "serve")],
+    [(), ("serve",), ("chat",), ("generate",), ("tokenize",), ("pull",), ("models",), ("cache",), ("bench",), ("bench", "quality"),
+     ("bench", "machine"), ("bench", "model"), ("bench", "serve")],
 )  # fmt: skip
 def test_help_is_there_and_shows_examples(command):
     done = run(*command, "--help")
@@ -233,3 +233,21 @@ def test_models_lists_names_sizes_and_sources():
     assert "smollm2-135m" in done.stdout
     assert "qwen2.5-coder-0.5b (default)" in done.stdout
     assert "cache:" in done.stdout
+
+
+def test_the_packed_cache_is_shown_and_emptied(tmp_path, monkeypatch):
+    monkeypatch.setenv("JILJU_CACHE", str(tmp_path))
+    folder = tmp_path / "packed"
+    done = run("cache")
+    assert (done.returncode, done.stdout) == (0, f"0 B in {folder}\n")
+    assert not folder.exists()
+    folder.mkdir(mode=0o700)
+    (folder / "abc.packed").write_bytes(bytes(3 << 20))
+    done = run("cache")
+    assert "3.0 MiB" in done.stdout and "unknown" in done.stdout and f"3.0 MiB in {folder}" in done.stdout
+    assert f"3.0 MiB removed from {folder}" in run("cache", "--clear").stdout
+    assert list(folder.iterdir()) == []
+    assert "is off" in run("cache", "--packed-cache", "off").stdout
+    folder.chmod(0o755)
+    done = run("cache")
+    assert done.returncode == 1 and str(folder) in done.stderr and "mode 755" in done.stderr

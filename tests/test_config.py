@@ -48,6 +48,17 @@ def test_with_auto_makes_a_new_config():
     assert (filled.threads, filled.origins["threads"], config.threads) == (2, "auto: cores", None)
 
 
+def test_a_folder_is_made_absolute_and_off_and_auto_stay_what_they_are(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/somebody")
+    for given, wanted in (("x", str(tmp_path / "x")), ("~/y", "/home/somebody/y"), ("off", "off"), ("auto", None)):
+        assert resolve_serve_config(None, {"packed_cache": given}, {}).packed_cache == wanted
+        assert engine_config("m", packed_cache=given).packed_cache == wanted
+    assert engine_config("m", packed_cache=None).packed_cache is None
+    with pytest.raises(ConfigError, match=r"packed_cache is 7; allowed: None, 'off', or a folder"):
+        engine_config("m", packed_cache=7)
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [("1", 1), ("512MiB", 512 << 20), ("2GiB", 2 << 30), ("1.5 GB", 1_500_000_000), ("10k", 10_000), ("3 kib", 3072)],
@@ -69,6 +80,8 @@ def test_bytes(text, count):
         ({"threads": "9" * 30}, ["--threads", "auto"]),
         ({"log_format": "xml"}, ["--log-format", "text, json"]),
         ({"host": ""}, ["--host", "empty"]),
+        ({"packed_cache": ""}, ["--packed-cache", "auto, off, or a folder"]),
+        ({"packed_cache": "~nobody-here/x"}, ["--packed-cache", "~nobody-here/x", "a folder"]),
         ({"allow_host": ("*",)}, ["--allow-host", "'*'", "without scheme"]),
         ({"allow_host": ("good.example", "foo:8000")}, ["--allow-host", "foo:8000", "port"]),
         ({"allow_host": ("https://foo",)}, ["--allow-host", "https://foo"]),

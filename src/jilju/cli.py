@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 
 from jilju import __version__
 from jilju.cli_bench import bench
-from jilju.config import DEFAULT_MODEL, FALLBACK_MODEL, SERVE_OPTIONS, Option, ServeConfig, resolve_serve_config
+from jilju.config import DEFAULT_MODEL, FALLBACK_MODEL, OFF, SERVE_OPTIONS, Option, ServeConfig, resolve_serve_config
 from jilju.errors import InvalidRequest, JiljuError, ModelSourceError, PlatformError, TemplateFailed
 from jilju.terminal import accept_licence_option, agree, fetching, threads_option
 
@@ -146,12 +145,12 @@ def serve(model: str | None, accept_licence: str | None, **flags: Any) -> None:
     from jilju.assemble.launch import launch_engine
 
     console = Console(stderr=True, highlight=False)
-    with _loading(console) as on_loading:
+    with fetching() as progress:
         launched = launch_engine(
             model_file,
             config,
             announce=lambda resolved, memory: _announce(console, model_file, resolved, memory),
-            on_loading=on_loading,
+            on_loading=progress,
         )
         from jilju.assemble.server import serve_model  # takes a while to import, in which the engine loads
 
@@ -202,8 +201,9 @@ def _announce(console: Console, model: "ModelFile", config: ServeConfig, memory:
     plan.add_column("part")
     plan.add_column("bytes", justify="right")
     plan.add_column("what it is")
+    packed = "packed into memory" if config.packed_cache == OFF else f"packed in {config.packed_cache}"
     plan.add_row(
-        "weights", show_bytes(memory.weight_bytes), f"{len(model.plan.weights)} tensors, mapped from {model.path}"
+        "weights", show_bytes(memory.weight_bytes), f"{len(model.plan.weights)} tensors of {model.path}, {packed}"
     )
     kv = f"{memory.pool_tokens:,} tokens of {show_bytes(memory.kv_bytes_per_token)}, in {memory.num_blocks:,} blocks"
     plan.add_row("KV cache", show_bytes(memory.kv_bytes), kv)
@@ -487,34 +487,41 @@ def models() -> None:
     click.echo(f"cache: {sources.cache_dir()}  (JILJU_CACHE names another)\nAny other GGUF file is given by its path.")
 
 
+@commands.command()
+@click.option(
+    "--packed-cache",
+    metavar="DIR",
+    default=None,
+    help="The folder. Default: JILJU_PACKED_CACHE, else one in the cache folder.",
+)
+@click.option(
+    "--clear", is_flag=True, help="Remove the packed weights; servers that use them go on, the next start packs anew."
+)
+def cache(packed_cache: str | None, clear: bool) -> None:
+    """List the packed weights that are kept so that a next start need not pack: size, last use, model file. --clear removes them.
+
+    \b
+    Examples:
+      jilju cache
+      jilju cache --clear
+    """
+    from jilju.assemble.engine import show_bytes
+    from jilju.assemble.packed import kept_files, packed_folder, remove_kept
+
+    folder = packed_folder(resolve_serve_config(None, {"packed_cache": packed_cache}))
+    if folder is None:
+        click.echo("no packed weights are kept: the packed cache is off")
+    elif clear:
+        click.echo(f"{show_bytes(remove_kept(folder))} removed from {folder}")
+    else:
+        files = kept_files(folder)
+        for file in files:
+            used = time.strftime("%Y-%m-%d %H:%M", time.localtime(file.used_ns / 1e9))
+            click.echo(f"{show_bytes(file.num_bytes):>10}  {used}  {file.model_file or 'unknown'}  {file.name}")
+        click.echo(f"{show_bytes(sum(file.num_bytes for file in files))} in {folder}")
+
+
 commands.add_command(bench)
-
-
-@contextlib.contextmanager
-def _loading(console: Console) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar of a load that takes a while, gone when it is done; where there is no terminal, its begin and its end."""
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), console=console, transient=True)
-    task = None
-    begin = 0.0
-
-    def show(done_bytes: int, total_bytes: int, text: str) -> None:
-        nonlocal task, begin
-        if task is None:
-            task, begin = bar.add_task(text, total=total_bytes), time.perf_counter()
-            if console.is_terminal:
-                bar.start()
-            else:
-                console.print(f"{text}: {total_bytes / 1e6:.0f} MB")
-        bar.update(task, completed=done_bytes, total=total_bytes, description=text)
-        if done_bytes == total_bytes:
-            bar.stop()
-            console.print(f"{text}: done, {total_bytes / 1e6:.0f} MB in {time.perf_counter() - begin:.1f} s")
-            task = None
-
-    try:
-        yield show
-    finally:
-        bar.stop()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from jilju.errors import ConfigError
 DEFAULT_MODEL = "qwen2.5-coder-0.5b"
 FALLBACK_MODEL = "smollm2-135m"
 AUTO = "auto"
+OFF = "off"
 
 
 class ApiKey(msgspec.Struct, frozen=True):
@@ -38,6 +39,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int = 32  # sequences computed in one step
     step_tokens: int = 256  # tokens computed in one step: bounds how long a stream waits for others' prompts
     threads: int | None = None  # auto: the cores this process may use
+    packed_cache: str | None = None  # folder, or "off"; auto: one in the cache folder
     served_model_name: str | None = None  # auto: the model's name
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
@@ -54,7 +56,7 @@ class Option(msgspec.Struct, frozen=True):
     """One setting as users meet it: a flag, an environment variable, a help text."""
 
     name: str
-    kind: Literal["text", "list", "int", "tokens", "bytes", "choice", "bool", "keys"]
+    kind: Literal["text", "list", "int", "tokens", "bytes", "choice", "bool", "keys", "folder"]
     help: str
     low: int = 0
     high: int = 0
@@ -79,6 +81,7 @@ SERVE_OPTIONS: tuple[Option, ...] = (
     Option("max_rows", "int", "Sequences computed in one step.", low=1, high=256),
     Option("step_tokens", "int", "Tokens computed in one step; bounds how long a stream waits for others' prompts.", low=16, high=8192),
     Option("threads", "tokens", "Threads that compute, or auto: the cores this process may use.", low=1, high=256),
+    Option("packed_cache", "folder", "Folder of packed weights, off to pack at every start, or auto: one in the cache folder."),
     Option("served_model_name", "text", "Name of the model in the API."),
     Option("log_level", "choice", "How much to log.", choices=("debug", "info", "warning", "error")),
     Option("log_format", "choice", "How to log.", choices=("text", "json")),
@@ -123,8 +126,15 @@ def _parse(option: Option, given: Any, where: str) -> Any:
         if not text:
             raise ConfigError(f"{where} is empty; give a value or leave it out")
         return text
-    if text == AUTO and option.kind in ("tokens", "bytes"):
+    if text == AUTO and option.kind in ("tokens", "bytes", "folder"):
         return None
+    if option.kind == "folder":
+        if not text:
+            raise ConfigError(f"{where} is empty; allowed: auto, off, or a folder")
+        try:
+            return text if text == OFF else str(Path(text).expanduser().absolute())
+        except RuntimeError as error:  # of a ~ that is nobody's
+            raise ConfigError(f"{where} is {text!r}: {error}; allowed: auto, off, or a folder") from None
     if option.kind == "bytes":
         return parse_bytes(text, where)
     if not re.fullmatch(r"-?\d{1,18}", text) or not option.low <= int(text) <= option.high:
@@ -197,6 +207,11 @@ def engine_config(model: str, **given: Any) -> ServeConfig:
         if option.name not in given:
             continue
         value = given.pop(option.name)
+        if option.kind == "folder":
+            if value is not None and not isinstance(value, str):
+                raise ConfigError(f"{option.name} is {value!r}; allowed: None, 'off', or a folder")
+            values[option.name] = None if value is None else _parse(option, value, option.name)
+            continue
         if option.kind == "bytes" and isinstance(value, str):
             value = parse_bytes(value, option.name)
         low, high = (1, MAX_BYTES) if option.kind == "bytes" else (option.low, option.high)

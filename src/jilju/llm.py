@@ -96,23 +96,25 @@ class LLM:
     """A model with an engine of its own. `model` is a name of `jilju models` or the path of a GGUF file.
 
     `context` is the longest sequence in tokens and `kv_memory` the memory of the KV cache ("1GiB" or bytes); by default both
-    are chosen as `jilju serve` does. `accept_licence` names the terms of a model that has some ("gemma"); that they are accepted is
-    recorded, so it is needed once. Raises StartupError if the model cannot be had, read or held.
+    are chosen as `jilju serve` does. `packed_cache` is the folder of packed weights, or "off" to pack them at every start.
+    `progress` is told while a model is fetched or packed. `accept_licence` names the terms of a model that has some ("gemma"); that
+    they are accepted is recorded, so it is needed once. Raises StartupError if the model cannot be had, read or held.
     """
 
     def __init__(
         self, model: str = DEFAULT_MODEL, *, context: int | None = None, kv_memory: int | str | None = None, max_rows: int = 32,
-        step_tokens: int = 256, threads: int | None = None, progress: Callable[[int, int, str], None] | None = None,
-        accept_licence: str | None = None,
+        step_tokens: int = 256, threads: int | None = None, packed_cache: str | None = None,
+        progress: Callable[[int, int, str], None] | None = None, accept_licence: str | None = None,
     ):  # fmt: skip
         config = engine_config(
-            model, context=context, kv_memory=kv_memory, max_rows=max_rows, step_tokens=step_tokens, threads=threads
-        )
+            model, context=context, kv_memory=kv_memory, max_rows=max_rows, step_tokens=step_tokens, threads=threads,
+            packed_cache=packed_cache,
+        )  # fmt: skip
         model_file = open_model(model, progress or _silent, accept_licence)
         self.config, options, self.memory = resolve_engine(model_file, config)
         self.name, self.path = model_file.name, model_file.path
         self.text = load_text(model_file)
-        self.engine = build_engine(options)
+        self.engine = build_engine(options, progress=progress or _silent)
         self._num_calls = 0
         self._inboxes: dict[
             str, deque[EngineEvent]

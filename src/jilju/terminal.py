@@ -5,6 +5,7 @@ Knows nothing of what a command does.
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 import click
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from jilju.errors import ModelSourceError
+
+LINE_S = 2.0  # between two lines about something that goes on, where no bar can be drawn
 
 threads_option = click.option(
     "--threads",
@@ -50,7 +53,7 @@ def agree(model: str, accepted: str | None = None) -> None:
 
 @contextlib.contextmanager
 def fetching() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar that appears only if something is fetched; plain lines where standard error is no terminal."""
+    """A bar while something is fetched or packed, else nothing; where standard error is no terminal, a line now and then."""
     console = Console(stderr=True, highlight=False)
     columns = (
         TextColumn("{task.description}"),
@@ -59,20 +62,30 @@ def fetching() -> Iterator[Callable[[int, int, str], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = None
-        tenth = -1
+    bar: Progress | None = None
+    told_s = 0.0
 
-        def show(done_bytes: int, total_bytes: int, text: str) -> None:
-            nonlocal task, tenth
-            if console.is_terminal:
-                task = bar.add_task(text, total=total_bytes) if task is None else task
-                bar.update(task, completed=done_bytes, total=total_bytes, description=text)
-            elif total_bytes and done_bytes * 10 // total_bytes != tenth:
-                tenth = done_bytes * 10 // total_bytes
-                click.echo(f"{text}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB", err=True)
+    def show(done_bytes: int, total_bytes: int, text: str) -> None:
+        nonlocal bar, told_s
+        is_done = done_bytes == total_bytes
+        if bar is None:
+            bar = Progress(*columns, console=console, disable=not console.is_terminal)
+            bar.add_task(text)
+            bar.start()
+            told_s = -LINE_S
+        bar.update(bar.task_ids[0], completed=done_bytes, total=total_bytes, description=text)
+        if not console.is_terminal and (is_done or time.monotonic() - told_s > LINE_S):
+            told_s = time.monotonic()
+            click.echo(f"{text}: {done_bytes / 1e6:.0f} of {total_bytes / 1e6:.0f} MB", err=True)
+        if is_done:
+            bar.stop()
+            bar = None
 
+    try:
         yield show
+    finally:
+        if bar is not None:
+            bar.stop()
 
 
 @contextlib.contextmanager

@@ -5,11 +5,14 @@ Owns the sizes of such an executor. Knows nothing of what is measured with it.
 
 from typing import NamedTuple
 
-from jilju.assemble.engine import BLOCK_SIZE, ModelFile, make_executor
-from jilju.backends.native import NativeExecutor, NativeProbes
+from jilju.assemble.engine import BLOCK_SIZE, ModelFile, load_native, make_executor
+from jilju.assemble.packed import packed_folder
+from jilju.backends.native import NativeProbes
 from jilju.bench.machine import Probes
 from jilju.bench.steps import ProfiledExecutor, Steps
+from jilju.config import ServeConfig
 from jilju.errors import ConfigError
+from jilju.model.sources import no_progress
 from jilju.model.weights import load_weights
 from jilju.plan import Executor, Limits, Plan
 
@@ -41,9 +44,8 @@ def limits_for(model: ModelFile, max_rows: int, max_context: int, num_threads: i
 
 
 def load_stepped(model: ModelFile, max_rows: int, max_context: int, num_threads: int) -> SteppedModel:
-    executor = NativeExecutor(profile=True)
     limits = limits_for(model, max_rows, max_context, num_threads)
-    executor.load(model.plan, load_weights(model.gguf, model.plan), limits)
+    executor = load_native(model.gguf, model.plan, limits, packed_folder(ServeConfig()), no_progress, profile=True)
     kv_element_bytes = executor.kv_bytes_per_token(model.plan) // model.plan.kv.elements_per_token
     return SteppedModel(model.plan, executor, kv_element_bytes, limits, Steps(executor, model.plan, limits))
 

@@ -6,11 +6,13 @@ benchmarks all come through here. Knows nothing of text or HTTP.
 
 import os
 import time
+from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from jilju.backends.native import NativeExecutor
+from jilju.assemble.packed import packed_folder
+from jilju.backends.native import NativeExecutor, PackedCache
 from jilju.backends.reference import ReferenceExecutor
 from jilju.clock import Clock, WallClock
 from jilju.config import ServeConfig, available_memory_bytes, usable_cores
@@ -51,6 +53,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int
     step_tokens: int
     num_threads: int
+    packed_cache: str | None = None  # folder of packed weights; None: they are packed into memory
     block_size: int = BLOCK_SIZE
     backend: Backend = "native"
 
@@ -102,6 +105,9 @@ def resolve_engine(
     if config.threads is None:
         cores, reason = usable_cores()
         config = config.with_auto("threads", cores, reason)
+    folder = packed_folder(config)
+    if config.packed_cache is None:
+        config = config.with_auto("packed_cache", str(folder), "in the cache folder")
     if config.context is not None and config.context > longest:
         raise ConfigError(f"--context is {config.context}; {model.name} was made for at most {longest} tokens")
 
@@ -135,10 +141,10 @@ def resolve_engine(
 
     options = EngineOptions(
         path=model.path, num_blocks=num_blocks, max_context=config.context, max_rows=config.max_rows, step_tokens=config.step_tokens,
-        num_threads=threads, backend=backend,
+        num_threads=threads, packed_cache=str(folder) if folder is not None else None, backend=backend,
     )  # fmt: skip
     memory = MemoryPlan(
-        available_bytes=available, weight_bytes=model.plan.weight_bytes, kv_bytes=num_blocks * BLOCK_SIZE * kv_token,
+        available_bytes=available, weight_bytes=executor.weight_bytes(model.plan), kv_bytes=num_blocks * BLOCK_SIZE * kv_token,
         workspace_bytes=executor.workspace_bytes(model.plan, limits_of(options)), kv_bytes_per_token=kv_token, num_blocks=num_blocks,
         context=config.context,
     )  # fmt: skip
@@ -157,16 +163,37 @@ def limits_of(options: EngineOptions) -> Limits:
     )  # fmt: skip
 
 
-def build_engine(options: EngineOptions, clock: Clock | None = None) -> Engine:
+def build_engine(options: EngineOptions, clock: Clock | None = None, progress: Progress = no_progress) -> Engine:
     """Load the weights and make the engine. Raises StartupError."""
     begin = time.perf_counter()
     gguf = GgufFile.open(options.path)
     plan = build_plan(spec_from_gguf(gguf), {tensor.name: tensor.type for tensor in gguf.tensors.values()})
-    executor, limits = make_executor(options.backend), limits_of(options)
-    executor.load(plan, load_weights(gguf, plan), limits)
+    limits = limits_of(options)
+    executor: Executor
+    if options.backend == "native":
+        folder = Path(options.packed_cache) if options.packed_cache is not None else None
+        executor = load_native(gguf, plan, limits, folder, progress)
+    else:
+        executor = ReferenceExecutor()
+        executor.load(plan, load_weights(gguf, plan), limits)
+    gguf.drop_pages()  # of what was checked and packed
     load_ms = (time.perf_counter() - begin) * 1e3
     # the prefix cache's hash is keyed by a secret of this process, so that nobody can make two prompts collide
     return Engine(plan, executor, limits, clock or WallClock(), hash_key=os.urandom(16), load_ms=load_ms)
+
+
+def load_native(
+    gguf: GgufFile, plan: Plan, limits: Limits, folder: Path | None, progress: Progress, *, profile: bool = False
+) -> NativeExecutor:
+    """The native backend, loaded; `folder` keeps packed weights. Raises StartupError.
+
+    Values of the file are checked, unless weights are found that were packed from it: then they were checked before that.
+    """
+    cache = PackedCache(folder, Path(gguf.path), gguf.status, limits.num_threads) if folder is not None else None
+    executor = NativeExecutor(profile=profile, packed_cache=cache, progress=progress)
+    is_checked = executor.find_packed(plan)
+    executor.load(plan, load_weights(gguf, plan, check_values=not is_checked), limits)
+    return executor
 
 
 def show_bytes(count: int) -> str:

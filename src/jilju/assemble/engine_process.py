@@ -16,7 +16,9 @@ from jilju.engine.link import serve_engine
 def main(options: str, descriptor: str) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
     engine_options = msgspec.json.decode(options, type=EngineOptions)
-    serve_engine(lambda progress: build_engine(engine_options), socket.socket(fileno=int(descriptor)))
+    serve_engine(
+        lambda progress: build_engine(engine_options, progress=progress), socket.socket(fileno=int(descriptor))
+    )
 
 
 if __name__ == "__main__":

@@ -227,6 +227,9 @@ class ReferenceExecutor:
     def kv_bytes_per_token(self, plan: Plan) -> int:
         return 4 * plan.kv.elements_per_token
 
+    def weight_bytes(self, plan: Plan) -> int:
+        return plan.weight_bytes
+
     def workspace_bytes(self, plan: Plan, limits: Limits) -> int:
         """The unpacked weights, and the plan's buffers for a step whose every token is a logit row."""
         unpacked = sum(4 * w.num_outputs * w.num_inputs for w in plan.weights.values())

@@ -90,7 +90,10 @@ class _Extent(msgspec.Struct, frozen=True):
 
 
 class Metadata(Mapping[str, Any]):
-    """The key-value pairs of a file: int, float, bool, str, or a list of these. A value is decoded when first asked for."""
+    """The key-value pairs of a file: int, float, bool, str, or a list of these.
+
+    A value is decoded when it is asked for. Lists are not kept: a tokenizer's are asked for once and take many megabytes.
+    """
 
     def __init__(self, path: str, data: mmap.mmap, extents: dict[str, _Extent]):
         self._path = path
@@ -99,9 +102,12 @@ class Metadata(Mapping[str, Any]):
         self._decoded: dict[str, Any] = {}
 
     def __getitem__(self, key: str) -> Any:
-        if key not in self._decoded:
-            self._decoded[key] = self._decode(key, self._extents[key])
-        return self._decoded[key]
+        if key in self._decoded:
+            return self._decoded[key]
+        value = self._decode(key, self._extents[key])
+        if not isinstance(value, list):
+            self._decoded[key] = value
+        return value
 
     def __contains__(self, key: object) -> bool:
         return key in self._extents
@@ -154,8 +160,11 @@ class Metadata(Mapping[str, Any]):
 class GgufFile:
     """An open file. Views from `tensor_data` keep the mapping alive after `close`."""
 
-    def __init__(self, path: str, data: mmap.mmap, metadata: Metadata, tensors: dict[str, GgufTensor]):
+    def __init__(
+        self, path: str, status: os.stat_result, data: mmap.mmap, metadata: Metadata, tensors: dict[str, GgufTensor]
+    ):
         self.path = path
+        self.status = status  # of the file when it was opened
         self.metadata = metadata
         self.tensors = tensors
         self.file_bytes = len(data)
@@ -168,7 +177,8 @@ class GgufFile:
             if not stat.S_ISREG(Path(path).stat().st_mode):
                 raise ModelFileError(shown, "path", "not a regular file", "a readable GGUF file")
             with Path(path).open("rb") as file:
-                file_bytes = os.fstat(file.fileno()).st_size
+                status = os.fstat(file.fileno())
+                file_bytes = status.st_size
                 if file_bytes < 24:
                     raise ModelFileError(
                         shown, "file size", f"{file_bytes} bytes", "at least the 24 bytes of a GGUF header"
@@ -179,13 +189,18 @@ class GgufFile:
             raise ModelFileError(shown, "path", reason, "a readable GGUF file") from None
         reader = _HeaderReader(shown, data)
         extents, tensors = reader.read()
-        return cls(shown, data, Metadata(shown, data, extents), tensors)
+        return cls(shown, status, data, Metadata(shown, data, extents), tensors)
 
     def tensor_data(self, name: str) -> np.ndarray:
         """The tensor's bytes, uint8 [num_bytes]: a read-only view of the mapping."""
         assert self._data is not None, f"{self.path} is closed"
         tensor = self.tensors[name]
         return np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
+
+    def drop_pages(self) -> None:
+        """Count no more of the file as this process's memory; what is read again is mapped again."""
+        assert self._data is not None, f"{self.path} is closed"
+        self._data.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Let go of the mapping; it ends with the last view of it."""

@@ -11,8 +11,11 @@ from jilju.formats.quants import first_block_not_finite
 from jilju.plan import Plan, WeightTensor
 
 
-def load_weights(gguf: GgufFile, plan: Plan) -> dict[str, WeightTensor]:
-    """Every weight of the plan by name. Raises ModelFileError where the file differs from the plan."""
+def load_weights(gguf: GgufFile, plan: Plan, *, check_values: bool = True) -> dict[str, WeightTensor]:
+    """Every weight of the plan by name. Raises ModelFileError where the file differs from the plan.
+
+    The check of the values reads the whole file; False is for a file that is known to have passed it.
+    """
     weights: dict[str, WeightTensor] = {}
     for name, wanted in plan.weights.items():
         tensor = gguf.tensors.get(name)
@@ -35,7 +38,7 @@ def load_weights(gguf: GgufFile, plan: Plan) -> dict[str, WeightTensor]:
         if len(shape) == 1 and tensor.type is not GgmlType.F32:
             raise ModelFileError(gguf.path, f"tensor '{name}', type", tensor.type.name, "F32 for a vector")
         data = gguf.tensor_data(name)
-        if (block := first_block_not_finite(data, tensor.type)) is not None:
+        if check_values and (block := first_block_not_finite(data, tensor.type)) is not None:
             where = f"a NaN or an infinity in block {block} of {tensor.type.name}"
             raise ModelFileError(gguf.path, f"tensor '{name}'", where, "finite numbers; the file is damaged")
         weights[name] = WeightTensor(name, tensor.type, tensor.shape, data)

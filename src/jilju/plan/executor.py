@@ -44,6 +44,10 @@ class Executor(Protocol):
     kernel_set: str  # what computes, as shown to users: "numpy", "native-avx2", ...
     invariant: bool  # same bits whatever the batch, chunking, cache and thread count
 
+    def weight_bytes(self, plan: Plan) -> int:
+        """Bytes that the weights take in the form in which they are used, mapped files included."""
+        ...
+
     def kv_bytes_per_token(self, plan: Plan) -> int:
         """Bytes of all layers' keys and values of one token."""
         ...

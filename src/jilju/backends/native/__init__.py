@@ -4,6 +4,15 @@ The package imports without its compiled extension; making a `NativeExecutor` wi
 """
 
 from jilju.backends.native.executor import NativeExecutor, StepProfile
+from jilju.backends.native.packed import PackedCache, PackedFile, clear_packed, list_packed
 from jilju.backends.native.probes import NativeProbes
 
-__all__ = ["NativeExecutor", "NativeProbes", "StepProfile"]
+__all__ = [
+    "NativeExecutor",
+    "NativeProbes",
+    "PackedCache",
+    "PackedFile",
+    "StepProfile",
+    "clear_packed",
+    "list_packed",
+]

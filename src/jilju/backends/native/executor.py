@@ -1,22 +1,22 @@
 """NativeExecutor: the Executor protocol on the C++ core.
 
-Owns the loaded model; keeps the weights' mapping alive, for the kernels read it in place. Knows
+Owns the loaded model; keeps the packed weights and the file's mapping alive, for the kernels read them in place. Knows
 nothing of sequences or requests. JILJU_ISA=generic|avx2|avx512 forces an instruction set; otherwise the CPU decides.
 """
 
-import importlib
 import os
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jilju.backends.native.encode import EncodedPlan, encode_plan
+from jilju.backends.native.kernels import import_kernels
+from jilju.backends.native.packed import PackedCache, PackedLayout, Progress, no_progress, pack_into_memory
 from jilju.config import available_memory_bytes
-from jilju.errors import ConfigError, PlatformError, StartupError
-from jilju.plan import Batch, Limits, Plan, StepResult, WeightTensor
+from jilju.errors import ConfigError, StartupError
+from jilju.plan import Batch, Embed, Limits, Plan, StepResult, WeightTensor
 from jilju.plan.batch import MAX_TOP
 
 KEYS_PER_RUN = 16  # the attention kernel unpacks runs of 16 keys, which must lie in one block
@@ -34,7 +34,9 @@ class NativeExecutor:
     name = "native"
     invariant = True
 
-    def __init__(self, *, profile: bool = False) -> None:
+    def __init__(
+        self, *, profile: bool = False, packed_cache: PackedCache | None = None, progress: Progress = no_progress
+    ) -> None:
         self._kernels = import_kernels()
         self._isa = os.environ.get("JILJU_ISA", "")
         try:
@@ -42,8 +44,30 @@ class NativeExecutor:
         except self._kernels.Unsupported as error:
             raise ConfigError(f"JILJU_ISA: {error}; unset it to let the CPU decide") from error
         self._profile = profile
+        self._cache = packed_cache
+        self._progress = progress
+        self._found: tuple[bytes, np.ndarray] | None = None  # layout and packed weights, until they are loaded
         self._model: Any = None
         self._batch: Batch | None = None
+
+    def find_packed(self, plan: Plan) -> bool:
+        """Look for weights of the plan that were packed before; `load` takes what was found. True if there are any.
+
+        They were packed from this very file, and its values had been checked.
+        """
+        layout = self._layout(encode_plan(plan))
+        data = self._cache.find(layout) if self._cache is not None and layout.num_bytes else None
+        self._found = (layout.digest, data) if data is not None else None
+        return data is not None
+
+    def weight_bytes(self, plan: Plan) -> int:
+        """The packed weights, and in the file's form the tables of embeddings and what is not packed."""
+        encoded = encode_plan(plan)
+        layout = self._layout(encoded)
+        packed = {encoded.weight_names[entry.weight_id] for entry in layout.entries}
+        tables = {op.table.name for op in plan.ops if isinstance(op, Embed)}
+        in_file = [spec.num_bytes for name, spec in plan.weights.items() if name in tables or name not in packed]
+        return layout.num_bytes + sum(in_file)
 
     def kv_bytes_per_token(self, plan: Plan) -> int:
         """Float16 keys and values of all layers; a head's values are padded to a multiple of 8."""
@@ -53,37 +77,42 @@ class NativeExecutor:
         return self._memory_needs(encode_plan(plan), limits)[1]
 
     def load(self, plan: Plan, weights: Mapping[str, WeightTensor], limits: Limits) -> None:
-        """Check everything, allocate KV cache and workspace, start the threads. Weights are not copied, only norms and biases."""
+        """Check everything, pack the weights or take those found, allocate KV cache and workspace, start the threads."""
         _check_limits(limits)
         encoded = encode_plan(plan)
         data = [_checked_data(plan, weights, name) for name in encoded.weight_names]
         kv_bytes_per_token, workspace_bytes = self._memory_needs(encoded, limits)
         kv_bytes = kv_bytes_per_token * limits.block_size * limits.num_blocks
         _check_memory(kv_bytes, workspace_bytes, limits)
+        packed = self._packed(encoded, data, limits.num_threads)
         try:
-            packed = self._pack(encoded, data, limits.num_threads)
             self._model = self._kernels.Model(encoded.ints, encoded.reals, data, packed, _flat(limits), self._isa)
         except self._kernels.NoMemory as error:
             raise StartupError(f"{error}; lower the KV cache, the tokens of a step or the threads") from error
         except self._kernels.Unsupported as error:
-            raise StartupError(
-                f"the native backend does not run this model: {error}; use the reference backend"
-            ) from error
+            raise _unsupported(error) from error
         self._model.set_profiling(self._profile)
 
-    def _pack(self, encoded: EncodedPlan, data: Sequence[np.ndarray], num_threads: int) -> np.ndarray:
-        """The weights of linear ops in the order of the integer kernels, uint8; the largest first, each by one thread."""
-        _version, entries = self._kernels.packed_layout(encoded.ints, encoded.reals)
-        packed = np.empty(max((offset + size for _, offset, size in entries), default=0), np.uint8)
+    def _layout(self, encoded: EncodedPlan) -> PackedLayout:
+        try:
+            version, entries = self._kernels.packed_layout(encoded.ints, encoded.reals)
+        except self._kernels.Unsupported as error:
+            raise _unsupported(error) from error
+        return PackedLayout(version, entries, (encoded.ints.tobytes(), encoded.reals.tobytes()))
 
-        def pack(entry: tuple[int, int, int]) -> None:
-            weight, offset, size = entry
-            self._kernels.pack(encoded.ints, encoded.reals, weight, data[weight], packed[offset : offset + size])
+    def _packed(self, encoded: EncodedPlan, data: list[np.ndarray], num_threads: int) -> np.ndarray:
+        """The packed weights, uint8 [bytes]: those that were found, or new ones."""
+        layout = self._layout(encoded)
+        found, self._found = self._found, None
+        if found is not None and found[0] == layout.digest:
+            return found[1]
 
-        with ThreadPoolExecutor(num_threads) as threads:
-            for _ in threads.map(pack, sorted(entries, key=lambda entry: -entry[2])):
-                pass
-        return packed
+        def pack(weight_id: int, out: np.ndarray) -> None:
+            self._kernels.pack(encoded.ints, encoded.reals, weight_id, data[weight_id], out)
+
+        if self._cache is not None and layout.num_bytes:
+            return self._cache.make(layout, pack, self._progress)
+        return pack_into_memory(layout, pack, self._progress, num_threads=num_threads)
 
     def launch(self, batch: Batch) -> None:
         assert self._model is not None, "launch before load"
@@ -125,20 +154,12 @@ class NativeExecutor:
         try:
             needs: tuple[int, int] = self._kernels.memory_needs(encoded.ints, encoded.reals, _flat(limits), self._isa)
         except self._kernels.Unsupported as error:
-            raise StartupError(
-                f"the native backend does not run this model: {error}; use the reference backend"
-            ) from error
+            raise _unsupported(error) from error
         return needs
 
 
-def import_kernels() -> Any:
-    try:
-        return importlib.import_module("jilju.backends.native._kernels")
-    except ImportError as error:
-        raise PlatformError(
-            f"the native backend's extension is missing or does not load ({error}); "
-            "reinstall jilju with a C++20 compiler at hand, or use the reference backend"
-        ) from error
+def _unsupported(error: Exception) -> StartupError:
+    return StartupError(f"the native backend does not run this model: {error}; use the reference backend")
 
 
 def _flat(limits: Limits) -> np.ndarray:

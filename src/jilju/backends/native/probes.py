@@ -5,7 +5,7 @@ Owns which number formats share a kernel. Knows nothing of models; `jilju bench`
 
 from typing import Any
 
-from jilju.backends.native.executor import import_kernels
+from jilju.backends.native.kernels import import_kernels
 from jilju.formats.ggml import GgmlType
 from jilju.plan import Plan
 
