@@ -1,11 +1,11 @@
 """The tokenizer on a small vocabulary: what ids, bytes and special tokens are, and every table that lies is refused."""
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jilju.errors import InvalidValue, ModelFileError
-from jilju.text.byte_level import PRE_TOKENIZERS
+from jilju.text.byte_level import LONG, PRE_TOKENIZERS
 from jilju.text.gguf_tokenizer import MAX_MERGES, MAX_TOKENS, load_tokenizer
 from jilju.text.specials import longest_of
 
@@ -33,6 +33,21 @@ def test_any_text_comes_back(tiny, text, parse_special):
 def test_no_pre_tokenizer_loses_text(tokenizers_by_pre, pre, text):
     tokenizer = tokenizers_by_pre[pre]
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("pre", sorted(PRE_TOKENIZERS))
+@given(text=st.text("aZéß가漢あ 1²½Ⅷ'’s_-(.\n\r\t\u00a0\u0301\u0e01日\x1f", max_size=40) | st.text(max_size=40))
+@example(text="don't I'LL we'Re 'sa a's1 x²3 é\n\n  y.\n z")
+def test_long_texts_have_the_ids_of_the_whole(tokenizers_by_pre, pre, text):
+    scheme = tokenizers_by_pre[pre]._scheme
+    assert scheme._ids_of_long(text) == scheme._ids(text)
+
+
+def test_words_that_return_in_a_long_text(tiny):
+    words = "hello world, hello\n  12345 wörld 대 " * 4000
+    assert len(words) > LONG
+    assert tiny.encode(words) == tiny._scheme._ids(words)
+    assert tiny.decode(tiny.encode(words)) == words
 
 
 def test_text_of_control_tokens_is_text_unless_it_is_to_be_parsed(tiny):

@@ -4,7 +4,7 @@ tests/text/test_tokenizer_golden.py compares with llama.cpp."""
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jilju.errors import ModelFileError
@@ -61,6 +61,7 @@ vocabularies = st.dictionaries(tokens, st.sampled_from([0.0, -1.0, -2.0, -3.5, -
 written = st.text("ab 대c", max_size=3 * SHORT)
 
 
+@settings(deadline=None)
 @given(vocabularies, written.filter(lambda text: "  " not in text))
 def test_ids_are_those_of_the_definition(normal, text):
     want = []
@@ -71,6 +72,7 @@ def test_ids_are_those_of_the_definition(normal, text):
     assert [metadata[PREFIX + "tokens"][id_] for id_ in got] == want
 
 
+@settings(deadline=None)
 @given(vocabularies, st.text(st.characters(exclude_characters="▁", exclude_categories=["Cs"])), st.booleans())
 def test_any_text_comes_back(normal, text, adds_space):
     tokenizer = load({"▁": -5.0, **normal}, add_space_prefix=adds_space)

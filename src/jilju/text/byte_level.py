@@ -4,7 +4,9 @@ Owns the pre-tokenizers by name (`tokenizer.ggml.pre`) and the alphabet that byt
 the `tokenizers` library. Knows nothing of files, special tokens or bos.
 """
 
+import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 from tokenizers import Regex, models, pre_tokenizers
@@ -14,6 +16,15 @@ _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)
 _CONTRACTIONS = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 _WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+LONG = 1 << 17  # characters from which on looking for words that return pays: less up to 60,000, 2.4 times at a million
+# Every pre-tokenizer cuts between a letter and what is none: no pattern goes on from the one to the other, none looks back,
+# and what looks ahead looks from white space. So the text from such a place on has the same ids without what is before it.
+# The letters here are some that are letters in every version of Unicode, and only ASCII counts as what is none.
+_LETTERS = (
+    r"A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u017f\u0410-\u044f\u3041-\u3096\u30a1-\u30fa\u4e00-\u9fff\uac00-\ud7a3"
+)
+_INDEPENDENT = re.compile(rf"(?:[^{_LETTERS}]*+[{_LETTERS}]++)+?(?=[\x00-\x7f]|\Z)|[\s\S]+")
 
 
 class PreTokenizer(NamedTuple):
@@ -65,8 +76,18 @@ class ByteLevelScheme:
         )
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._ids(text) if len(text) < LONG else self._ids_of_long(text) for text in texts]
+
+    def _ids(self, text: str) -> list[int]:
         # one by one: the library would put threads of its own to a batch, beside those of the engine
-        return [self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else [] for text in texts]
+        ids: list[int] = self._bpe.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else []
+        return ids
+
+    def _ids_of_long(self, text: str) -> list[int]:
+        """The same, each piece of words that return computed once."""
+        pieces = _INDEPENDENT.findall(text)
+        ids = {piece: self._ids(piece) for piece in set(pieces)}
+        return list(chain.from_iterable(map(ids.__getitem__, pieces)))
 
     def token_bytes(self, token: str) -> bytes:
         try:
