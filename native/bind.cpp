@@ -6,6 +6,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <memory>
 #include <new>
 
@@ -174,6 +175,17 @@ double read_bandwidth(int64_t num_bytes, int num_threads, double seconds) {
     require(jilju::read_bandwidth(num_bytes, num_threads, seconds, &rate));
     return rate;
 }
+// In the order of jilju::Family.
+const std::vector<std::string> kFamilyNames{"F", "W4", "W4 offset", "W4 K", "W5", "W5 offset", "W5 K", "W6", "W8"};
+
+double kernel_peak(const std::string& isa, const std::string& family, int num_threads, double seconds) {
+    const auto found = std::find(kFamilyNames.begin() + 1, kFamilyNames.end(), family);
+    require(found != kFamilyNames.end(), "no such kernel family");
+    nb::gil_scoped_release release;
+    double rate = 0;
+    require(jilju::kernel_peak(kernels_named(isa), static_cast<jilju::Family>(found - kFamilyNames.begin()), num_threads, seconds, &rate));
+    return rate;
+}
 double fma_peak(int num_threads, double seconds) {
     nb::gil_scoped_release release;
     double rate = 0;
@@ -197,6 +209,9 @@ NB_MODULE(_kernels, m) {
     m.def("exp", &exp_all, "isa"_a, "x"_a.noconvert(), "out"_a.noconvert());
     m.def("philox4x32_10", &philox, "counter"_a, "key"_a);
     m.def("read_bandwidth", &read_bandwidth, "num_bytes"_a, "num_threads"_a, "seconds"_a);
+    m.def("kernel_peak", &kernel_peak, "isa"_a, "family"_a, "num_threads"_a, "seconds"_a);
+    m.attr("FAMILIES") = nb::tuple(nb::cast(kFamilyNames));
+    m.def("family_of", [](int format) { return kFamilyNames[static_cast<size_t>(jilju::family_of(static_cast<jilju::Format>(format)))]; }, "format"_a);
     m.def("fma_peak", &fma_peak, "num_threads"_a, "seconds"_a);
     m.attr("OP_KINDS") = nb::make_tuple("embed", "rms_norm", "linear", "rope", "attention", "glu", "take_rows", "sample", "other");
 

@@ -113,8 +113,6 @@ int64_t super_block_of(int64_t num_inputs) {
     return 0;
 }
 
-namespace {
-
 Family family_of(Format format) {
     switch (format) {
         case Format::kF32:
@@ -131,6 +129,8 @@ Family family_of(Format format) {
     }
     return Family::kFloat;
 }
+
+namespace {
 
 void choose_family(Weight* w) {
     w->family = family_of(w->format);

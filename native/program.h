@@ -30,6 +30,8 @@ enum class Family : int32_t { kFloat, kW4, kW4Offset, kW4K, kW5, kW5Offset, kW5K
 inline constexpr int kNumFamilies = 9;
 inline constexpr int64_t kMaxSuperBlock = 128;
 
+Family family_of(Format format);  // of a matrix that a linear op uses
+
 struct FamilyLayout {
     int head_bytes;   // of a super-block
     int scale_bytes;  // of a block: scales and offsets

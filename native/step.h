@@ -140,6 +140,8 @@ struct KernelSet {
     void (*take_rows)(const TakeRowsOp&, Step&, Pool&);
     void (*sample)(const SampleOp&, Step&, Pool&);
     // probes, for tests and micro-benchmarks
+    void (*multiply_strip)(Family, int64_t num_columns, const uint8_t* strip, int64_t num_supers, int blocks_per_super, const int8_t* bytes, const float* scales,
+                           float* out);
     void (*unpack)(const Weight&, int64_t row, float* out);
     void (*exp)(const float* x, float* out, int64_t n);
 };

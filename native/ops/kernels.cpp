@@ -26,7 +26,7 @@ void exp_all(const float* x, float* out, int64_t n) {
 
 const KernelSet& table() {
     static const KernelSet kernels{kName, scratch_floats, attention_queries_per_unit, rope_tables, embed, rms_norm, linear, rope,
-                                   attention, glu, take_rows, sample, unpack_row, exp_all};
+                                   attention, glu, take_rows, sample, multiply_one, unpack_row, exp_all};
     return kernels;
 }
 

@@ -180,6 +180,11 @@ void linear(const LinearOp& op, Step& step, Pool& pool) {
     });
 }
 
+void multiply_one(Family family, int64_t num_columns, const uint8_t* strip, int64_t num_supers, int blocks_per_super, const int8_t* bytes, const float* scales,
+                  float* out) {
+    multiply_strip_of(family, num_columns)(strip, num_supers, blocks_per_super, {bytes, scales}, out);
+}
+
 void unpack_row(const Weight& w, int64_t row, float* out) {
     const uint8_t* from = w.data + row * w.row_bytes;
     with_format(w.format, [&]<class F>() {
