@@ -2,7 +2,7 @@
 #
 #   make serve    from a fresh clone to a chat in the browser       make check          format, lint, types, tidy
 #   make test     from a fresh clone to a passed suite              make oracle         compare with transformers on CPU torch
-#   make bench    speed beside llama.cpp, start, quality            make peers          install the engines to compare with, ask their tokenizer
+#   make bench    every measurement, and the bars beside them       make peers          install the engines to compare with, ask their tokenizer
 #   make dev      the environment for work on jilju                 make install-check  what a user's environment holds
 #   make clean    remove environments and builds
 
@@ -14,7 +14,8 @@ PIP = -m pip --disable-pip-version-check -q
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
-.PHONY: serve test check bench bench-machine bench-model bench-start bench-quality peers oracle oracle-write dev clean install-check
+.PHONY: serve test check bench bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-quality
+.PHONY: peers oracle oracle-write dev clean install-check
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -66,27 +67,63 @@ oracle: .venv-oracle/installed
 oracle-write: .venv-oracle/installed
 	@PYTHONPATH=src .venv-oracle/bin/python tests/oracle/write_golden.py
 
-peers: .venv-llama-cpp/installed .venv-openvino/installed .venv-dev/installed
+.venv-llama-cpp/bin/llama-server: .venv-llama-cpp/installed
+	@echo "building llama.cpp's server: 5 to 15 minutes" && benchmarks/peers/build_llama_server .venv-llama-cpp 0.3.36
+
+peers: .venv-llama-cpp/installed .venv-llama-cpp/bin/llama-server .venv-openvino/installed .venv-dev/installed
 	@.venv-dev/bin/jilju pull smollm2-135m
 	@.venv-dev/bin/jilju pull qwen2.5-coder-0.5b
 	@.venv-dev/bin/jilju pull gemma3-270m
 	@.venv-llama-cpp/bin/python benchmarks/peers/write_tokenizer_golden.py
 
-bench: bench-machine bench-model bench-start bench-quality
+# Every measurement writes its figures to RESULTS; what is there already can be measured again alone, by its target, and `make bench-bars`
+# sums up what there is. It needs a machine on which nothing else runs, and patience.
+RESULTS := build/bench
+JILJU := .venv-dev/bin/jilju
+NAMED := smollm2-135m gemma3-270m qwen2.5-coder-0.5b
+LOADS := --prefill 512 --contexts 128,512
 
-bench-start: .venv-dev/installed
-	@.venv-dev/bin/jilju pull smollm2-135m >/dev/null && .venv-dev/bin/jilju pull qwen2.5-coder-0.5b >/dev/null
-	@.venv-dev/bin/python benchmarks/start.py
+bench: bench-machine bench-models bench-engine bench-start bench-serve bench-quality bench-bars
+
+bench-bars: .venv-dev/installed
+	@$(JILJU) bench bars $(RESULTS)
 
 bench-machine: .venv-dev/installed
-	@.venv-dev/bin/jilju bench machine $(ARGS)
+	@mkdir -p $(RESULTS) && $(JILJU) bench machine --json $(RESULTS)/machine.json --chart $(RESULTS)/machine.svg $(ARGS)
 
+# one model, as you like it
 bench-model: .venv-dev/installed .venv-llama-cpp/installed
-	@.venv-dev/bin/jilju bench model $(or $(MODEL),smollm2-135m) --prefill 512 --rows 1,8,16 --contexts 512 --peers llama.cpp $(ARGS)
+	@$(JILJU) bench model $(or $(MODEL),smollm2-135m) --prefill 512 --rows 1,8,16 --contexts 512 --peers llama.cpp $(ARGS)
 
-bench-quality: .venv-dev/installed
-	@.venv-dev/bin/jilju bench quality smollm2-135m --text $(TEXT)
-	@.venv-dev/bin/jilju bench quality qwen2.5-coder-0.5b --text $(TEXT)
+# the named ones, the number formats that llama.cpp has its best kernels for, and the other peers
+bench-models: .venv-dev/installed .venv-llama-cpp/installed .venv-openvino/installed .venv-oracle/installed
+	@mkdir -p $(RESULTS)
+	@$(JILJU) bench model smollm2-135m $(LOADS) --rows 1,8,16 --peers all $(ARGS) \
+	  --json $(RESULTS)/model-smollm2-135m.json --chart $(RESULTS)/model-smollm2-135m.svg
+	@for name in gemma3-270m qwen2.5-coder-0.5b; do \
+	  $(JILJU) bench model $$name $(LOADS) --rows 1,8,16 --peers llama.cpp $(ARGS) \
+	    --json $(RESULTS)/model-$$name.json --chart $(RESULTS)/model-$$name.svg || exit 1; done
+	@for file in $$(.venv-dev/bin/python benchmarks/make_files.py); do name=$$(basename $$file .gguf); \
+	  $(JILJU) bench model $$file $(LOADS) --rows 1,16 --peers llama.cpp $(ARGS) \
+	    --json $(RESULTS)/model-$$name.json --chart $(RESULTS)/model-$$name.svg || exit 1; done
+
+bench-engine: .venv-dev/installed
+	@mkdir -p $(RESULTS) && $(JILJU) bench engine smollm2-135m --json $(RESULTS)/engine.json $(ARGS)
+	@$(JILJU) bench contention smollm2-135m --json $(RESULTS)/contention.json $(ARGS)
+
+bench-start: .venv-dev/installed
+	@mkdir -p $(RESULTS) && .venv-dev/bin/python benchmarks/start.py --json $(RESULTS)/start.json
+
+bench-serve: .venv-dev/installed .venv-llama-cpp/bin/llama-server
+	@mkdir -p $(RESULTS)
+	@.venv-dev/bin/python benchmarks/served.py --llama-server .venv-llama-cpp/bin/llama-server --json $(RESULTS)/served.json $(ARGS)
+
+# of the named models, and of one in every other number format
+bench-quality: .venv-dev/installed .venv-llama-cpp/installed
+	@mkdir -p $(RESULTS)
+	@for model in $(NAMED) $$(.venv-dev/bin/python benchmarks/make_files.py q4_0 q5_0 q5_1 q8_0 f16); do \
+	  $(JILJU) bench quality $$model --text $(TEXT) --reference --peers llama.cpp \
+	    --json $(RESULTS)/quality-$$(basename $$model .gguf).json || exit 1; done
 
 install-check: .venv/installed
 	@.venv/bin/python scripts/check_install.py

@@ -1,4 +1,4 @@
-"""The command line's `bench` group: machine, model, serve, quality.
+"""The command line's `bench` group: machine, model, engine, contention, serve, quality, bars.
 
 Owns their flags and where results go: a table on standard output, JSON and a chart into files. Every command hands its work to
 `jilju.bench`. Heavy parts are imported by the command that needs them, so that help is instant.
@@ -65,7 +65,8 @@ _max_others = click.option(
 
 @click.group()
 def bench() -> None:
-    """Measure: `machine` its roofs, `model` steps beside roofs and other engines, `serve` a running server, `quality` perplexity.
+    """Measure: `machine` its roofs, `model` steps beside roofs and other engines, `engine` its own share of a step, `contention` a
+    busy neighbour, `serve` a running server, `quality` perplexity; `bars` sums up.
 
     \b
     Examples:
@@ -203,6 +204,86 @@ def _running(programs: "Sequence[PeerProgram]", *sizes: Any) -> "Iterator[list[P
             peers.append(Peer(program.name, program.command(*sizes)))
             stack.callback(peers[-1].close)
         yield peers
+
+
+@bench.command("engine")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option(
+    "--rows", type=click.IntRange(1), default=16, show_default=True, help="Requests that are answered at once."
+)
+@click.option("--output-tokens", type=click.IntRange(2), default=100, show_default=True, help="Tokens of each answer.")
+@threads_option
+@_max_others
+@_json
+def bench_engine(
+    model: str, rows: int, output_tokens: int, threads: int | None, max_others: float, json_file: str | None
+) -> None:
+    """What of a decode step the engine's own Python takes, in the process and over the link that `jilju serve` uses.
+
+    \b
+    Example:
+      jilju bench engine smollm2-135m --rows 16
+    """
+    from jilju.assemble.bench import measure_engine
+    from jilju.bench.report import engine_table
+
+    with fetching() as progress:
+        share = measure_engine(model, rows, output_tokens, threads, _guard(max_others), progress)
+    _tell(share, [engine_table(share)], json_file)
+
+
+@bench.command("contention")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--rows", type=click.IntRange(1), default=1, show_default=True, help="Sequences of a step.")
+@click.option("--context", type=click.IntRange(0), default=512, show_default=True, help="Tokens before each row's own.")
+@_rounds
+@threads_option
+@_max_others
+@_json
+def bench_contention(
+    model: str, rows: int, context: int, rounds: int, threads: int | None, max_others: float, json_file: str | None
+) -> None:
+    """How much longer a decode step takes beside a process that takes half of one core.
+
+    \b
+    Example:
+      jilju bench contention smollm2-135m
+    """
+    from jilju.assemble.bench import load_stepped
+    from jilju.assemble.engine import open_model
+    from jilju.bench.contention import measure_contention
+    from jilju.bench.report import contention_table
+
+    num_threads = threads or usable_cores()[0]
+    with fetching() as progress:
+        file = open_model(model, progress)
+    stepped = load_stepped(file, rows, context + 1, num_threads)
+    with counting("rounds") as count:
+        result = measure_contention(
+            file.name, stepped.steps, rows, context, num_threads, guard=_guard(max_others), num_rounds=rounds,
+            progress=lambda done: count(done, rounds, "rounds"),
+        )  # fmt: skip
+    _tell(result, [contention_table(result)], json_file)
+
+
+@bench.command("bars")
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@_json
+def bench_bars(folder: Path, json_file: str | None) -> None:
+    """What the project means to reach, beside what the JSON files in FOLDER say was measured (`make bench` writes them).
+
+    \b
+    Example:
+      jilju bench bars build/bench
+    """
+    from jilju.bench.bars import bars_of, read_results
+    from jilju.bench.report import bars_table
+
+    found = bars_of(read_results(folder))
+    _tell(found, [bars_table(found)], json_file)
+    if json_file != "-":
+        met = [bar.is_met for bar in found]
+        click.echo(f"{met.count(True)} pass, {met.count(False)} short, {met.count(None)} without a figure or a limit")
 
 
 @bench.command("serve")

@@ -3,16 +3,23 @@
 Owns the sizes of such an executor. Knows nothing of what is measured with it.
 """
 
+import asyncio
+from itertools import count
 from typing import NamedTuple
 
-from jilju.assemble.engine import BLOCK_SIZE, ModelFile, load_native, make_executor
+from jilju.assemble.engine import BLOCK_SIZE, ModelFile, load_native, make_executor, open_model, resolve_engine
+from jilju.assemble.launch import engine_command
 from jilju.assemble.packed import packed_folder
 from jilju.backends.native import NativeProbes
+from jilju.bench.engine import PROMPT_TOKENS, EngineShare, run_rows, share_of
+from jilju.bench.guard import Guard
 from jilju.bench.machine import Probes
 from jilju.bench.steps import ProfiledExecutor, Steps
-from jilju.config import ServeConfig
+from jilju.config import ServeConfig, engine_config
+from jilju.engine.events import StepRecord
+from jilju.engine.supervisor import SupervisedClient
 from jilju.errors import ConfigError
-from jilju.model.sources import no_progress
+from jilju.model.sources import Progress, no_progress
 from jilju.model.weights import load_weights
 from jilju.plan import Executor, Limits, Plan
 
@@ -55,3 +62,27 @@ def load_reference(model: ModelFile, max_context: int) -> tuple[Executor, Plan, 
     executor, limits = make_executor("reference"), limits_for(model, 1, max_context, 1)
     executor.load(model.plan, load_weights(model.gguf, model.plan), limits)
     return executor, model.plan, limits
+
+
+def measure_engine(
+    model: str, rows: int, num_output: int, threads: int | None, guard: Guard, progress: Progress
+) -> EngineShare:
+    """In a process of its own, as `jilju serve` runs it. Raises StartupError, BusyMachine."""
+    context = PROMPT_TOKENS + num_output
+    config = engine_config(model, context=context, kv_memory="256MiB", max_rows=rows, step_tokens=256, threads=threads)
+    file = open_model(model, progress)
+    _, options, _ = resolve_engine(file, config)
+    client, run_ids = SupervisedClient(engine_command(options)), map("run-{}".format, count())
+    with asyncio.Runner() as loop:
+        loop.run(client.start())
+        try:
+            assert client.process_id is not None, "a started engine has a process"
+
+            def run() -> list[StepRecord]:
+                return loop.run(run_rows(client, file.plan.vocab_size, rows, num_output, next(run_ids)))
+
+            run()
+            done = guard.run(run, [client.process_id])
+            return share_of(file.name, rows, done.value, done.others_share)
+        finally:
+            loop.run(client.stop())

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from jilju.bench import bars
 from jilju.bench.chart import Bar, Group
+from jilju.bench.contention import Contention
 from jilju.bench.divergence import Compared
+from jilju.bench.engine import EngineShare
 from jilju.bench.load import METRICS, LoadResult
 from jilju.bench.machine import Machine
 from jilju.bench.model import Figure, ModelReport
@@ -138,4 +141,37 @@ def compared_table(compared: Sequence[Compared]) -> Table:
     for c in compared:
         kl = ["-", "-"] if c.kl is None else [f"{c.kl:.2e}", f"{c.kl_error:.0e}"]
         table.add_row(c.name, f"{c.perplexity:.3f}", f"{c.perplexity / compared[0].perplexity - 1:+.2%}", *kl)
+    return table
+
+
+def engine_table(e: EngineShare) -> Table:
+    table = table_of(f"{e.model}, {e.rows} rows, mean of {e.num_steps} steps", ["part of a step", "us", "share"])
+    parts = {
+        "decide": e.schedule_us, "pack": e.pack_us, "backend": e.backend_us, "commit": e.commit_us, "link, to the next": e.link_us,
+    }  # fmt: skip
+    for name, us in parts.items():
+        table.add_row(name, f"{us:.0f}", f"{us / e.step_us:.1%}")
+    table.add_row("all but the backend", f"{e.step_us - e.backend_us:.0f}", f"{e.share:.1%}")
+    return table
+
+
+def contention_table(c: Contention) -> Table:
+    title = f"{c.model}, {c.rows} x 1 at {c.context}, {c.num_threads} threads"
+    table = table_of(title, ["", "ms a step", "ratio"])
+    table.add_row("undisturbed", f"{c.step_ms:.2f}", "")
+    table.add_row(
+        f"a neighbour takes {c.neighbour_share:.0%} of a core", f"{c.disturbed_step_ms:.2f}", f"{c.ratio:.2f}x"
+    )
+    return table
+
+
+MARKS = {True: "pass", False: "SHORT", None: ""}
+
+
+def bars_table(found: Sequence["bars.Bar"]) -> Table:
+    table = Table(title="bars", title_justify="left", box=None, pad_edge=False)
+    for heading in ("", "bar", "limit", "measured", "part"):
+        table.add_column(heading, justify="right" if heading in ("limit", "measured") else "left")
+    for bar in found:
+        table.add_row(MARKS[bar.is_met], bar.text, bar.limit, bar.measured, bar.part)
     return table

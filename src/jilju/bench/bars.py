@@ -1,0 +1,219 @@
+"""Bars: what the project means to reach, each beside what was measured.
+
+Owns the list of bars and how each is read from the files that the benchmarks write (`--json`). A bar whose measurement is not there
+says so; one without a limit is told for orientation. Knows nothing of how anything is measured.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from jilju.bench.contention import Contention
+from jilju.bench.divergence import Compared
+from jilju.bench.engine import EngineShare
+from jilju.bench.load import LoadResult
+from jilju.bench.model import Figure, Load, ModelReport
+from jilju.errors import ConfigError
+
+LONG, SHORT = 512, 128  # tokens before a row's own: of a single stream, of rows side by side
+PREFILL = Load("prefill", 1, 512)
+ONE = Load("decode", 1, LONG)
+EIGHT, SIXTEEN = Load("decode", 8, SHORT), Load("decode", 16, SHORT)
+NAMED = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b")
+GUIDES = {"smollm2-135m": 1000.0, "qwen2.5-coder-0.5b": 300.0}  # tokens/s of prefill 512
+# Ratios to other engines: prefill 512, decode of one row, of 16 rows; None: no bar.
+LLAMA_CPP = {
+    "smollm2-135m": (4.0, 1.5, 5.0),
+    "gemma3-270m": (3.0, 1.5, 2.5),
+    "qwen2.5-coder-0.5b": (2.7, 1.5, 3.0),
+    "smollm2-135m-q4_0": (2.0, 1.2, 2.5),  # formats that llama.cpp has its best kernels for
+    "smollm2-135m-q8_0": (2.0, 1.2, 2.5),
+    "llama-2048-q4_k": (2.0, 1.2, 2.5),
+}
+OTHERS = {"openvino": (3.0, 2.5, 4.0), "transformers": (2.5, None, None)}  # on the first named model
+OWN_BYTES = 120e6  # of an engine's process besides packed weights and KV cache
+READY_S = {"smollm2-135m": 1.0, "qwen2.5-coder-0.5b": 2.0}
+MAX_KL, MAX_PERPLEXITY_CHANGE = 1e-3, 0.005
+IDLE_SHARE = 0.005  # of a core: what rounds to 0 %
+
+T = TypeVar("T")
+
+
+class Bar(msgspec.Struct, frozen=True):
+    part: str
+    text: str
+    limit: str  # as it is shown
+    measured: str
+    is_met: bool | None  # None: not measured, or no limit
+
+
+class StartFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one model, as `benchmarks/start.py` writes it; medians."""
+
+    model: str
+    first_ready_s: float  # of the first start, which packs the weights
+    ready_s: float
+    first_token_s: float
+    engine_private_bytes: int
+    weight_bytes: int  # packed, and what is read of the file
+    kv_bytes: int
+    server_resident_bytes: int
+    idle_share: float  # of one core, both processes
+
+
+class ServedFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one load, as `benchmarks/served.py` writes it."""
+
+    load: str
+    ours: LoadResult
+    peer: LoadResult | None
+    peer_name: str
+
+
+class QualityFigures(msgspec.Struct, frozen=True, kw_only=True):
+    model: str
+    compared: list[Compared]
+
+
+class Results(msgspec.Struct, frozen=True, kw_only=True):
+    """All that was measured."""
+
+    models: dict[str, ModelReport]
+    engines: list[EngineShare]
+    contentions: list[Contention]
+    starts: list[StartFigures]
+    served: list[ServedFigures]
+    qualities: list[QualityFigures]
+
+
+def read_results(folder: Path) -> Results:
+    """Of the folder's JSON files, told apart by how their names begin. Raises ConfigError for one that is something else."""
+
+    def read(prefix: str, type_: type[T]) -> list[T]:
+        found = []
+        for path in sorted(folder.glob(f"{prefix}*.json")):
+            try:
+                found.append(msgspec.json.decode(path.read_bytes(), type=type_))
+            except msgspec.DecodeError as error:
+                raise ConfigError(
+                    f"{path} is no result of this version ({error}); measure again, or delete it"
+                ) from error
+        return found
+
+    return Results(
+        models={report.model: report for report in read("model-", ModelReport)},
+        engines=read("engine", EngineShare),
+        contentions=read("contention", Contention),
+        starts=[figures for file in read("start", list[StartFigures]) for figures in file],
+        served=[figures for file in read("served", list[ServedFigures]) for figures in file],
+        qualities=read("quality-", QualityFigures),
+    )
+
+
+def bars_of(results: Results) -> list[Bar]:
+    return [
+        *_roofs(results),
+        *_peers(results),
+        *_sampling_and_engine(results),
+        *_quality(results),
+        *_process(results),
+        *_served(results),
+    ]
+
+
+def at_least(part: str, text: str, measured: float | None, limit: float, shown: str) -> Bar:
+    """`shown` formats both numbers."""
+    told = "not measured" if measured is None else shown.format(measured)
+    return Bar(part, text, ">= " + shown.format(limit), told, None if measured is None else measured >= limit)
+
+
+def at_most(part: str, text: str, measured: float | None, limit: float, shown: str) -> Bar:
+    told = "not measured" if measured is None else shown.format(measured)
+    return Bar(part, text, "<= " + shown.format(limit), told, None if measured is None else measured <= limit)
+
+
+def _figure(results: Results, model: str, load: Load) -> Figure | None:
+    report = results.models.get(model)
+    return next((f for f in report.figures if f.load == load), None) if report is not None else None
+
+
+def _roofs(results: Results) -> Iterator[Bar]:
+    for model in NAMED:
+        one, prefill = _figure(results, model, ONE), _figure(results, model, PREFILL)
+        text = f"{model}, {ONE.label}: share of read bandwidth"
+        yield at_least("roof", text, one.bandwidth_share if one else None, 0.85, "{:.0%}")
+        text = f"{model}, {PREFILL.label}: linear ops, share of kernel peak"
+        yield at_least("roof", text, prefill.linear_share if prefill else None, 0.65, "{:.0%}")
+        if model in GUIDES:
+            text = f"{model}, {PREFILL.label}: tokens/s, a guide"
+            yield at_least("roof", text, prefill.tokens_per_s if prefill else None, GUIDES[model], "{:.0f}")
+        for load, limit in ((EIGHT, 0.60), (SIXTEEN, 0.65)):
+            figure = _figure(results, model, load)
+            text = f"{model}, {load.label}: share of cap"
+            yield at_least("roof", text, figure.cap_share if figure else None, limit, "{:.0%}")
+
+
+def _peers(results: Results) -> Iterator[Bar]:
+    for model, limits in LLAMA_CPP.items():
+        yield from _ratios(results, "llama.cpp", model, limits)
+    for peer, own_limits in OTHERS.items():
+        yield from _ratios(results, peer, NAMED[0], own_limits)
+
+
+def _ratios(results: Results, peer: str, model: str, limits: tuple[float | None, ...]) -> Iterator[Bar]:
+    for load, limit in zip((PREFILL, ONE, SIXTEEN), limits, strict=True):
+        if limit is not None:
+            figure = _figure(results, model, load)
+            rate = figure.peers.get(peer) if figure is not None else None
+            yield at_least(peer, f"{model}, {load.label}", rate.ratio if rate else None, limit, "{:.2f}x")
+
+
+def _sampling_and_engine(results: Results) -> Iterator[Bar]:
+    for model in NAMED:
+        figures = [f for load in (ONE, SIXTEEN) if (f := _figure(results, model, load)) is not None]
+        worst = max((f.sampling_share for f in figures if f.sampling_share is not None), default=None)
+        yield at_most("step", f"{model}: sampling with every filter, share of a decode step", worst, 0.05, "{:.1%}")
+    share = max((engine.share for engine in results.engines), default=None)
+    yield at_most("step", "engine's own Python at 16 rows, share of a step", share, 0.05, "{:.1%}")
+    ratio = max((contention.ratio for contention in results.contentions), default=None)
+    yield at_most("step", "decode step beside a process that takes half of one core of two", ratio, 1.53, "{:.2f}x")
+
+
+def _quality(results: Results) -> Iterator[Bar]:
+    """Of each file that was compared with the reference; ours stands second there."""
+    compared = [quality for quality in results.qualities if quality.compared]
+    if not compared:
+        yield at_most("quality", "KL from float32, every format", None, MAX_KL, "{:.1e}")
+    for quality in compared:
+        reference, native, *peers = quality.compared
+        change = abs(native.perplexity / reference.perplexity - 1)
+        yield at_most("quality", f"{quality.model}: perplexity beside float32", change, MAX_PERPLEXITY_CHANGE, "{:.2%}")
+        limit = max([MAX_KL, *(peer.kl for peer in peers if peer.kl is not None)])
+        text = f"{quality.model}: KL from float32" + (" (limit: llama.cpp's)" if limit > MAX_KL else "")
+        yield at_most("quality", text, native.kl, limit, "{:.1e}")
+
+
+def _process(results: Results) -> Iterator[Bar]:
+    starts = {start.model: start for start in results.starts}
+    for model, limit in READY_S.items():
+        start = starts.get(model)
+        yield at_most("process", f"{model}: start to ready, s", start.ready_s if start else None, limit, "{:.2f}")
+        own = start.engine_private_bytes - start.weight_bytes - start.kv_bytes if start else None
+        text = f"{model}: engine's private memory besides packed weights and KV, MB"
+        yield at_most("process", text, own / 1e6 if own is not None else None, OWN_BYTES / 1e6, "{:.0f}")
+        resident = start.server_resident_bytes / 1e6 if start else None
+        yield at_most("process", f"{model}: server's memory, MB", resident, 180, "{:.0f}")
+        text = f"{model}: CPU of an idle server, share of a core"
+        yield at_most("process", text, start.idle_share if start else None, IDLE_SHARE, "{:.1%}")
+
+
+def _served(results: Results) -> Iterator[Bar]:
+    """No limits: the ratio to the peer server, and what ours gave."""
+    for served in results.served:
+        ours, peer = served.ours, served.peer
+        rate = f"{ours.output_throughput:.0f} tok/s, ttft p50 {ours.median_ttft_ms:.0f}, p95 {ours.p95_ttft_ms:.0f} ms"
+        if peer is not None:
+            rate += f"; {ours.output_throughput / peer.output_throughput:.1f}x {served.peer_name}"
+        yield Bar("served", served.load, "-", rate, None)

@@ -1,0 +1,130 @@
+"""The bars: each is read from the right figure, passes and falls short at its limit, and says if nothing was measured."""
+
+import msgspec
+import pytest
+
+from jilju.bench.bars import (
+    EIGHT,
+    LLAMA_CPP,
+    NAMED,
+    ONE,
+    PREFILL,
+    SIXTEEN,
+    QualityFigures,
+    ServedFigures,
+    StartFigures,
+    bars_of,
+    read_results,
+)  # fmt: skip
+from jilju.bench.contention import Contention
+from jilju.bench.divergence import Compared
+from jilju.bench.engine import EngineShare
+from jilju.bench.load import LoadOptions, summarise
+from jilju.bench.model import Figure, ModelReport, Rate
+from jilju.bench.report import bars_table, compared_table, contention_table, engine_table
+from jilju.errors import ConfigError
+from tests.bench.test_load import seen
+
+
+def figure(load, good: bool = True, **peers: float) -> Figure:
+    share = 0.9 if good else 0.4
+    return Figure(
+        load=load, tokens_per_s=2000.0 if good else 100.0, gb_s=1.0, gop_s=1.0, bandwidth_gb_s=1.0, bandwidth_share=share,
+        cap_tokens_per_s=1.0, cap_share=share, linear_share=share, kernel_gop_s={}, time_shares={"linear": 1.0},
+        sampling_share=0.01 if good else 0.06, peers={name: Rate(1.0, ratio) for name, ratio in peers.items()}, others_share=0.0,
+    )  # fmt: skip
+
+
+def report(model: str, good: bool) -> ModelReport:
+    peers = {"llama.cpp": 6.0 if good else 1.1, "openvino": 6.0 if good else 1.1, "transformers": 6.0 if good else 1.1}
+    figures = [figure(load, good, **peers) for load in (PREFILL, ONE, EIGHT, SIXTEEN)]
+    return ModelReport(model=model, kernel_set="k", num_threads=2, num_rounds=1, figures=figures, peer_notes={})
+
+
+def write(folder, good: bool) -> None:
+    def put(name: str, value: object) -> None:
+        (folder / name).write_bytes(msgspec.json.encode(value))
+
+    for model in LLAMA_CPP:
+        put(f"model-{model}.json", report(model, good))
+    put("engine.json", EngineShare(
+        model="m", rows=16, num_steps=9, step_us=100.0, schedule_us=1.0, pack_us=1.0, backend_us=96.0, commit_us=1.0, link_us=1.0,
+        share=0.04 if good else 0.06, others_share=0.0,
+    ))  # fmt: skip
+    put("contention.json", Contention(
+        model="m", rows=1, context=512, num_threads=2, step_ms=1.0, disturbed_step_ms=1.5, ratio=1.5 if good else 1.6,
+        neighbour_share=0.5, others_share=0.0,
+    ))  # fmt: skip
+    own = 100e6 if good else 130e6
+    put("start.json", [
+        StartFigures(
+            model=model, first_ready_s=3.0, ready_s=0.9 if good else 2.1, first_token_s=1.0, engine_private_bytes=int(100e6 + 200e6 + own),
+            weight_bytes=int(100e6), kv_bytes=int(200e6), server_resident_bytes=int(170e6 if good else 190e6),
+            idle_share=0.0 if good else 0.01,
+        )
+        for model in ("smollm2-135m", "qwen2.5-coder-0.5b")
+    ])  # fmt: skip
+    compared = [
+        Compared("float32 reference", 10.0, None, None),
+        Compared("native", 10.04 if good else 9.9, 2e-3 if good else 4e-3, 1e-4),
+    ]
+    put("quality-m.json", {"extra": 1, **msgspec.to_builtins(QualityFigures(
+        model="m", compared=[*compared, Compared("llama.cpp", 10.1, 3e-3, 1e-4)]))})  # fmt: skip
+
+
+def test_what_reaches_every_bar_passes(tmp_path):
+    write(tmp_path, good=True)
+    bars = bars_of(read_results(tmp_path))
+    assert all(bar.is_met for bar in bars), [bar for bar in bars if not bar.is_met]
+
+
+def test_what_reaches_none_falls_short(tmp_path):
+    write(tmp_path, good=False)
+    bars = bars_of(read_results(tmp_path))
+    assert not any(bar.is_met for bar in bars) and all(bar.is_met is False for bar in bars)
+    assert "SHORT" in list(bars_table(bars).columns[0].cells)
+
+
+def test_what_was_not_measured_is_told(tmp_path):
+    (tmp_path / "model-x.json").write_bytes(msgspec.json.encode(report(NAMED[0], good=True)))
+    bars = bars_of(read_results(tmp_path))
+    missing = [bar for bar in bars if bar.measured == "not measured"]
+    assert all(bar.is_met is None for bar in missing)
+    assert {NAMED[0] in bar.text for bar in bars if bar.is_met} == {True}
+    assert any(NAMED[1] in bar.text for bar in missing)
+
+
+def test_a_divergence_may_be_that_of_llama_cpp(tmp_path):
+    """The bar is 1e-3, or what llama.cpp has on the same file."""
+    for kl, theirs, is_met in ((0.9e-3, None, True), (2e-3, None, False), (2e-3, 3e-3, True), (2e-3, 1e-3, False)):
+        compared = [Compared("reference", 10.0, None, None), Compared("native", 10.0, kl, 0.0)]
+        compared += [Compared("llama.cpp", 10.0, theirs, 0.0)] if theirs is not None else []
+        (tmp_path / "quality-m.json").write_bytes(msgspec.json.encode(QualityFigures(model="m", compared=compared)))
+        (bar,) = [bar for bar in bars_of(read_results(tmp_path)) if bar.text.startswith("m: KL")]
+        assert bar.is_met is is_met, (kl, theirs)
+
+
+def test_served_loads_are_told_without_a_limit(tmp_path):
+    ours, peer = (
+        summarise(LoadOptions(url=""), "m", [seen(0.0, *[(i + 1) / rate for i in range(10)])], [], 0.0, 1, 0.0)
+        for rate in (20.0, 5.0)
+    )
+    served = [ServedFigures(load="a load", ours=ours, peer=peer, peer_name="llama-server")]
+    (tmp_path / "served.json").write_bytes(msgspec.json.encode(served))
+    bar = bars_of(read_results(tmp_path))[-1]
+    assert (bar.text, bar.is_met) == ("a load", None)
+    assert "20 tok/s" in bar.measured and "4.0x llama-server" in bar.measured
+
+
+def test_a_file_that_is_no_result_is_named(tmp_path):
+    (tmp_path / "engine.json").write_text('{"rows": "many"}')
+    with pytest.raises(ConfigError, match=r"engine\.json is no result"):
+        read_results(tmp_path)
+
+
+def test_tables_hold_the_shares(tmp_path):
+    write(tmp_path, good=True)
+    results = read_results(tmp_path)
+    assert "4.0%" in list(engine_table(results.engines[0]).columns[2].cells)
+    assert "1.50x" in list(contention_table(results.contentions[0]).columns[2].cells)
+    assert list(compared_table(results.qualities[0].compared).columns[2].cells) == ["+0.00%", "+0.40%", "+1.00%"]
