@@ -29,7 +29,7 @@ int64_t max_partials(const Program& p, const ModelLimits& l) {
 // Floats of each part of the workspace, in the order in which they lie there.
 struct Workspace {
     std::vector<int64_t> buffers, rope;
-    int64_t partials = 0, groups = 0, strips = 0, quantized = 0, quantized_scales = 0, scratch = 0, total = 0;
+    int64_t partials = 0, groups = 0, strips = 0, quantized = 0, scratch = 0, total = 0;
 
     Workspace(const Program& p, const ModelLimits& l, const KernelSet& kernels) {
         const auto part = [&](int64_t floats) {
@@ -41,16 +41,14 @@ struct Workspace {
         partials = part(max_partials(p, l) * p.num_kv_heads * p.group * (padded_head_dim(p) + 2));
         groups = part(kTileLogits * ceil_div(p.vocab_size, kGroupIds));
         strips = part(kTileLogits * ceil_div(p.vocab_size, kStripIds) * static_cast<int64_t>(sizeof(StripSummary) / sizeof(float)));
-        int64_t bytes = 0, scales = 0;  // of the largest input of integer kernels
+        int64_t bytes = 0;  // of the largest input of integer kernels
         for (const Op& op : p.ops) {
             const LinearOp* linear = std::get_if<LinearOp>(&op);
             if (!linear || linear->num_packed == 0) continue;
             const int64_t rows = linear->x.logits ? kTileLogits : tile_tokens(l);
-            bytes = std::max(bytes, rows * linear->x.width / kBlockColumns * (kBlockColumns + 4));
-            scales = std::max(scales, rows * linear->x.width / super_block_of(linear->x.width));
+            bytes = std::max(bytes, rows * (linear->x.width / kBlockColumns) * kQuantizedBytes);
         }
         quantized = part(ceil_div(bytes, sizeof(float)));
-        quantized_scales = part(scales);
         scratch = part(kernels.scratch_floats(p) * l.num_threads);
     }
 };
@@ -151,8 +149,7 @@ Status Model::create(Program program, const ModelLimits& limits, const KernelSet
     model->step_.group_largest = at += workspace.partials;
     model->step_.strips = reinterpret_cast<StripSummary*>(at += workspace.groups);
     model->step_.quantized = reinterpret_cast<int8_t*>(at += workspace.strips);
-    model->step_.quantized_scales = at += workspace.quantized;
-    float* const scratch = at + workspace.quantized_scales;
+    float* const scratch = at + workspace.quantized;
 
     const int64_t tokens = tile_tokens(limits);
     model->step_.segments.reserve(tokens);

@@ -1,26 +1,22 @@
 #include "pack.h"
 
-#include <algorithm>
-#include <cmath>
 #include <cstring>
 
 namespace jilju {
 namespace {
 
-constexpr int kMaxBlocks = kMaxSuperBlock / kBlockColumns;
-
-// 32 columns of a row: quants, and what they are scaled with. Of a K format s and m are the integers of the file and d, dm
-// are the same for the whole super-block.
+// 32 columns of a row: quants, and what they are scaled with, as pack.h names it.
 struct Block {
     uint8_t q[kBlockColumns];  // of kW8 signed
-    float d = 0, m = 0;        // d*q + m; symmetric formats: d*(q - z)
-    int s[2] = {0, 0}, offset = 0;
+    uint16_t half_scale = 0, half_offset = 0;
+    int scale[2] = {0, 0}, offset = 0;  // of the K formats
+    float d = 0, dm = 0;
 };
 
-float half_at(const uint8_t* p) {
+uint16_t half_bits(const uint8_t* p) {
     uint16_t bits;
     std::memcpy(&bits, p, 2);
-    return half_to_float(bits);
+    return bits;
 }
 
 void nibbles_of(const uint8_t* p, uint8_t* q) {
@@ -39,14 +35,14 @@ void fifth_bits_of(const uint8_t* p, uint8_t* q) {
 void scales_k(const uint8_t* p, int j, Block* out) {
     const uint8_t* scales = p + 4;
     if (j < 4) {
-        out->s[0] = scales[j] & 63;
+        out->scale[0] = scales[j] & 63;
         out->offset = scales[4 + j] & 63;
     } else {
-        out->s[0] = (scales[4 + j] & 15) | (scales[j - 4] >> 6) << 4;
+        out->scale[0] = (scales[4 + j] & 15) | (scales[j - 4] >> 6) << 4;
         out->offset = scales[4 + j] >> 4 | (scales[j] >> 6) << 4;
     }
-    out->d = half_at(p);
-    out->m = -half_at(p + 2);
+    out->d = half_to_float(half_bits(p));
+    out->dm = -half_to_float(half_bits(p + 2));
 }
 
 // The k-th block of 32 columns of a row.
@@ -56,25 +52,25 @@ void read_block(Format format, const uint8_t* row, int64_t k, Block* out) {
     const uint8_t* p = row + k / per_block * layout->block_bytes;
     switch (format) {
         case Format::kQ4_0:
-            out->d = half_at(p);
+            out->half_scale = half_bits(p);
             nibbles_of(p + 2, out->q);
             break;
         case Format::kQ4_1:
-            out->d = half_at(p), out->m = half_at(p + 2);
+            out->half_scale = half_bits(p), out->half_offset = half_bits(p + 2);
             nibbles_of(p + 4, out->q);
             break;
         case Format::kQ5_0:
-            out->d = half_at(p);
+            out->half_scale = half_bits(p);
             nibbles_of(p + 6, out->q);
             fifth_bits_of(p + 2, out->q);
             break;
         case Format::kQ5_1:
-            out->d = half_at(p), out->m = half_at(p + 2);
+            out->half_scale = half_bits(p), out->half_offset = half_bits(p + 2);
             nibbles_of(p + 8, out->q);
             fifth_bits_of(p + 4, out->q);
             break;
         case Format::kQ8_0:
-            out->d = half_at(p);
+            out->half_scale = half_bits(p);
             std::memcpy(out->q, p + 2, 32);
             break;
         case Format::kQ4_K:
@@ -86,8 +82,8 @@ void read_block(Format format, const uint8_t* row, int64_t k, Block* out) {
             break;
         }
         case Format::kQ6_K: {
-            out->d = half_at(p + 208);
-            for (int h = 0; h < 2; ++h) out->s[h] = static_cast<int8_t>(p[192 + 2 * j + h]);
+            out->d = half_to_float(half_bits(p + 208));
+            for (int h = 0; h < 2; ++h) out->scale[h] = static_cast<int8_t>(p[192 + 2 * j + h]);
             const uint8_t* nibbles = p + j / 4 * 64 + j % 2 * 32;
             const uint8_t* high = p + 128 + j / 4 * 32;
             for (int i = 0; i < 32; ++i) out->q[i] = (j % 4 < 2 ? nibbles[i] & 15 : nibbles[i] >> 4) | (high[i] >> 2 * (j % 4) & 3) << 4;
@@ -95,28 +91,6 @@ void read_block(Format format, const uint8_t* row, int64_t k, Block* out) {
         }
         default: break;  // not packed
     }
-}
-
-// Float scales of a super-block to integers; returns their unit. With offsets: s*q + m stays below 66000 for every q, so
-// that 256 products with 127 fit int32; without: z*s fits int16.
-float round_scales(Family family, Block* blocks, int num_blocks) {
-    const bool has_offsets = family == Family::kW4Offset || family == Family::kW5Offset;
-    const int largest_q = family == Family::kW4 || family == Family::kW4Offset ? 15 : 31;
-    double unit = 0;
-    for (int b = 0; b < num_blocks; ++b) {
-        const double d = std::fabs(blocks[b].d), m = std::fabs(blocks[b].m);
-        if (has_offsets) {
-            unit = std::max({unit, d / 32000, m / 32000, std::fabs(static_cast<double>(largest_q) * blocks[b].d + blocks[b].m) / 65000});
-        } else {
-            unit = std::max(unit, d / (largest_q == 15 ? 4095 : 2047));
-        }
-    }
-    const float d = static_cast<float>(unit);
-    for (int b = 0; b < num_blocks && d > 0; ++b) {
-        blocks[b].s[0] = static_cast<int>(std::lround(static_cast<double>(blocks[b].d) / d));
-        blocks[b].offset = static_cast<int>(std::lround(static_cast<double>(blocks[b].m) / d));
-    }
-    return d;
 }
 
 template <class T>
@@ -146,12 +120,6 @@ void put_quants(Family family, const uint8_t* q, int row, uint8_t* to) {
     }
 }
 
-uint16_t half_bits(const uint8_t* p) {
-    uint16_t bits;
-    std::memcpy(&bits, p, 2);
-    return bits;
-}
-
 }  // namespace
 
 std::vector<PackedEntry> packed_layout(const Program& program) {
@@ -169,42 +137,37 @@ std::vector<PackedEntry> packed_layout(const Program& program) {
 
 void pack(const Weight& w, const uint8_t* from, uint8_t* to) {
     const FamilyLayout layout = family_layout(w.family);
-    const int blocks_per_super = static_cast<int>(w.super_block / kBlockColumns);
-    const int64_t num_supers = w.num_inputs / w.super_block, num_strips = (w.num_outputs + kStripRows - 1) / kStripRows;
+    const int64_t num_blocks = w.num_inputs / kBlockColumns, num_strips = (w.num_outputs + kStripRows - 1) / kStripRows;
     for (int64_t strip = 0; strip < num_strips; ++strip, to += w.strip_bytes) {
         std::memset(to, 0, static_cast<size_t>(w.strip_bytes));
         for (int row = 0; row < kStripRows && strip * kStripRows + row < w.num_outputs; ++row) {
             const uint8_t* source = from + (strip * kStripRows + row) * w.row_bytes;
-            for (int64_t super = 0; super < num_supers; ++super) {
-                uint8_t* head = to + super * (layout.head_bytes + blocks_per_super * layout.block_bytes);
-                Block blocks[kMaxBlocks];
-                for (int b = 0; b < blocks_per_super; ++b) read_block(w.format, source, super * blocks_per_super + b, &blocks[b]);
-                const bool is_k = w.family == Family::kW4K || w.family == Family::kW5K;
-                if (w.family != Family::kW8) {
-                    put(head, row, is_k || w.family == Family::kW6 ? blocks[0].d : round_scales(w.family, blocks, blocks_per_super));
-                    if (is_k) put(head, kStripRows + row, blocks[0].m);
+            uint8_t* at = to;
+            for (int64_t k = 0; k < num_blocks; ++k, at += layout.block_bytes) {
+                Block block;
+                read_block(w.format, source, k, &block);
+                if (layout.head_bytes && k % kHeadBlocks == 0) {
+                    put(at, row, block.d);
+                    if (w.family != Family::kW6) put(at, kStripRows + row, block.dm);
+                    at += layout.head_bytes;
                 }
-                uint8_t* at = head + layout.head_bytes;
-                for (int b = 0; b < blocks_per_super; ++b, at += layout.block_bytes) {
-                    const Block& block = blocks[b];
-                    switch (w.family) {
-                        case Family::kFloat: break;
-                        case Family::kW8: put(at, row, half_bits(source + (super * blocks_per_super + b) * 34)); break;
-                        case Family::kW6:
-                            for (int h = 0; h < 2; ++h) put(at, h * kStripRows + row, static_cast<int8_t>(block.s[h]));
-                            break;
-                        case Family::kW4K:
-                        case Family::kW5K:
-                            put(at, row, static_cast<uint8_t>(block.s[0]));
-                            put(at, kStripRows + row, static_cast<uint8_t>(block.offset));
-                            break;
-                        case Family::kW4Offset:
-                        case Family::kW5Offset: put(at, kStripRows + row, static_cast<int16_t>(block.offset)); [[fallthrough]];
-                        case Family::kW4:
-                        case Family::kW5: put(at, row, static_cast<int16_t>(block.s[0])); break;
-                    }
-                    put_quants(w.family, block.q, row, at + layout.scale_bytes);
+                switch (w.family) {
+                    case Family::kFloat: break;
+                    case Family::kW4Offset:
+                    case Family::kW5Offset: put(at, kStripRows + row, block.half_offset); [[fallthrough]];
+                    case Family::kW4:
+                    case Family::kW5:
+                    case Family::kW8: put(at, row, block.half_scale); break;
+                    case Family::kW4K:
+                    case Family::kW5K:
+                        put(at, row, static_cast<uint8_t>(block.scale[0]));
+                        put(at, kStripRows + row, static_cast<uint8_t>(block.offset));
+                        break;
+                    case Family::kW6:
+                        for (int h = 0; h < 2; ++h) put(at, h * kStripRows + row, static_cast<int8_t>(block.scale[h]));
+                        break;
                 }
+                put_quants(w.family, block.q, row, at + layout.scale_bytes);
             }
         }
     }

@@ -1,17 +1,15 @@
 // Pack: weights of the quantized formats in the order in which the integer kernels read them.
 //
 // Eight rows are interleaved to a strip, so that one vector holds four columns of each. Along K a strip is a sequence of
-// super-blocks, each of whole blocks of 32 columns:
-//   super-block   d float32[8], one a row; with kOwnOffset also dm float32[8]; then its blocks. (kW8 has no such head.)
-//   block         scales, offsets, then the quants
-//   scales        int16[8]; of kW4K and kW5K uint8[8]; of kW6 int8[2][8], one per 16 columns; of kW8 float16[8]
-//   offsets       of kW4Offset and kW5Offset int16[8]; of kW4K and kW5K uint8[8]; else none
-//   quants        byte [l][row][i], l and i in 0..3: column 4l+i in the low nibble, 16+4l+i in the high one. Then of five
-//                 bits a plane [row][i] whose bit l is the fifth bit of column 4l+i, l in 0..7; of six bits two planes of bit
-//                 pairs, for l in 0..3 and 4..7. kW8: signed byte [l][row][i], l in 0..7, column 4l+i.
-// A weight is d*s*(q - z), z being 8, 16 or 32 for a format without offsets; d*(s*q + m); of the K formats d*s*q + dm*m; of
-// kW8 d*q. The scales of a format that holds them as float16 are rounded to integers times the super-block's d: their
-// error is below 1/4000 of the largest of them. The last strip is filled up with rows of zeros. Knows no instruction set.
+// blocks of 32 columns; of the K formats eight blocks follow a head: d float32[8], one a row, then dm float32[8] but for kW6.
+//   scales    float16[8]; of kW4K and kW5K uint8[8]; of kW6 int8[2][8], one per 16 columns
+//   offsets   of kW4Offset and kW5Offset float16[8]; of kW4K and kW5K uint8[8]; else none
+//   quants    byte [l][row][i], l and i in 0..3: column 4l+i in the low nibble, 16+4l+i in the high one. Then of five bits a
+//             plane [row][i] whose bit l is the fifth bit of column 4l+i, l in 0..7; of six bits two planes of bit pairs, for l in
+//             0..3 and 4..7. kW8: signed byte [l][row][i], l in 0..7, column 4l+i.
+// A weight is scale * (q - z), z being 8, 16 or 32 for a format without offsets; scale * q + offset; of kW4K and kW5K
+// d * scale * q + dm * offset; of kW6 d * scale * (q - 32); of kW8 scale * q. Nothing is rounded: these are the file's own
+// numbers. The last strip is filled up with rows of zeros. Knows no instruction set.
 #pragma once
 
 #include <cstdint>
@@ -21,9 +19,7 @@
 
 namespace jilju {
 
-inline constexpr const char* kPackedVersion = "r8-1";
-inline constexpr int kStripRows = 8;
-inline constexpr int kBlockColumns = 32;
+inline constexpr const char* kPackedVersion = "r8-2";
 
 // One entry a weight that is packed, in order of weight ids; offsets in one buffer, multiples of 64.
 struct PackedEntry {

@@ -107,10 +107,10 @@ const Layout* layout_of(int64_t format) {
     return nullptr;
 }
 
-int64_t super_block_of(int64_t num_inputs) {
-    for (int64_t size = kMaxSuperBlock; size >= 32; size -= 32)
-        if (num_inputs % size == 0) return size;
-    return 0;
+int64_t strip_bytes_of(Family family, int64_t num_inputs) {
+    const FamilyLayout layout = family_layout(family);
+    const int64_t num_blocks = num_inputs / kBlockColumns;
+    return num_blocks / kHeadBlocks * layout.head_bytes + num_blocks * layout.block_bytes;  // a head only where K is a multiple of 256
 }
 
 Family family_of(Format format) {
@@ -135,9 +135,7 @@ namespace {
 void choose_family(Weight* w) {
     w->family = family_of(w->format);
     if (w->family == Family::kFloat) return;
-    const FamilyLayout layout = family_layout(w->family);
-    w->super_block = super_block_of(w->num_inputs);
-    w->strip_bytes = w->num_inputs / w->super_block * layout.head_bytes + w->num_inputs / 32 * layout.block_bytes;
+    w->strip_bytes = strip_bytes_of(w->family, w->num_inputs);
 }
 
 }  // namespace

@@ -28,23 +28,26 @@ float half_to_float(uint16_t bits);
 // How a linear op holds a weight: as in the file, or packed for integer kernels (pack.h).
 enum class Family : int32_t { kFloat, kW4, kW4Offset, kW4K, kW5, kW5Offset, kW5K, kW6, kW8 };
 inline constexpr int kNumFamilies = 9;
-inline constexpr int64_t kMaxSuperBlock = 128;
 
 Family family_of(Format format);  // of a matrix that a linear op uses
 
+inline constexpr int kStripRows = 8;      // rows that are interleaved
+inline constexpr int kBlockColumns = 32;  // columns that share a scale, of weights (but for kW6) and of activations
+inline constexpr int kHeadBlocks = 8;     // blocks after a head
+
 struct FamilyLayout {
-    int head_bytes;   // of a super-block
+    int head_bytes;   // before every eighth block
     int scale_bytes;  // of a block: scales and offsets
     int block_bytes;
 };
 constexpr FamilyLayout family_layout(Family family) {
     switch (family) {
         case Family::kFloat: break;
-        case Family::kW4: return {32, 16, 16 + 128};
-        case Family::kW4Offset: return {32, 32, 32 + 128};
+        case Family::kW4: return {0, 16, 16 + 128};
+        case Family::kW4Offset: return {0, 32, 32 + 128};
         case Family::kW4K: return {64, 16, 16 + 128};
-        case Family::kW5: return {32, 16, 16 + 128 + 32};
-        case Family::kW5Offset: return {32, 32, 32 + 128 + 32};
+        case Family::kW5: return {0, 16, 16 + 128 + 32};
+        case Family::kW5Offset: return {0, 32, 32 + 128 + 32};
         case Family::kW5K: return {64, 16, 16 + 128 + 32};
         case Family::kW6: return {32, 16, 16 + 128 + 64};
         case Family::kW8: return {0, 16, 16 + 256};
@@ -52,8 +55,10 @@ constexpr FamilyLayout family_layout(Family family) {
     return {0, 0, 0};
 }
 
-// Columns of which one activation scale is shared: the largest multiple of 32 that divides num_inputs, at most 256.
-int64_t super_block_of(int64_t num_inputs);
+// A quantized row of activations has this many bytes a block: 32 quants, a scale and three sums (ops/linear_packed.h).
+inline constexpr int64_t kQuantizedBytes = kBlockColumns + 4 + 4 + 4;
+
+int64_t strip_bytes_of(Family family, int64_t num_inputs);
 
 struct Weight {
     Format format;
@@ -62,11 +67,10 @@ struct Weight {
     int64_t row_bytes;
     const uint8_t* data;  // in the mapped file: any alignment; null if only the packed form is needed
     Family family = Family::kFloat;  // packed, if a linear op uses it
-    int64_t super_block = 0;
     int64_t strip_bytes = 0;
     const uint8_t* packed = nullptr;
 
-    int64_t packed_bytes() const { return (num_outputs + 7) / 8 * strip_bytes; }
+    int64_t packed_bytes() const { return (num_outputs + kStripRows - 1) / kStripRows * strip_bytes; }
 };
 
 struct Buffer {

@@ -162,25 +162,24 @@ Status kernel_peak(const KernelSet& kernels, Family family, int num_threads, dou
     const Status status = check(num_threads, seconds);
     if (!status.ok()) return status;
     constexpr int64_t kNumInputs = 768, kNumColumns = 8, kStrips = 2, kCalls = 100;  // 20 KiB in all: it stays in L1
-    const FamilyLayout layout = family_layout(family);
-    const int64_t super_block = super_block_of(kNumInputs), strip_bytes = kNumInputs / super_block * layout.head_bytes + kNumInputs / kBlockColumns * layout.block_bytes;
+    constexpr int64_t kNumBlocks = kNumInputs / kBlockColumns;
+    const int64_t strip_bytes = strip_bytes_of(family, kNumInputs);
     struct Block {
         std::vector<uint8_t> strips;
-        std::vector<int8_t> bytes;
-        std::vector<float> scales, out;
+        std::vector<int8_t> columns;
+        std::vector<float> out;
     };
     std::vector<Block> blocks(num_threads);
     return rate_of_all(
         num_threads, seconds, out,
         [&](int thread) {  // zeros: the kernels take the same time for any numbers
-            blocks[thread] = {std::vector<uint8_t>(kStrips * strip_bytes), std::vector<int8_t>(kNumInputs / kBlockColumns * (kBlockColumns + 4) * kNumColumns),
-                              std::vector<float>(kNumInputs / super_block * kNumColumns), std::vector<float>(kNumColumns * kStripRows)};
+            blocks[thread] = {std::vector<uint8_t>(kStrips * strip_bytes), std::vector<int8_t>(kNumBlocks * kQuantizedBytes * kNumColumns),
+                              std::vector<float>(kNumColumns * kStripRows)};
         },
         [&](int thread) {
             Block& b = blocks[thread];
             for (int64_t i = 0; i < kCalls; ++i)
-                kernels.multiply_strip(family, kNumColumns, b.strips.data() + i % kStrips * strip_bytes, kNumInputs / super_block,
-                                       static_cast<int>(super_block / kBlockColumns), b.bytes.data(), b.scales.data(), b.out.data());
+                kernels.multiply_strip(family, kNumColumns, b.strips.data() + i % kStrips * strip_bytes, kNumBlocks, b.columns.data(), b.out.data());
             return 2 * kCalls * kNumInputs * kNumColumns * kStripRows;
         });
 }

@@ -109,8 +109,7 @@ struct Step {
     float* partials;               // [num_partials, num_kv_heads, group, padded_head_dim + 2]
     std::atomic<int32_t>* splits_done;  // [num_partials, num_kv_heads], at a query's first partial; zeros between ops
     std::vector<float*> rope;      // per table: [token][cos[half], sin[half]]
-    int8_t* quantized;             // the rows of a linear's input, and the scales of their super-blocks (ops/linear_packed.h)
-    float* quantized_scales;
+    int8_t* quantized;             // the rows of a linear's input (ops/linear_packed.h)
     // the tile of logit rows
     int64_t first_logit, num_logits;
     int64_t first_token;           // of the token tile, in the batch
@@ -140,8 +139,7 @@ struct KernelSet {
     void (*take_rows)(const TakeRowsOp&, Step&, Pool&);
     void (*sample)(const SampleOp&, Step&, Pool&);
     // probes, for tests and micro-benchmarks
-    void (*multiply_strip)(Family, int64_t num_columns, const uint8_t* strip, int64_t num_supers, int blocks_per_super, const int8_t* bytes, const float* scales,
-                           float* out);
+    void (*multiply_strip)(Family, int64_t num_columns, const uint8_t* strip, int64_t num_blocks, const int8_t* columns, float* out);
     void (*unpack)(const Weight&, int64_t row, float* out);
     void (*exp)(const float* x, float* out, int64_t n);
 };

@@ -22,13 +22,11 @@ constexpr int64_t kRowsPerQuantizing = 4;
 
 int64_t bytes_of_rows(int64_t num_inputs, int64_t rows) { return num_inputs / kBlockColumns * kColumnBytes * rows; }
 
-// Rows in groups of kColumns, counted from the tile's first row, as the integer kernels take them.
-Columns columns_of(const Step& step, int64_t num_inputs, int64_t super_block, int64_t row) {
-    return {step.quantized + bytes_of_rows(num_inputs, row), step.quantized_scales + num_inputs / super_block * row};
-}
+// Rows lie in groups of kColumns, counted from the tile's first row, as the integer kernels take them.
+int8_t* columns_of(const Step& step, int64_t num_inputs, int64_t row) { return step.quantized + bytes_of_rows(num_inputs, row); }
 
 void quantize_rows(const LinearOp& op, Step& step, Pool& pool) {
-    const int64_t num_rows = step.rows(op.x), num_inputs = op.x.width, super_block = super_block_of(num_inputs);
+    const int64_t num_rows = step.rows(op.x), num_inputs = op.x.width;
     const std::vector<float>* norm = op.norm >= 0 ? &step.program->vectors[op.norm] : nullptr;
     pool.for_tiles(ceil_div(num_rows, kRowsPerQuantizing), [&](int64_t unit, float* scratch) {
         const int64_t end = min_int(num_rows, (unit + 1) * kRowsPerQuantizing);
@@ -39,8 +37,7 @@ void quantize_rows(const LinearOp& op, Step& step, Pool& pool) {
                 x = scratch;
             }
             const int64_t first = row / kColumns * kColumns;
-            const Columns group = columns_of(step, num_inputs, super_block, first);
-            quantize_row(x, num_inputs, super_block, min_int(kColumns, num_rows - first), row - first, const_cast<int8_t*>(group.bytes), const_cast<float*>(group.scales));
+            quantize_row(x, num_inputs, min_int(kColumns, num_rows - first), row - first, columns_of(step, num_inputs, first));
         }
     });
 }
@@ -85,14 +82,13 @@ JILJU_INLINE void finish_strip(const float* results, int64_t num_rows, int num_o
 
 // Strips [first, first + count) of `w` for rows [row, row + num_rows) of the step's `all_rows`.
 void run_packed(const Step& step, const Weight& w, int64_t first, int64_t count, int64_t row, int64_t num_rows, int64_t all_rows, Out out) {
-    const int64_t num_supers = w.num_inputs / w.super_block;
-    const int blocks = static_cast<int>(w.super_block / kBlockColumns);
+    const int64_t num_blocks = w.num_inputs / kBlockColumns;
     alignas(64) float results[kColumns * kStripRows];
     for (int64_t strip = first; strip < first + count; ++strip, out.data += kStripRows) {
         const int outputs = static_cast<int>(min_int(kStripRows, w.num_outputs - strip * kStripRows));
         for (int64_t r = row; r < row + num_rows; r += kColumns) {
             const int64_t n = min_int(kColumns, all_rows - r);
-            multiply_strip_of(w.family, n)(w.packed + strip * w.strip_bytes, num_supers, blocks, columns_of(step, w.num_inputs, w.super_block, r), results);
+            multiply_strip_of(w.family, n)(w.packed + strip * w.strip_bytes, num_blocks, columns_of(step, w.num_inputs, r), results);
             finish_strip(results, n, outputs, {out.data + r * out.stride, out.stride, out.bias, out.add_to});
         }
         if (out.bias) out.bias += kStripRows;
@@ -102,16 +98,15 @@ void run_packed(const Step& step, const Weight& w, int64_t first, int64_t count,
 // The same for a gate and its up projection, joined by the activation.
 void run_gate(const Step& step, const Weight& gate, const Weight& up, Activation activation, int64_t first, int64_t count, int64_t row, int64_t num_rows,
               int64_t all_rows, Out out) {
-    const int64_t num_supers = gate.num_inputs / gate.super_block;
-    const int blocks = static_cast<int>(gate.super_block / kBlockColumns);
+    const int64_t num_blocks = gate.num_inputs / kBlockColumns;
     alignas(64) float gates[kColumns * kStripRows], ups[kColumns * kStripRows];
     for (int64_t strip = first; strip < first + count; ++strip, out.data += kStripRows) {
         const int outputs = static_cast<int>(min_int(kStripRows, gate.num_outputs - strip * kStripRows));
         for (int64_t r = row; r < row + num_rows; r += kColumns) {
             const int64_t n = min_int(kColumns, all_rows - r);
-            const Columns x = columns_of(step, gate.num_inputs, gate.super_block, r);
-            multiply_strip_of(gate.family, n)(gate.packed + strip * gate.strip_bytes, num_supers, blocks, x, gates);
-            multiply_strip_of(up.family, n)(up.packed + strip * up.strip_bytes, num_supers, blocks, x, ups);
+            const int8_t* x = columns_of(step, gate.num_inputs, r);
+            multiply_strip_of(gate.family, n)(gate.packed + strip * gate.strip_bytes, num_blocks, x, gates);
+            multiply_strip_of(up.family, n)(up.packed + strip * up.strip_bytes, num_blocks, x, ups);
             for (int64_t i = 0; i < n; ++i) store(gates + 8 * i, mul(activate(activation, load(gates + 8 * i)), load(ups + 8 * i)));
             finish_strip(gates, n, outputs, {out.data + r * out.stride, out.stride, nullptr, false});
         }
@@ -180,9 +175,8 @@ void linear(const LinearOp& op, Step& step, Pool& pool) {
     });
 }
 
-void multiply_one(Family family, int64_t num_columns, const uint8_t* strip, int64_t num_supers, int blocks_per_super, const int8_t* bytes, const float* scales,
-                  float* out) {
-    multiply_strip_of(family, num_columns)(strip, num_supers, blocks_per_super, {bytes, scales}, out);
+void multiply_one(Family family, int64_t num_columns, const uint8_t* strip, int64_t num_blocks, const int8_t* columns, float* out) {
+    multiply_strip_of(family, num_columns)(strip, num_blocks, columns, out);
 }
 
 void unpack_row(const Weight& w, int64_t row, float* out) {

@@ -1,23 +1,33 @@
 // Integer kernels: one strip of eight packed rows (pack.h) times 1 to 8 columns of quantized activations.
 //
-// One body for every number of columns: the columns share the unpacked weights and nothing else. Inside a super-block all
-// sums are exact integers; a result is then one chain of float32 operations over the super-blocks, in ascending order. So its
-// bits depend on the strip and its own column alone.
+// Per block of 32 columns of K the products are summed as exact integers; a result is one chain of float32 operations over
+// the blocks, in ascending order. One body for every number of columns: they share the unpacked weights and nothing else,
+// so a result's bits depend on the strip and its own column alone.
 #pragma once
 
 #include "../pack.h"
 #include "simd.h"
 
+#include <type_traits>
+
 namespace jilju::JILJU_ISA {
 
-// Quantized rows, in groups of up to kColumns that a kernel takes at once; `n` is the number in this group:
-//   bytes    per block of 32 columns of K: [n][32] signed bytes, then [n][2] int16, the sums of the first and last 16
-//   scales   per super-block: float32 [n]
+// Quantized rows, in groups of up to kColumns that a kernel takes at once; `n` is the number in this group. Per block:
+//   int8 [n][32] quants | float32 [n] scale | float32 [n] scale * sum of the quants | int16 [n][2] sums of the first and last 16
 inline constexpr int64_t kColumns = 8;
-inline constexpr int64_t kColumnBytes = 32 + 4;
-struct Columns {
-    const int8_t* bytes;
-    const float* scales;
+inline constexpr int64_t kColumnBytes = kQuantizedBytes;
+template <class Byte>
+struct ColumnBlock {
+    Byte* bytes;
+    int64_t n;
+    auto quants() const { return bytes; }
+    auto scales() const { return reinterpret_cast<Like<float>*>(bytes + 32 * n); }
+    auto scaled_sums() const { return reinterpret_cast<Like<float>*>(bytes + 36 * n); }
+    auto sums() const { return reinterpret_cast<Like<int16_t>*>(bytes + 40 * n); }
+
+private:
+    template <class T>
+    using Like = std::conditional_t<std::is_const_v<Byte>, const T, T>;
 };
 
 JILJU_INLINE void unpack_nibbles(const uint8_t* p, B32 (&w)[8]) {
@@ -40,110 +50,76 @@ JILJU_INLINE void unpack_six_bits(const uint8_t* p, B32 (&w)[8]) {
     for (int l = 0; l < 8; ++l) w[l] = or_b32(w[l], field_b32(load_b32(p + 128 + l / 4 * 32), 2 * (l % 4), 3, 4));
 }
 
-// Per family: the layout, how many products of pairs fit an int16, and one block's part of the sums.
-// acc [column] sums scale * quant * x, and the offsets' part too unless these have a scale of their own: then `offsets`.
-template <Family kFamily>
-struct IntegerKernel {
-    static constexpr FamilyLayout kLayout = family_layout(kFamily);
-    static constexpr bool kFiveBits = kFamily == Family::kW5 || kFamily == Family::kW5Offset || kFamily == Family::kW5K;
-    static constexpr bool kOwnOffset = kFamily == Family::kW4K || kFamily == Family::kW5K;
-    static constexpr int kPerSum = kFiveBits ? 4 : 8;
-
-    template <int kN>
-    JILJU_INLINE static void add_block(const uint8_t* p, const int8_t* x, I32 (&acc)[kN], [[maybe_unused]] I32 (&offsets)[kN]) {
-        const int16_t* sums = reinterpret_cast<const int16_t*>(x + 32 * kN);
-        I32 s, m;
-        if constexpr (kOwnOffset) {
-            s = load_i32_from_u8(p);
-            m = load_i32_from_u8(p + 8);
-        } else {
-            s = load_i32_from_i16(p);
-            m = kLayout.scale_bytes == 32 ? load_i32_from_i16(p + 16) : negative(times_power(s, kFiveBits ? 4 : 3));
-        }
-        const Scale scale = scale_of(s);
-        const Pairs offset = pairs(m, m);
+// One block of a strip at `p`, after the head at `head`, times the block `x` of kN columns, added to their results.
+template <Family kFamily, int kN>
+JILJU_INLINE void add_block(const uint8_t* p, [[maybe_unused]] const float* head, ColumnBlock<const int8_t> x, F32 (&results)[kN]) {
+    constexpr FamilyLayout kLayout = family_layout(kFamily);
+    constexpr bool kFiveBits = kFamily == Family::kW5 || kFamily == Family::kW5Offset || kFamily == Family::kW5K;
+    const uint8_t* quants = p + kLayout.scale_bytes;
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(p);
+    I32 dots[kN];
+    if constexpr (kFamily == Family::kW8) {
+        const SignedBytes w(quants);
+        signed_dots<kN>(dots, w, x.quants(), x.sums());
+        const F32 d = load_f16(halves);
+#pragma GCC unroll 8
+        for (int c = 0; c < kN; ++c) results[c] = fma(mul(d, set1(x.scales()[c])), to_f32(dots[c]), results[c]);
+    } else if constexpr (kFamily == Family::kW6) {  // two integer scales: the block's sum is an integer still
+        const I32 s[2] = {load_i32_from_i8(p), load_i32_from_i8(p + 8)};
+        const Scale scales[2] = {scale_of(s[0]), scale_of(s[1])};
+        const Pairs offset = pairs(negative(times_power(s[0], 5)), negative(times_power(s[1], 5)));
+        B32 w[8];
+        unpack_six_bits(quants, w);
+#pragma GCC unroll 8
+        for (int c = 0; c < kN; ++c) dots[c] = add_pairs(zero_i32(), offset, x.sums() + 2 * c);
+        add_scaled_dots<4, 2, kN>(dots, w, x.quants(), scales[0]);
+        add_scaled_dots<4, 2, kN>(dots, w + 4, x.quants() + 16, scales[1]);
+        const F32 d = load(head);
+#pragma GCC unroll 8
+        for (int c = 0; c < kN; ++c) results[c] = fma(mul(d, set1(x.scales()[c])), to_f32(dots[c]), results[c]);
+    } else {
         B32 w[8];
         if constexpr (kFiveBits) {
-            unpack_five_bits(p + kLayout.scale_bytes, w);
+            unpack_five_bits(quants, w);
         } else {
-            unpack_nibbles(p + kLayout.scale_bytes, w);
+            unpack_nibbles(quants, w);
         }
-        add_scaled_dots<8, kPerSum, kN>(acc, w, x, scale);
+        F32 d, m;
+        if constexpr (kLayout.head_bytes) {
+            d = mul(load(head), to_f32(load_i32_from_u8(p)));
+            m = mul(load(head + 8), to_f32(load_i32_from_u8(p + 8)));
+        } else {
+            d = load_f16(halves);
+            m = kLayout.scale_bytes == 32 ? load_f16(halves + 8) : mul(d, set1(kFiveBits ? -16.0f : -8.0f));
+        }
+        dots_of<8, kFiveBits ? 4 : 8, kN>(dots, w, x.quants());
 #pragma GCC unroll 8
         for (int c = 0; c < kN; ++c) {
-            if constexpr (kOwnOffset) {
-                offsets[c] = add_pairs(offsets[c], offset, sums + 2 * c);
-            } else {
-                acc[c] = add_pairs(acc[c], offset, sums + 2 * c);
-            }
+            results[c] = fma(mul(d, set1(x.scales()[c])), to_f32(dots[c]), results[c]);
+            results[c] = fma(m, set1(x.scaled_sums()[c]), results[c]);
         }
     }
-};
-template <>
-struct IntegerKernel<Family::kW6> {  // two scales a block
-    static constexpr FamilyLayout kLayout = family_layout(Family::kW6);
-    static constexpr bool kOwnOffset = false;
-
-    template <int kN>
-    JILJU_INLINE static void add_block(const uint8_t* p, const int8_t* x, I32 (&acc)[kN], I32 (&)[kN]) {
-        const int16_t* sums = reinterpret_cast<const int16_t*>(x + 32 * kN);
-        const I32 s[2] = {load_i32_from_i8(p), load_i32_from_i8(p + 8)};
-        const Pairs offset = pairs(negative(times_power(s[0], 5)), negative(times_power(s[1], 5)));
-        const Scale scales[2] = {scale_of(s[0]), scale_of(s[1])};
-        B32 w[8];
-        unpack_six_bits(p + kLayout.scale_bytes, w);
-        add_scaled_dots<4, 2, kN>(acc, w, x, scales[0]);
-        add_scaled_dots<4, 2, kN>(acc, w + 4, x + 16, scales[1]);
-#pragma GCC unroll 8
-        for (int c = 0; c < kN; ++c) acc[c] = add_pairs(acc[c], offset, sums + 2 * c);
-    }
-};
+}
 
 // out [kN][8] = the strip's eight outputs of each column
 template <Family kFamily, int kN>
-void multiply_strip(const uint8_t* strip, int64_t num_supers, int blocks_per_super, Columns x, float* out) {
+void multiply_strip(const uint8_t* strip, int64_t num_blocks, const int8_t* columns, float* out) {
+    constexpr FamilyLayout kLayout = family_layout(kFamily);
     F32 results[kN];
 #pragma GCC unroll 8
     for (int c = 0; c < kN; ++c) results[c] = zero();
-    for (int64_t super = 0; super < num_supers; ++super, x.scales += kN) {
-        if constexpr (kFamily == Family::kW8) {  // float scales: a chain over the blocks
-            F32 sums[kN];
-#pragma GCC unroll 8
-            for (int c = 0; c < kN; ++c) sums[c] = zero();
-            for (int b = 0; b < blocks_per_super; ++b, strip += 16 + 256, x.bytes += kN * kColumnBytes) {
-                const F32 d = load_f16(reinterpret_cast<const uint16_t*>(strip));
-                const SignedBytes w(strip + 16);
-                const int16_t* x_sums = reinterpret_cast<const int16_t*>(x.bytes + 32 * kN);
-                I32 dots[kN];
-                signed_dots<kN>(dots, w, x.bytes, x_sums);
-#pragma GCC unroll 8
-                for (int c = 0; c < kN; ++c) sums[c] = fma(d, to_f32(dots[c]), sums[c]);
-            }
-#pragma GCC unroll 8
-            for (int c = 0; c < kN; ++c) results[c] = fma(sums[c], set1(x.scales[c]), results[c]);
-        } else {
-            using Kernel = IntegerKernel<kFamily>;
-            const float* head = reinterpret_cast<const float*>(strip);
-            strip += Kernel::kLayout.head_bytes;
-            I32 acc[kN], offsets[kN];
-#pragma GCC unroll 8
-            for (int c = 0; c < kN; ++c) acc[c] = offsets[c] = zero_i32();
-            for (int b = 0; b < blocks_per_super; ++b, strip += Kernel::kLayout.block_bytes, x.bytes += kN * kColumnBytes)
-                Kernel::template add_block<kN>(strip, x.bytes, acc, offsets);
-            const F32 d = load(head);
-#pragma GCC unroll 8
-            for (int c = 0; c < kN; ++c) {
-                const F32 dx = set1(x.scales[c]);
-                results[c] = fma(mul(d, dx), to_f32(acc[c]), results[c]);
-                if constexpr (Kernel::kOwnOffset) results[c] = fma(mul(load(head + 8), dx), to_f32(offsets[c]), results[c]);
-            }
-        }
+    for (int64_t first = 0; first < num_blocks; first += kHeadBlocks) {
+        const float* head = reinterpret_cast<const float*>(strip);
+        strip += kLayout.head_bytes;
+        const int64_t end = min_int(first + kHeadBlocks, num_blocks);
+        for (int64_t b = first; b < end; ++b, strip += kLayout.block_bytes, columns += kN * kColumnBytes)
+            add_block<kFamily, kN>(strip, head, {columns, kN}, results);
     }
 #pragma GCC unroll 8
     for (int c = 0; c < kN; ++c) store(out + 8 * c, results[c]);
 }
 
-using MultiplyStrip = void (*)(const uint8_t* strip, int64_t num_supers, int blocks_per_super, Columns x, float* out);
+using MultiplyStrip = void (*)(const uint8_t* strip, int64_t num_blocks, const int8_t* columns, float* out);
 
 template <Family kFamily>
 constexpr MultiplyStrip kMultiplyStrip[kColumns] = {
@@ -165,27 +141,26 @@ inline MultiplyStrip multiply_strip_of(Family family, int64_t num_columns) {
     return nullptr;
 }
 
-// One row of K floats into its place `column` of a group of `n`. A NaN or an infinity makes its super-block's scale NaN, so
-// that it reaches every output.
-JILJU_INLINE void quantize_row(const float* x, int64_t num_inputs, int64_t super_block, int64_t n, int64_t column, int8_t* bytes, float* scales) {
+// One row of K floats into its place `column` of a group of `n`. A row with a NaN or an infinity gets scales that are NaN, so
+// that this reaches every output.
+JILJU_INLINE void quantize_row(const float* x, int64_t num_inputs, int64_t n, int64_t column, int8_t* columns) {
     constexpr float kLeast = 1e-30f;  // 127 over less may be infinite
-    const int64_t blocks = super_block / kBlockColumns;
-    for (int64_t super = 0; super * super_block < num_inputs; ++super) {
-        const float* from = x + super * super_block;
-        F32 largest = zero(), not_finite = zero();
-        for (int64_t i = 0; i < super_block; i += 8) {
-            const F32 v = load(from + i);
+    F32 zeros = zero();
+    for (int64_t i = 0; i < num_inputs; i += 8) zeros = fma(load(x + i), zero(), zeros);
+    const float bad = sum(zeros);  // 0, or NaN
+    for (int64_t k = 0; k < num_inputs; k += kBlockColumns, columns += n * kColumnBytes) {
+        F32 largest = zero();
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kBlockColumns; i += 8) {
+            const F32 v = load(x + k + i);
             largest = max(largest, max(v, sub(zero(), v)));
-            not_finite = fma(v, zero(), not_finite);
         }
-        const float most = max_lane(largest), bad = sum(not_finite);
-        const bool finite = bad == 0.0f;
-        scales[super * n + column] = finite ? most / 127.0f : bad;
-        const F32 factor = set1(finite && most > kLeast ? 127.0f / most : 0.0f);
-        for (int64_t b = 0; b < blocks; ++b) {
-            int8_t* group = bytes + (super * blocks + b) * n * kColumnBytes;
-            quantize_32(from + b * kBlockColumns, factor, group + 32 * column, reinterpret_cast<int16_t*>(group + 32 * n) + 2 * column);
-        }
+        const float most = max_lane(largest), scale = most > kLeast ? most / 127.0f : 0.0f;
+        const ColumnBlock<int8_t> block{columns, n};
+        int16_t* sums = block.sums() + 2 * column;
+        quantize_32(x + k, set1(most > kLeast ? 127.0f / most : 0.0f), block.quants() + 32 * column, sums);
+        block.scales()[column] = scale + bad;
+        block.scaled_sums()[column] = scale * static_cast<float>(sums[0] + sums[1]) + bad;
     }
 }
 

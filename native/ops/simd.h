@@ -72,7 +72,7 @@ void glu(const GluOp&, Step&, Pool&);
 void take_rows(const TakeRowsOp&, Step&, Pool&);
 void sample(const SampleOp&, Step&, Pool&);
 
-void multiply_one(Family, int64_t num_columns, const uint8_t* strip, int64_t num_supers, int blocks_per_super, const int8_t* bytes, const float* scales, float* out);
+void multiply_one(Family, int64_t num_columns, const uint8_t* strip, int64_t num_blocks, const int8_t* columns, float* out);
 void unpack_row(const Weight&, int64_t row, float* out);
 int64_t linear_scratch_floats(int64_t max_inputs);
 int64_t attention_scratch_floats(int group, int64_t head_dim, int64_t padded_head_dim);

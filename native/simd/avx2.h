@@ -27,6 +27,13 @@ JILJU_INLINE void add_scaled_dots(I32* acc, const B32* w, const int8_t* x, Scale
         }
     }
 }
+// dots[c] = sum over w and four columns each of w * x[c]; the same bounds.
+template <int kNumBytes, int kPerSum, int kN>
+JILJU_INLINE void dots_of(I32* dots, const B32* w, const int8_t* x) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kN; ++c) dots[c] = zero_i32();
+    add_scaled_dots<kNumBytes, kPerSum, kN>(dots, w, x, Scale{_mm256_set1_epi16(1)});
+}
 // acc + low * x[0] + high * x[1]
 JILJU_INLINE I32 add_pairs(I32 acc, Pairs m, const int16_t* x) { return {_mm256_add_epi32(acc.v, _mm256_madd_epi16(m.v, set1_dword(x)))}; }
 

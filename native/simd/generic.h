@@ -254,6 +254,12 @@ JILJU_INLINE void add_scaled_dots(I32* acc, const B32* w, const int8_t* x, Scale
         acc[c].v += sum * scale.v;
     }
 }
+// dots[c] = the same sum without a scale.
+template <int kNumBytes, int kPerSum, int kN>
+JILJU_INLINE void dots_of(I32* dots, const B32* w, const int8_t* x) {
+    for (int c = 0; c < kN; ++c) dots[c] = zero_i32();
+    add_scaled_dots<kNumBytes, kPerSum, kN>(dots, w, x, Scale{int_lanes([](int) { return 1; })});
+}
 // acc + low * x[0] + high * x[1]
 JILJU_INLINE I32 add_pairs(I32 acc, const Pairs& m, const int16_t* x) {
     return int_lanes([&](int i) { return acc.v[i] + m.low[i] * x[0] + m.high[i] * x[1]; });
