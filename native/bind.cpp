@@ -161,6 +161,38 @@ void exp_all(const std::string& isa, In<float> x, Out<float> out) {
     require(x.size() == out.size(), "input and output differ in size");
     kernels_named(isa).exp(x.data(), out.data(), x.size());
 }
+// out = x @ weight.T, the weight being as in the file: a linear op by itself.
+void linear(const std::string& isa, int format, In<uint8_t> data, In2<float> x, Out2<float> out, int num_threads) {
+    const jilju::KernelSet& kernels = kernels_named(isa);
+    const jilju::Layout* layout = jilju::layout_of(format);
+    const int64_t rows = static_cast<int64_t>(x.shape(0)), inputs = static_cast<int64_t>(x.shape(1)), outputs = static_cast<int64_t>(out.shape(1));
+    require(layout && inputs % layout->block_elements == 0, "unknown format, or columns that are no whole blocks");
+    const int64_t row_bytes = inputs / layout->block_elements * layout->block_bytes;
+    require(static_cast<int64_t>(data.size()) == outputs * row_bytes && static_cast<int64_t>(out.shape(0)) == rows, "data, x and output differ in size");
+    jilju::Weight weight{static_cast<jilju::Format>(format), outputs, inputs, row_bytes, data.data()};
+    jilju::choose_family(&weight);
+    std::vector<uint8_t> packed(weight.packed_bytes());
+    const bool is_packed = weight.family != jilju::Family::kFloat;
+    if (is_packed) jilju::pack(weight, data.data(), packed.data());
+    weight.packed = packed.data();
+
+    jilju::Program program{};
+    program.weights = {weight};
+    program.buffers = {{false, inputs, inputs, const_cast<float*>(x.data())}, {false, outputs, outputs, out.data()}};
+    const jilju::LinearOp op{{0, 0, inputs, false}, {1, 0, outputs, false}, {0}, {}, false, is_packed};
+    std::vector<int8_t> quantized(rows * inputs / jilju::kBlockColumns * jilju::kQuantizedBytes);
+    std::vector<float> scratch(kernels.scratch_floats(program) * num_threads);
+    jilju::Step step{};
+    step.program = &program;
+    step.num_tokens = rows;
+    step.quantized = quantized.data();
+    std::unique_ptr<jilju::Pool> pool;
+    require(jilju::Pool::create(num_threads, scratch.data(), kernels.scratch_floats(program), &pool));
+    nb::gil_scoped_release release;
+    pool->begin_step();
+    kernels.linear(op, step, *pool);
+    pool->end_step();
+}
 std::vector<uint32_t> philox(std::vector<uint32_t> counter, std::vector<uint32_t> key) {
     require(counter.size() == 4 && key.size() == 2, "a counter of four words and a key of two");
     const jilju::Words words = jilju::philox4x32_10({counter[0], counter[1], counter[2], counter[3]}, key[0], key[1]);
@@ -207,6 +239,7 @@ NB_MODULE(_kernels, m) {
     m.def("checksum", &checksum, "data"_a.noconvert(), "seed"_a);
     m.def("unpack", &unpack, "isa"_a, "format"_a, "data"_a.noconvert(), "out"_a.noconvert());
     m.def("exp", &exp_all, "isa"_a, "x"_a.noconvert(), "out"_a.noconvert());
+    m.def("linear", &linear, "isa"_a, "format"_a, "data"_a.noconvert(), "x"_a.noconvert(), "out"_a.noconvert(), "num_threads"_a);
     m.def("philox4x32_10", &philox, "counter"_a, "key"_a);
     m.def("read_bandwidth", &read_bandwidth, "num_bytes"_a, "num_threads"_a, "seconds"_a);
     m.def("kernel_peak", &kernel_peak, "isa"_a, "family"_a, "num_threads"_a, "seconds"_a);

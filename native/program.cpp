@@ -130,15 +130,11 @@ Family family_of(Format format) {
     return Family::kFloat;
 }
 
-namespace {
-
 void choose_family(Weight* w) {
     w->family = family_of(w->format);
     if (w->family == Family::kFloat) return;
     w->strip_bytes = strip_bytes_of(w->family, w->num_inputs);
 }
-
-}  // namespace
 
 Status use_packed(Program* program, Bytes packed) {
     const std::vector<PackedEntry> entries = packed_layout(*program);

@@ -72,6 +72,7 @@ struct Weight {
 
     int64_t packed_bytes() const { return (num_outputs + kStripRows - 1) / kStripRows * strip_bytes; }
 };
+void choose_family(Weight* weight);  // as linear ops hold it
 
 struct Buffer {
     bool logits;      // rows are logit rows, else tokens
