@@ -73,14 +73,15 @@ void Pool::run(Function function, void* context, int64_t num_tiles) {
         return;
     }
     // Close the last phase before its work changes: who reads any part of the new work then cannot take a tile of the old.
-    const uint64_t last = next_.load(std::memory_order_relaxed);
-    next_.store(last | kClosed, std::memory_order_relaxed);
+    const uint64_t last = ranges_[0].next.load(std::memory_order_relaxed);
     const uint32_t phase = static_cast<uint32_t>(last >> 32) + 1;
+    for (int range = 0; range < num_ranges_; ++range) ranges_[range].next.store(last | kClosed, std::memory_order_relaxed);
     function_.store(function, std::memory_order_release);
     context_.store(context, std::memory_order_release);
     num_tiles_.store(num_tiles, std::memory_order_release);
     num_done_.store(0, std::memory_order_relaxed);
-    next_.store(uint64_t{phase} << 32, std::memory_order_release);
+    for (int range = 0; range < num_ranges_; ++range)
+        ranges_[range].next.store(uint64_t{phase} << 32 | static_cast<uint64_t>(range ? range_end(num_tiles, range - 1) : 0), std::memory_order_release);
     take_tiles(phase, 0);
     for (int spins = 0; num_done_.load(std::memory_order_acquire) != num_tiles;) {
         if (++spins < kSpinsBeforeYield) {
@@ -97,13 +98,18 @@ void Pool::take_tiles(uint32_t phase, int thread_index) {
     const int64_t num_tiles = num_tiles_.load(std::memory_order_acquire);
     float* const scratch = scratch_ + thread_index * scratch_floats_;
     int64_t num_taken = 0;
-    uint64_t next = next_.load(std::memory_order_acquire);
-    while (next >> 32 == phase && static_cast<int64_t>(next & kClosed) < num_tiles) {
-        // Success means that the phase is not over, hence that what was read above is this phase's work.
-        if (!next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
-        function(context, static_cast<int64_t>(next & kClosed), scratch);
-        ++num_taken;
-        next = next_.load(std::memory_order_acquire);
+    for (int i = 0; i < num_ranges_; ++i) {
+        const int range = (thread_index + i) % num_ranges_;
+        const int64_t end = range_end(num_tiles, range);
+        std::atomic<uint64_t>& counter = ranges_[range].next;
+        uint64_t next = counter.load(std::memory_order_acquire);
+        while (next >> 32 == phase && static_cast<int64_t>(next & kClosed) < end) {
+            // Success means that the phase is not over, hence that what was read above is this phase's work.
+            if (!counter.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+            function(context, static_cast<int64_t>(next & kClosed), scratch);
+            ++num_taken;
+            next = counter.load(std::memory_order_acquire);
+        }
     }
     if (num_taken) num_done_.fetch_add(num_taken, std::memory_order_acq_rel);
 }
@@ -113,7 +119,7 @@ void Pool::work(int thread_index) {
     uint32_t seen = 0;
     int spins = 0;
     while (!stop_.load(std::memory_order_relaxed)) {
-        const uint32_t phase = static_cast<uint32_t>(next_.load(std::memory_order_acquire) >> 32);
+        const uint32_t phase = static_cast<uint32_t>(ranges_[thread_index % num_ranges_].next.load(std::memory_order_acquire) >> 32);
         if (phase != seen) {
             take_tiles(phase, thread_index);
             seen = phase;

@@ -1,8 +1,9 @@
 // Pool: num_threads - 1 workers that help the calling thread through the phases of a step.
 //
-// The caller walks through a step; `for_tiles` hands the tiles of one phase to whoever is awake, from an atomic counter,
-// and returns when all are done. Nobody waits for a thread that holds no tile: if the system takes a worker away between
-// phases, the others go on. Workers spin inside a step (yielding after a while, for the machine is shared) and park on an
+// The caller walks through a step; `for_tiles` hands the tiles of one phase to whoever is awake and returns when all are done.
+// The tiles are cut into one range a thread, each with an atomic counter: a thread begins with its own range, so that it
+// reads memory in order, and then helps with the others'. Nobody waits for a thread that holds no tile: if the system takes
+// a worker away between phases, the others go on. Workers spin inside a step (yielding after a while, for the machine is shared) and park on an
 // atomic wait between steps, so that an idle pool uses no CPU. Knows nothing of models.
 #pragma once
 
@@ -41,22 +42,27 @@ public:
 private:
     using Function = void (*)(void* context, int64_t tile, float* scratch);
 
-    Pool(int num_threads, float* scratch, int64_t scratch_floats) : num_threads_(num_threads), scratch_(scratch), scratch_floats_(scratch_floats) {}
+    Pool(int num_threads, float* scratch, int64_t scratch_floats) : num_threads_(num_threads), num_ranges_(num_threads < kMaxRanges ? num_threads : kMaxRanges), scratch_(scratch), scratch_floats_(scratch_floats) {}
     void run(Function function, void* context, int64_t num_tiles);
     void take_tiles(uint32_t phase, int thread_index);
+    int64_t range_end(int64_t num_tiles, int range) const { return num_tiles * (range + 1) / num_ranges_; }
     void work(int thread_index);
 
-    const int num_threads_;
+    const int num_threads_, num_ranges_;
     float* const scratch_;
     const int64_t scratch_floats_;
     std::vector<std::thread> threads_;
     unsigned saved_mxcsr_ = 0;
     std::atomic<bool> stop_{false};
-    // The phase's work. A thread that read it has a right to it only once it has taken a tile of that phase from next_.
+    // The phase's work. A thread that read it has a right to it only once it has taken a tile of that phase from a range.
     std::atomic<Function> function_{nullptr};
     std::atomic<void*> context_{nullptr};
     std::atomic<int64_t> num_tiles_{0};
-    alignas(64) std::atomic<uint64_t> next_{0};   // phase << 32 | next tile
+    static constexpr int kMaxRanges = 8;
+    struct alignas(64) Range {
+        std::atomic<uint64_t> next{0};  // phase << 32 | next tile
+    };
+    Range ranges_[kMaxRanges];
     alignas(64) std::atomic<int64_t> num_done_{0};
     alignas(64) std::atomic<int> epoch_{0};       // odd inside a step; what parked workers wait for
 };
