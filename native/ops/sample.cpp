@@ -29,19 +29,22 @@ struct Candidate {
 };
 inline bool before(const Candidate& a, const Candidate& b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
 
-// 2^y for y <= 0, relative error below 2e-7: 2^n times a polynomial of degree 5 on [-1/2, 1/2]. 2^0 is exactly 1, below
-// -126 it is exactly 0, NaN stays NaN.
+// 2^y for y <= 0, relative error below 2e-7: 2^n times a polynomial of degree 5 on [-1/2, 1/2]. 2^0 is exactly 1. Below -126
+// it stays at 2^-126: beside a mass of 1 that is nothing. To add 1.5 * 2^23 rounds to whole numbers.
 JILJU_INLINE F32 exp2_below(F32 y) {
-    const F32 n = round(y);
-    const F32 f = sub(y, n);
+    y = max(y, set1(-126.0f));
+    const F32 shift = set1(0x1.8p23f), n = add(y, shift);
+    const F32 f = sub(y, sub(n, shift));
     F32 p = set1(0x1.5bba14p-10f);
     p = fma(p, f, set1(0x1.3cea88p-7f));
     p = fma(p, f, set1(0x1.c6b752p-5f));
     p = fma(p, f, set1(0x1.ebf9bcp-3f));
     p = fma(p, f, set1(0x1.62e42ap-1f));
     p = fma(p, f, set1(1.0f));
-    return select_less(y, set1(-126.0f), zero(), mul(p, pow2(n)));
+    return add_exponents(p, n);
 }
+
+JILJU_INLINE F32 load_some(const float* p, int n) { return n == 8 ? load(p) : load_n(p, n); }
 
 // Mass of logits of which the largest is `largest`: 2^((x - largest) * scale), scale = log2(e) / temperature.
 JILJU_INLINE F32 mass_of(F32 x, F32 largest, F32 scale) { return exp2_below(mul(sub(x, largest), scale)); }
@@ -248,8 +251,9 @@ private:
             for (int64_t j = 0; j < count && any; j += 8) {
                 const int lanes = static_cast<int>(min_int(8, count - j));
                 float* const x = logits_ + g * kGroupIds + j;
-                const F32 v = select_bits(load_n(x, lanes), words[first_word + j / 32] >> (j % 32), set1(-INFINITY));
-                store_n(x, v, lanes);
+                const F32 v = select_bits(load_some(x, lanes), words[first_word + j / 32] >> (j % 32), set1(-INFINITY));
+                if (lanes == 8) store(x, v);
+                else store_n(x, v, lanes);
                 top = max(top, first_n(v, lanes, top));
             }
             groups_[g] = max_lane(top);
@@ -314,6 +318,7 @@ private:
 
     // --- the draw -----------------------------------------------------------------------------------------------------
 
+    // An id of those that are kept: all whose logit is at least above_, and the candidates, whose logits are below it.
     int32_t draw(const Scratch& s) {
         const BatchView& b = wish_.batch;
         const int64_t i = wish_.i, top_k = b.top_ks[i];
@@ -331,26 +336,125 @@ private:
                 const double wanted = top_p * mass(s);
                 keep_prefix(s, [&](int64_t, double mass) { return mass >= wanted; });
             }
-        } else if (top_p < 1) {
-            const double total = total_mass(), wanted = top_p * total;
-            // All ids deeper than this have together at most the share 1 - p: vocab * exp(-depth) <= (1 - p) * total.
-            const double deepest = std::log(static_cast<double>(vocab_) / ((1 - top_p) * total)) + 1e-3;
-            collect(below_largest(deepest < kLikelyDepth ? deepest : kLikelyDepth), s);
-            weigh(s);
-            if (deepest > kLikelyDepth && mass(s) < wanted) {
-                collect(below_largest(deepest), s);
-                weigh(s);
-            }
-            keep_prefix(s, [&](int64_t, double mass) { return mass >= wanted; });
         } else if (min_p > 0) {
             collect(below_largest(min_p_depth), s);
             weigh(s);
+            if (top_p < 1) {
+                const double wanted = top_p * total_mass();
+                keep_prefix(s, [&](int64_t, double mass) { return mass >= wanted; });
+            }
+        } else if (top_p < 1) {
+            keep_share(top_p, s);
         } else {
-            return draw_any(u);
+            above_ = -FLT_MAX;
+            count_ = 0;
         }
         if (min_p > 0) keep(s, [&](int64_t j) { return s.masses[j] >= min_p; });
-        return s.ids[crossing(count_, u * mass(s), [&](int64_t j) -> double { return s.masses[j]; }).index];
+        return above_ == INFINITY ? draw_candidate(u, s) : draw_kept(u, s);
     }
+
+    // --- top-p of the whole vocabulary --------------------------------------------------------------------------------
+
+    // Logits between which a prefix ends: all from `high` on are in it, none below `low`.
+    struct Band {
+        float low, high;
+    };
+
+    // The prefix ends in a band that is guessed, and checked by summing up what lies above it and in it.
+    void keep_share(double top_p, const Scratch& s) {
+        const double total = total_mass(), wanted = top_p * total, rest = total - wanted;
+        // All ids deeper than this have together at most the mass `rest`: vocab * exp(-depth) <= rest.
+        const double deepest = std::log(static_cast<double>(vocab_) / rest) + 1e-3;
+        const Band likely{below_largest(deepest < kLikelyDepth ? deepest : kLikelyDepth), INFINITY};
+        int64_t num_reaching = 0;
+        for (int64_t g = 0; g < num_groups_; ++g) num_reaching += groups_[g] >= likely.low;
+        double above = 0;
+        for (int attempt = num_reaching > num_groups_ / 4 ? 1 : 0;; ++attempt) {  // else looking is cheaper than sampling
+            above = split(attempt == 0 ? likely : attempt == 1 ? sampled_band(rest, deepest, s) : Band{below_largest(deepest), INFINITY}, s);
+            if (attempt == 2 || (above < wanted && above + mass(s) >= wanted)) break;
+        }
+        keep_prefix(s, [&](int64_t, double mass) { return above + mass >= wanted; });
+    }
+
+    // Where the mass below a logit passes `rest`, judged by the first ids of every group: between what is three standard
+    // deviations of the sample below and above it. One id right there is added for those that the sample may have missed.
+    Band sampled_band(double rest, double deepest, const Scratch& s) const {
+        constexpr int64_t kSampled = 16, kLast = 255;
+        double* const masses = s.bucket_masses;  // by depth
+        double* const squares = masses + kLast + 1;
+        std::memset(masses, 0, 2 * (kLast + 1) * sizeof(double));
+        const F32 top = set1(largest_), scale = set1(wish_.scale());
+        const F32 per_unit = set1(static_cast<float>(kLast / (deepest * wish_.batch.temperatures[wish_.i])));
+        for (int64_t g = 0; g < num_groups_; ++g) {
+            if (groups_[g] == -INFINITY || group_size(g) < kSampled) continue;
+            for (int64_t j = g * kGroupIds; j < g * kGroupIds + kSampled; j += 8) {
+                float at[8], m[8];
+                const F32 x = load(logits_ + j);
+                store(at, min(mul(sub(top, x), per_unit), set1(kLast)));
+                store(m, mass_of(x, top, scale));
+                for (int lane = 0; lane < 8; ++lane) {
+                    const int64_t b = static_cast<int64_t>(at[lane]);
+                    masses[b] += m[lane];
+                    squares[b] += static_cast<double>(m[lane]) * m[lane];
+                }
+            }
+        }
+        Band band{below_largest(deepest), INFINITY};
+        double below = 0, square = 0;
+        for (int64_t b = kLast; b > 0; --b) {
+            below += masses[b];
+            square += squares[b];
+            const double depth = deepest * b / kLast, here = std::exp(-depth), weight = kGroupIds / kSampled;
+            const double error = 3 * weight * std::sqrt(square + here * here);
+            if (weight * below + error <= rest) band.low = below_largest(depth);
+            if (weight * below - error > rest) {
+                band.high = below_largest(depth);
+                break;
+            }
+        }
+        return band;
+    }
+
+    // Candidates are the ids of the band; the strips sum up what lies above it. Returns that mass.
+    double split(const Band& band, const Scratch& s) {
+        above_ = band.high;
+        if (above_ == INFINITY) {
+            collect(band.low, s);
+            weigh(s);
+            return 0;
+        }
+        const F32 low = set1(band.low), high = set1(band.high), top = set1(largest_), scale = set1(wish_.scale());
+        count_ = 0;
+        double above = 0;
+        for (int64_t k = 0; k < num_strips_; ++k) {
+            F32 kept = zero();
+            for (int64_t g = k * kGroupsPerStrip; g < min_int(num_groups_, (k + 1) * kGroupsPerStrip); ++g) {
+                if (groups_[g] < band.low) continue;
+                const int64_t begin = g * kGroupIds, end = begin + group_size(g);
+                for (int64_t j = begin; j < end; j += 8) {
+                    const int lanes = static_cast<int>(min_int(8, end - j));
+                    const F32 x = load_some(logits_ + j, lanes), m = mass_of(x, top, scale);
+                    const F32 kept_m = select_less(x, high, zero(), m);
+                    kept = add(kept, lanes == 8 ? kept_m : first_n(kept_m, lanes, zero()));
+                    uint32_t bits = ~less_bits(x, low) & less_bits(x, high) & ((1u << lanes) - 1);
+                    if (!bits) continue;
+                    float each[8];
+                    store(each, m);
+                    for (; bits; bits &= bits - 1) {
+                        const int lane = __builtin_ctz(bits);
+                        s.ids[count_] = static_cast<int32_t>(j + lane);
+                        s.masses[count_++] = each[lane];
+                    }
+                }
+            }
+            strips_[k].largest = largest_;
+            strips_[k].scaled_sum = sum(kept);
+            above += strips_[k].scaled_sum;
+        }
+        return above;
+    }
+
+    // --- candidates ---------------------------------------------------------------------------------------------------
 
     // A logit so many nats, after division by the temperature, below the largest.
     float below_largest(double depth) const {
@@ -367,7 +471,7 @@ private:
             const int64_t begin = g * kGroupIds, end = begin + group_size(g);
             for (int64_t j = begin; j < end; j += 8) {
                 const int lanes = static_cast<int>(min_int(8, end - j));
-                uint32_t bits = ~less_bits(load_n(logits_ + j, lanes), least) & ((1u << lanes) - 1);
+                uint32_t bits = ~less_bits(load_some(logits_ + j, lanes), least) & ((1u << lanes) - 1);
                 for (; bits; bits &= bits - 1) s.ids[count_++] = static_cast<int32_t>(j + __builtin_ctz(bits));
             }
         }
@@ -403,11 +507,15 @@ private:
     // buckets of that order, and only the bucket in which the prefix ends is sorted.
     template <class Enough>
     void keep_prefix(const Scratch& s, Enough&& enough) {
-        float lowest = largest_;
-        for (int64_t j = 0; j < count_; ++j) lowest = logits_[s.ids[j]] < lowest ? logits_[s.ids[j]] : lowest;
-        const float range = largest_ - lowest, per_unit = range > 0 && range <= FLT_MAX ? static_cast<float>(kNumBuckets - 1) / range : 0.0f;
+        float lowest = INFINITY, highest = -INFINITY;
+        for (int64_t j = 0; j < count_; ++j) {
+            const float x = logits_[s.ids[j]];
+            lowest = x < lowest ? x : lowest;
+            highest = x > highest ? x : highest;
+        }
+        const float range = highest - lowest, per_unit = range > 0 && range <= FLT_MAX ? static_cast<float>(kNumBuckets - 1) / range : 0.0f;
         const auto bucket_of = [&](float logit) {  // monotonic in the logit
-            const float at = (largest_ - logit) * per_unit;
+            const float at = (highest - logit) * per_unit;
             return at < static_cast<float>(kNumBuckets - 1) ? static_cast<int64_t>(at) : kNumBuckets - 1;
         };
         std::memset(s.bucket_masses, 0, kNumBuckets * sizeof(double));
@@ -470,23 +578,53 @@ private:
         return total;
     }
 
-    // A draw from all ids: its strip, its group, its id.
-    int32_t draw_any(double u) const {
-        const double wanted = u * total_mass();
-        const Crossing strip = crossing(num_strips_, wanted, [&](int64_t k) { return strip_mass(k); });
-        const float largest = strips_[strip.index].largest, scale = wish_.scale();
-        const double in_strip = (wanted - strip.before) / strip_factor(strip.index);
-        const int64_t first_group = strip.index * kGroupsPerStrip;
-        const Crossing group = crossing(min_int(kGroupsPerStrip, num_groups_ - first_group), in_strip, [&](int64_t j) -> double {
-            const int64_t g = first_group + j;
-            return groups_[g] > -INFINITY ? sum_masses(logits_ + g * kGroupIds, group_size(g), largest, scale) : 0.0f;
-        });
-        const int64_t g = first_group + group.index, first_id = g * kGroupIds;
+    int32_t draw_candidate(double u, const Scratch& s) const {
+        return s.ids[crossing(count_, u * mass(s), [&](int64_t j) -> double { return s.masses[j]; }).index];
+    }
+
+    // The strip, the group, the id at which the cumulative mass of all that is kept exceeds u * total.
+    int32_t draw_kept(double u, const Scratch& s) const {
+        const double wanted = u * (total_mass() + mass(s));
+        int64_t at = 0;  // of the candidates: those before it are counted
+        const auto listed_before = [&](int64_t id) {
+            double mass = 0;
+            for (; at < count_ && s.ids[at] < id; ++at) mass += s.masses[at];
+            return mass;
+        };
+        const auto listed_from = [&](int64_t id) {
+            for (at = 0; at < count_ && s.ids[at] < id;) ++at;
+        };
+        const Crossing strip = crossing(num_strips_, wanted, [&](int64_t k) { return strip_mass(k) + listed_before((k + 1) * kStripIds); });
+        const float largest = strips_[strip.index].largest;
+        const double factor = strip_factor(strip.index);
+
         float masses[kGroupIds];
-        for (int64_t j = 0; j < group_size(g); j += 8)
-            store(masses + j, mass_of(load_n(logits_ + first_id + j, static_cast<int>(min_int(8, vocab_ - first_id - j))), set1(largest), set1(scale)));
-        const Crossing id = crossing(group_size(g), in_strip - group.before, [&](int64_t j) -> double { return masses[j]; });
+        const int64_t first_group = strip.index * kGroupsPerStrip;
+        listed_from(first_group * kGroupIds);
+        const Crossing group = crossing(min_int(kGroupsPerStrip, num_groups_ - first_group), wanted - strip.before, [&](int64_t j) {
+            const int64_t g = first_group + j;
+            double mass = 0;
+            if (groups_[g] >= above_) {
+                weigh_group(g, largest, masses);
+                for (int64_t i = 0; i < group_size(g); ++i) mass += masses[i];
+            }
+            return mass * factor + listed_before((g + 1) * kGroupIds);
+        });
+
+        const int64_t g = first_group + group.index, first_id = g * kGroupIds;
+        listed_from(first_id);
+        weigh_group(g, largest, masses);
+        const Crossing id = crossing(group_size(g), wanted - strip.before - group.before,
+                                     [&](int64_t j) { return masses[j] * factor + listed_before(first_id + j + 1); });
         return static_cast<int32_t>(first_id + id.index);
+    }
+
+    // Masses of a group's ids, 0 below above_.
+    void weigh_group(int64_t g, float largest, float* masses) const {
+        for (int64_t j = 0; j < group_size(g); j += 8) {
+            const F32 x = load_some(logits_ + g * kGroupIds + j, static_cast<int>(min_int(8, group_size(g) - j)));
+            store(masses + j, select_less(x, set1(above_), zero(), mass_of(x, set1(largest), set1(wish_.scale()))));
+        }
     }
 
     float* const logits_;
@@ -496,6 +634,7 @@ private:
     const Wish wish_;
     const ResultView& result_;
     float largest_ = 0;
+    float above_ = INFINITY;
     int64_t count_ = 0;            // of candidates
     int32_t num_penalized_ = 0;
 };

@@ -16,6 +16,7 @@ inline constexpr bool kUnpacksInRegisters = false;  // a block and its chains do
 using Floats = float __attribute__((vector_size(32)));
 using Bytes = uint8_t __attribute__((vector_size(16)));
 using HalfBytes = uint8_t __attribute__((vector_size(8)));
+using Words = uint32_t __attribute__((vector_size(32)));
 using HalfSignedBytes = int8_t __attribute__((vector_size(8)));
 
 using Ints = int32_t __attribute__((vector_size(32)));
@@ -77,6 +78,14 @@ JILJU_INLINE F32 rotate_pairs(F32 a, const float* cosines, const float* sines) {
         const float along = a.v[i] * cosines[i / 2], across = a.v[i ^ 1] * sines[i / 2];
         return i % 2 ? along + across : along - across;
     });
+}
+JILJU_INLINE F32 add_exponents(F32 a, F32 n) {  // a * 2^k, k being the low bits of n: n - 1.5 * 2^23 for n near that
+    Words bits, exponents;
+    std::memcpy(&bits, &a.v, sizeof bits);
+    std::memcpy(&exponents, &n.v, sizeof exponents);
+    bits += exponents << 23;
+    std::memcpy(&a.v, &bits, sizeof bits);
+    return a;
 }
 JILJU_INLINE F32 pow2(F32 n) {
     return lanes([&](int i) {

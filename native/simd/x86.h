@@ -54,6 +54,9 @@ JILJU_INLINE F32 rotate_pairs(F32 a, const float* cosines, const float* sines) {
     const __m256 sine = _mm256_permutevar8x32_ps(_mm256_castps128_ps256(_mm_loadu_ps(sines)), twice);
     return {_mm256_addsub_ps(_mm256_mul_ps(a.v, cosine), _mm256_mul_ps(_mm256_permute_ps(a.v, 0xb1), sine))};
 }
+JILJU_INLINE F32 add_exponents(F32 a, F32 n) {  // a * 2^k, k being the low bits of n: n - 1.5 * 2^23 for n near that
+    return {_mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(a.v), _mm256_slli_epi32(_mm256_castps_si256(n.v), 23)))};
+}
 JILJU_INLINE F32 pow2(F32 n) {  // 2^n for whole n in [-126, 127]
     return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127)), 23))};
 }
