@@ -9,26 +9,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jilju.backends import reference
-from jilju.plan import Executor
+from jilju.plan import Batch, Executor, StepResult
 from jilju.plan.batch import MAX_TOP
 from tests.model.batches import BatchRow, Logit, make_batch, run
 from tests.native.plans import loaded, rows_of_logits, table_of_logits
 
-NUM_ROWS = 14
+NUM_ROWS = 18
 VOCABS = (  # one logit; less than a vector, than a group of 256, than a strip of 4096, than a tile of strips; no multiple of 8 or 32
-    1, 5, 203, 1003, 4096, 20011,
+    1, 5, 203, 1003, 4096, 17011,
 )  # fmt: skip
 
 
 def random_logits(vocab: int) -> np.ndarray:
-    """Rows of several shapes: peaked, flat, full of ties, all equal, far apart, one above all, and the ends of the range."""
+    """Rows of several shapes: peaked, flat, full of ties, all equal, far apart, one above all, the ends of the range, and two
+    in which the first 16 ids of every 256 say nothing of the others."""
     rng = np.random.default_rng(0)
     logits = np.empty((NUM_ROWS, vocab), np.float32)
     for row in range(NUM_ROWS):
         x = rng.standard_normal(vocab)
         outlier = np.where(np.arange(vocab) == vocab // 3, 60, x)
         ends = np.where(x > 1, 1.6e38, np.where(x < -1, -1.6e38, x))
-        logits[row] = (4 * x, 0.01 * x, np.round(2 * x) / 2, np.full(vocab, 1.5), 40 * x, outlier, ends)[row % 7]
+        first = np.arange(vocab) % 256 < 16
+        kinds = (
+            4 * x, 0.01 * x, np.round(2 * x) / 2, np.full(vocab, 1.5), 40 * x, outlier, ends, np.where(first, x - 20, 2 * x),
+            np.where(first, x + 3, x),
+        )  # fmt: skip
+        logits[row] = kinds[row % len(kinds)]
     return logits
 
 
@@ -42,17 +48,21 @@ def executors() -> dict[int, tuple[Executor, Executor]]:
     return {v: (loaded(*plan, num_threads=3), loaded(*plan, num_threads=1)) for v, plan in plans.items()}
 
 
+def mask_of(allowed: list[int], vocab: int) -> np.ndarray:
+    """With the bits beyond the vocabulary set: they mean nothing."""
+    bits = np.arange(-(-vocab // 32) * 32) >= vocab
+    bits[allowed] = True
+    return np.packbits(bits, bitorder="little").view(np.uint32)
+
+
 @st.composite
 def logit_rows(draw: st.DrawFn, vocab: int) -> Logit:
     ids = st.integers(0, vocab - 1)
     mask = None
     if draw(st.booleans()):
-        bits = np.random.default_rng(draw(st.integers(0, 99))).random(vocab) < draw(
-            st.sampled_from([0.001, 0.1, 0.5, 1.0])
-        )
-        bits[draw(ids)] = True
-        words = np.packbits(np.concatenate([bits, np.ones(-vocab % 32, bool)]), bitorder="little")
-        mask = words.view(np.uint32)
+        share = draw(st.sampled_from([0.001, 0.1, 0.5, 1.0]))
+        allowed = np.random.default_rng(draw(st.integers(0, 99))).random(vocab) < share
+        mask = mask_of([*np.flatnonzero(allowed).tolist(), draw(ids)], vocab)
     change = draw(st.booleans())
     lists = st.integers(0, 30) if change else st.just(0)
     return Logit(
@@ -85,7 +95,7 @@ def near(logits: np.ndarray, logit: Logit) -> set[int]:
     }  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(st.data(), st.sampled_from(VOCABS))
 def test_draws_equal_the_reference(
     executors: dict[int, tuple[Executor, Executor]], data: st.DataObject, vocab: int
@@ -97,6 +107,27 @@ def test_draws_equal_the_reference(
     got, alone = (run(executor, batch) for executor in executors[vocab])
     for field in ("token_ids", "logprobs", "top_ids", "top_logprobs", "finite"):
         assert getattr(got, field).tobytes() == getattr(alone, field).tobytes(), f"threads change {field}"
+    assert_like_reference(got, batch, cases, vocab)
+
+
+@pytest.mark.parametrize("kind", range(9))
+@pytest.mark.parametrize("changes", [{}, {"bias": {7: 1.5, 16000: -3.0}}], ids=["raw", "changed"])
+def test_the_prefix_of_top_p_is_found_however_wide_it_is(
+    executors: dict[int, tuple[Executor, Executor]], kind: int, changes: dict[str, dict[int, float]]
+) -> None:
+    """One row of logits, many draws: in all parts of the vocabulary, above the band in which the prefix ends and in it."""
+    vocab = 17011
+    settings = itertools.product((0.7, 1.0, 1.9), (0.3, 0.9, 0.98, 1.0), range(4))
+    cases = [
+        (kind, Logit(0, temperature=t, top_p=p, seed=seed, position=round(t * 10 + p * 1000), **changes))
+        for t, p, seed in settings
+    ]
+    batch = make_batch([BatchRow([kind], 0, range(3))], [logit for _, logit in cases])
+    assert_like_reference(run(executors[vocab][0], batch), batch, cases, vocab)
+
+
+def assert_like_reference(got: StepResult, batch: Batch, cases: list[tuple[int, Logit]], vocab: int) -> None:
+    """`cases` are of logit rows: the row of LOGITS[vocab], and how it is sampled."""
     logits = LOGITS[vocab][[token for token, _ in cases]]
     want = reference.sample(logits, batch)
     np.testing.assert_array_equal(got.finite, want.finite)
@@ -147,12 +178,34 @@ def test_ties_go_to_the_lowest_id_and_targets_are_scored(
         assert result.top_ids[-1, :3].tolist() == [0, 1, -1]
 
 
+def test_each_change_moves_what_it_says(executors: dict[int, tuple[Executor, Executor]]) -> None:
+    """On equal logits of 1.5: greedy takes the lowest id that is not worse than others, or the one that is better."""
+    counts = {0: 0, 1: 1, 2: 2}  # 0 is in the prompt alone
+    cases = [
+        (Logit(0, counts=counts, repetition_penalty=1.5), 3),
+        (Logit(0, counts=counts, repetition_penalty=0.5), 0),
+        (Logit(0, counts=counts, presence_penalty=0.5), 0),
+        (Logit(0, counts=counts, presence_penalty=-0.5), 1),
+        (Logit(0, counts=counts, frequency_penalty=0.5), 0),
+        (Logit(0, counts=counts, frequency_penalty=-0.5), 2),
+        (Logit(0, counts={7: 1}, bias={7: -2.0, 9: 0.25}, repetition_penalty=0.1), 9),  # -0.5 * 0.1 is still below 1.5
+        (Logit(0, counts={7: 1}, bias={7: 0.5}, repetition_penalty=2.0, frequency_penalty=-0.25, presence_penalty=-0.25), 0),
+        (Logit(0, counts={7: 1}, bias={7: 0.5}, repetition_penalty=2.0, frequency_penalty=-0.25, presence_penalty=-0.375), 7),
+        (Logit(0, bias={5: 1.0}, banned_ids=[5]), 0),
+        (Logit(0, bias={5: 1.0, 202: 1.0}, mask=mask_of([33, 202], 203)), 202),
+    ]  # fmt: skip
+    batch = make_batch([BatchRow([3], 0, [0])], [logit for logit, _ in cases])
+    for executor in (*executors[203], loaded(*rows_of_logits(LOGITS[203]), backend="reference")):
+        result = run(executor, batch)
+        assert result.token_ids.tolist() == [token_id for _, token_id in cases]
+        np.testing.assert_allclose(result.logprobs, -math.log(203), rtol=1e-6, err_msg="of the raw logits")
+
+
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_a_row_with_nothing_left_is_flagged_and_leaves_others_alone(
     executors: dict[int, tuple[Executor, Executor]], vocab: int
 ) -> None:
-    nothing = np.zeros(-(-vocab // 32), np.uint32)
-    nothing[-1] = (0xFFFFFFFF << vocab % 32) & 0xFFFFFFFF if vocab % 32 else 0  # bits beyond the vocabulary
+    nothing = mask_of([], vocab)
     logits = [
         Logit(0, temperature=1.0, mask=nothing, num_top=1),
         Logit(0, temperature=1.0, top_p=0.9),
