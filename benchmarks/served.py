@@ -1,4 +1,4 @@
-"""Sixteen streams against `jilju serve`, and against llama.cpp's own server on the same file and threads, in turn.
+"""Streams side by side against `jilju serve`, and against llama.cpp's own server on the same file and threads, in turn.
 
 Two loads, closed loops: prompts of random ids, and prompts that share a prefix. Both servers stand by while the other is loaded; neither
 takes CPU then. A run during which other processes took more than --max-others of the cores is repeated.
@@ -26,7 +26,6 @@ from jilju.bench.guard import Guard
 from jilju.bench.load import LoadOptions, LoadResult, run_load
 from jilju.bench.report import table_of
 
-STREAMS = 16
 LOADS = {
     "200 tokens in, 64 out": {"random_input_len": 200},
     "800 shared and 50 own in, 64 out": {"random_prefix_len": 800, "random_input_len": 50},
@@ -42,9 +41,9 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def jilju(model: str, threads: int) -> Iterator[Server]:
+def jilju(model: str, threads: int, streams: int) -> Iterator[Server]:
     command = [sys.executable, "-m", "jilju", "serve", model, "--port", "0", "--log-level", "warning"]
-    command += ["--threads", str(threads), "--context", str(CONTEXT), "--max-rows", str(STREAMS)]
+    command += ["--threads", str(threads), "--context", str(CONTEXT), "--max-rows", str(streams)]
     with running(command, stderr=subprocess.STDOUT) as process:
         assert process.stdout is not None
         url = next(m[0] for line in process.stdout if (m := re.search(r"http://127\.0\.0\.1:\d+", line)))
@@ -52,9 +51,9 @@ def jilju(model: str, threads: int) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def llama_server(program: Path, model: str, threads: int, port: int) -> Iterator[Server]:
+def llama_server(program: Path, model: str, threads: int, streams: int, port: int) -> Iterator[Server]:
     command = [str(program), "-m", open_model(model).path, "--port", str(port), "-t", str(threads), "-tb", str(threads)]
-    command += ["-np", str(STREAMS), "-c", str(STREAMS * CONTEXT)]
+    command += ["-np", str(streams), "-c", str(streams * CONTEXT)]
     with running(command, stderr=subprocess.DEVNULL) as process:
         url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + READY_TIMEOUT_S
         while not answers(url + "/health"):
@@ -82,9 +81,9 @@ def answers(url: str) -> bool:
         return False
 
 
-def load(server: Server, guard: Guard, num_prompts: int, sizes: dict[str, int], seed: int) -> LoadResult:
+def load(server: Server, guard: Guard, streams: int, num_prompts: int, sizes: dict[str, int], seed: int) -> LoadResult:
     options = LoadOptions(
-        url=server.url, num_prompts=num_prompts, warmup=STREAMS, max_concurrency=STREAMS, random_output_len=64, seed=seed, **sizes
+        url=server.url, num_prompts=num_prompts, warmup=streams, max_concurrency=streams, random_output_len=64, seed=seed, **sizes
     )  # fmt: skip
     # each attempt has prompts of its own, so that no server knows them
     seeds = iter(range(1000 * seed, 1000 * seed + 1000))
@@ -95,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
     parser.add_argument("--llama-server", type=Path, help="its program; without it jilju runs alone")
+    parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--num-prompts", type=int, default=128)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--port", type=int, default=8399, help="for llama-server")
@@ -104,17 +104,20 @@ def main() -> None:
     guard = Guard(arguments.max_others / 100)
     figures = []
     with contextlib.ExitStack() as stack:
-        ours = stack.enter_context(jilju(arguments.model, arguments.threads))
+        ours = stack.enter_context(jilju(arguments.model, arguments.threads, arguments.streams))
         program, peer = arguments.llama_server, None
         if program:
-            peer = stack.enter_context(llama_server(program, arguments.model, arguments.threads, arguments.port))
+            peer = stack.enter_context(
+                llama_server(program, arguments.model, arguments.threads, arguments.streams, arguments.port)
+            )
         for seed, (name, sizes) in enumerate(LOADS.items()):
             results = [
-                load(server, guard, arguments.num_prompts, sizes, seed) if server else None for server in (ours, peer)
+                load(server, guard, arguments.streams, arguments.num_prompts, sizes, seed) if server else None
+                for server in (ours, peer)
             ]
-            label = f"{arguments.model}, {STREAMS} streams, {name}"
+            label = f"{arguments.model}, {arguments.streams} streams, {name}"
             figures.append(ServedFigures(load=label, ours=results[0], peer=results[1], peer_name="llama-server"))
-    table = table_of(f"{arguments.model}, {STREAMS} streams", ["server, load", "output tok/s", "ttft p50", "ttft p95", "itl p50", "client's CPU"])  # fmt: skip
+    table = table_of(f"{arguments.model}, {arguments.streams} streams", ["server, load", "output tok/s", "ttft p50", "ttft p95", "itl p50", "client's CPU"])  # fmt: skip
     for figure, name in zip(figures, LOADS, strict=True):
         for server, r in (("jilju", figure.ours), (figure.peer_name, figure.peer)):
             if r is not None:
