@@ -11,10 +11,11 @@ MODEL ?=
 ARGS ?=
 TEXT ?= LICENSE
 PIP = -m pip --disable-pip-version-check -q
+comma := ,
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
-.PHONY: serve test check bench bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-quality
+.PHONY: serve test check sanitize bench bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-quality
 .PHONY: peers oracle oracle-write dev clean install-check
 .DELETE_ON_ERROR:
 
@@ -60,6 +61,21 @@ check: .venv-dev/installed
 	.venv-dev/bin/ruff check src tests benchmarks scripts
 	.venv-dev/bin/mypy
 	.venv-dev/bin/python -m pytest tests/test_tidy.py
+
+.venv-native/installed:
+	$(call environment,.venv-native,installed,installing cmake and ninja,cmake ninja)
+
+# $(call sanitize,SANITIZERS,FOLDER,OPTIONS)
+define sanitize
+	@.venv-native/bin/cmake -G Ninja -S . -B build/$(2) -DCMAKE_MAKE_PROGRAM=$(CURDIR)/.venv-native/bin/ninja \
+	  -DJILJU_NATIVE_TESTS=ON -DJILJU_SANITIZE=$(1) $(3) >/dev/null
+	@.venv-native/bin/ninja -C build/$(2) --quiet native_tests && echo "$(1):" && build/$(2)/native_tests
+endef
+
+# Threads meet in the same way on every instruction set: one is enough for the thread sanitizer.
+sanitize: .venv-native/installed
+	$(call sanitize,address$(comma)undefined,sanitize-address)
+	$(call sanitize,thread,sanitize-thread,-DJILJU_X86=OFF)
 
 oracle: .venv-oracle/installed
 	@PYTHONPATH=src .venv-oracle/bin/python -m pytest --override-ini addopts= -q tests/oracle $(ARGS)
@@ -129,4 +145,4 @@ install-check: .venv/installed
 	@.venv/bin/python scripts/check_install.py
 
 clean:
-	rm -rf .venv .venv-dev .venv-oracle .venv-llama-cpp .venv-openvino build src/jilju/backends/native/*.so
+	rm -rf .venv .venv-dev .venv-oracle .venv-native .venv-llama-cpp .venv-openvino build src/jilju/backends/native/*.so
