@@ -1,5 +1,6 @@
 """Small random models for the native backend's tests, of any number format; a vocabulary of at most 20 shows all logits."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -71,11 +72,13 @@ class Shape:
     activation: Activation = "silu"
     window: int = 0  # of every second layer
     type: GgmlType = GgmlType.F32
+    mixed: tuple[GgmlType, ...] = ()  # formats that the matrices have in turn, instead of `type`
 
 
 def decoder(shape: Shape, seed: int = 0) -> tuple[Plan, Mapping[str, WeightTensor]]:
     """A random decoder: every op, in the order in which models use them."""
     w = Weights(seed)
+    types = itertools.cycle(shape.mixed or (shape.type,))
     b = PlanBuilder(KvSpec(shape.num_layers, shape.num_kv_heads, shape.head_dim), shape.vocab)
     q_width, kv_width = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
 
@@ -84,22 +87,22 @@ def decoder(shape: Shape, seed: int = 0) -> tuple[Plan, Mapping[str, WeightTenso
             return b.rms_norm(b.linear(h, matrix), w.vector(shape.hidden), 1e-5, add_to=x)
         return b.linear(h, matrix, add_to=x)
 
-    x = b.embed(w.matrix(shape.vocab, shape.hidden, shape.type), scale=1.5)
+    x = b.embed(w.matrix(shape.vocab, shape.hidden, next(types)), scale=1.5)
     for layer in range(shape.num_layers):
         widths = (q_width, kv_width, kv_width)
-        parts = [w.matrix(width, shape.hidden, shape.type) for width in widths]
+        parts = [w.matrix(width, shape.hidden, next(types)) for width in widths]
         biases = tuple(w.vector(width) for width in widths) if shape.bias else ()
         h = b.linear(b.rms_norm(x, w.vector(shape.hidden), 1e-5), *parts, biases=biases)
         q, k, v = b.split(h, *widths)
         q, k = (b.rope(part, shape.head_dim, 10_000.0, shape.style) for part in (q, k))
         window = shape.window if layer % 2 == 0 else 0
         h = b.attention(q, k, v, layer, shape.num_heads, shape.head_dim**-0.5, window)
-        x = add(h, w.matrix(shape.hidden, q_width, shape.type), x)
+        x = add(h, w.matrix(shape.hidden, q_width, next(types)), x)
         h = b.linear(
-            b.rms_norm(x, w.vector(shape.hidden), 1e-5), *(w.matrix(shape.ffn, shape.hidden, shape.type) for _ in "gu")
+            b.rms_norm(x, w.vector(shape.hidden), 1e-5), *(w.matrix(shape.ffn, shape.hidden, next(types)) for _ in "gu")
         )
-        x = add(b.glu(h, shape.activation), w.matrix(shape.hidden, shape.ffn, shape.type), x)
-    head = w.matrix(shape.vocab, shape.hidden, shape.type)
+        x = add(b.glu(h, shape.activation), w.matrix(shape.hidden, shape.ffn, next(types)), x)
+    head = w.matrix(shape.vocab, shape.hidden, next(types))
     b.sample(b.linear(b.rms_norm(b.take_rows(x), w.vector(shape.hidden), 1e-5), head))
     return b.build(), w.tensors
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jilju.formats.ggml import GgmlType
+from jilju.formats.ggml import BLOCK_LAYOUTS, GgmlType
 from jilju.plan import Embed, Executor, Plan, StepResult, WeightTensor
 from tests.model.batches import BatchRow, Logit, chunks_of, make_batch, run
 from tests.native.plans import Shape, decoder, loaded
@@ -214,6 +214,35 @@ def test_every_shape_of_heads_gives_the_same_bits(shape: Shape) -> None:
                         sizes,
                         num_threads,
                     )
+        executor.free()
+    assert set(want) == set(wanted)
+
+
+K_WIDTHS = {"hidden": 256, "num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "ffn": 256}
+BY_FORMAT = [Shape(type=t, **(K_WIDTHS if BLOCK_LAYOUTS[t].block_elements == 256 else {})) for t in GgmlType]
+MIXED = Shape(mixed=(GgmlType.Q5_0, GgmlType.F16, GgmlType.Q8_0, GgmlType.Q6_K, GgmlType.Q4_K), bias=False, **K_WIDTHS)
+
+
+@pytest.mark.parametrize("shape", [*BY_FORMAT, MIXED], ids=[*(shape.type.name for shape in BY_FORMAT), "mixed"])
+def test_every_number_format_gives_the_same_bits(shape: Shape) -> None:
+    """In one piece and in chunks that begin anywhere in the kernels' groups of eight rows, on one thread and several, behind
+    neighbours that move a row to another place of its group."""
+    plan, weights = decoder(shape)
+    wanted = (1, 2, 8, 9, 17, 40, 59, 70)
+    want: dict[int, bytes] = {}
+    for num_threads in (1, 3):
+        executor = loaded(plan, weights, num_threads=num_threads)
+        for sizes, num_before in (((70,), 0), ((1, 1, 6, 1, 8, 23, 19), 0), ((70,), 5), ((3, 6, 31, 30), 11)):
+            for start, count in chunks_of(70, sizes):
+                before = [BatchRow(OTHERS[:num_before], 0, OTHER_BLOCKS)] if num_before else []
+                row = BatchRow(PROMPT[start : start + count], start, BLOCKS)
+                ends = [n for n in wanted if start < n <= start + count]
+                logits = [sampled(num_before + n - start - 1, n) for n in ends]
+                result = run(executor, make_batch([*before, row], logits))
+                assert result.finite.all()
+                for i, n in enumerate(ends):
+                    got = bits(result, slice(i, i + 1))
+                    assert got == want.setdefault(n, got), (n, sizes, num_before, num_threads)
         executor.free()
     assert set(want) == set(wanted)
 
