@@ -3,14 +3,17 @@
 // A small model of every op in several number formats runs the same batches on one and on several threads, whole and in
 // chunks, and must give the same bits. Weights of any bytes at all must be packed and multiplied without harm; damaged plans
 // and batches must come back as errors. Prints what failed, exits 1.
+#include <chrono>
 #include <cstdio>
 #include <cstring>
 #include <random>
+#include <thread>
 #include <vector>
 
 #include "../model.h"
 #include "../pack.h"
 #include "../philox.h"
+#include "../pool.h"
 
 namespace {
 
@@ -256,6 +259,36 @@ void test_errors() {
     }
 }
 
+// Every tile of every phase runs once, on scratch that its thread has for itself; more threads than there are ranges of tiles
+// or processors. Nothing here is atomic: the thread sanitizer sees whether phases are kept apart.
+void test_pool() {
+    constexpr int64_t kScratch = 16;
+    std::mt19937 random(5);
+    for (const int num_threads : {1, 2, 3, 11}) {
+        std::vector<float> scratch(num_threads * kScratch);
+        std::unique_ptr<Pool> pool;
+        expect(Pool::create(num_threads, scratch.data(), kScratch, &pool).ok(), "a pool");
+        int64_t num_tiles = 0;
+        for (int step = 0; step < 20; ++step) {
+            pool->begin_step();
+            for (int phase = 0; phase < 30; ++phase) {
+                std::vector<int> runs(random() % 40);
+                pool->for_tiles(static_cast<int64_t>(runs.size()), [&](int64_t tile, float* own) {
+                    ++runs[tile];
+                    ++own[0];
+                });
+                for (const int count : runs) expect(count == 1, "a tile runs once");
+                num_tiles += static_cast<int64_t>(runs.size());
+            }
+            pool->end_step();
+            if (step % 5 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(2));  // workers park
+        }
+        float total = 0;
+        for (int i = 0; i < num_threads; ++i) total += scratch[i * kScratch];
+        expect(total == static_cast<float>(num_tiles), "scratch of one thread is no other's");
+    }
+}
+
 void test_philox() {
     expect(philox4x32_10({0, 0, 0, 0}, 0, 0) == Words{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}, "philox of zeros");
     expect(philox4x32_10({~0u, ~0u, ~0u, ~0u}, ~0u, ~0u) == Words{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}, "philox of ones");
@@ -272,6 +305,7 @@ int main() {
         }
     }
     test_errors();
+    test_pool();
     test_philox();
     std::printf(num_failures ? "%d failures\n" : "all passed\n", num_failures);
     return num_failures != 0;
