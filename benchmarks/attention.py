@@ -2,7 +2,7 @@
 
 Owns the method: a plan of nothing but embed, rope and attention in the shape of a model, run through NativeExecutor with its
 profile; the best of several steps counts, since a shared machine only ever adds time. Usage: attention.py [--shape smollm2]
-[--contexts 512,2048,8192] [--threads 2] [--repeats 5]
+[--contexts 512,2048,8192] [--threads 2] [--repeats 5] [--kv-dtype f16]
 """
 
 import argparse
@@ -11,8 +11,10 @@ import time
 import numpy as np
 
 from jilju.backends.native import NativeExecutor
+from jilju.bench.batches import Sampling
+from jilju.bench.steps import Part, Steps
 from jilju.formats.ggml import GgmlType
-from jilju.plan import Batch, KvSpec, Limits, Plan, PlanBuilder, WeightSpec, WeightTensor
+from jilju.plan import Batch, KvDtype, KvSpec, Limits, Plan, PlanBuilder, WeightSpec, WeightTensor
 
 SHAPES = {  # layers, query heads, KV heads, head size
     "smollm2": (30, 9, 3, 64),
@@ -21,6 +23,7 @@ SHAPES = {  # layers, query heads, KV heads, head size
 }
 VOCAB = 64
 BLOCK_SIZE = 16
+CHUNK = 512  # tokens of a step of prefill
 
 
 def plan_of(num_layers: int, num_heads: int, num_kv_heads: int, head_dim: int) -> tuple[Plan, dict[str, WeightTensor]]:
@@ -42,32 +45,6 @@ def plan_of(num_layers: int, num_heads: int, num_kv_heads: int, head_dim: int) -
     return b.build(), tensors
 
 
-def batch_of(rows: list[tuple[int, int]], blocks_per_row: int) -> Batch:
-    """Rows of (start, count), nothing sampled but the last token."""
-    num_tokens = sum(count for _, count in rows)
-    zeros = np.zeros(1, np.int32)
-    return Batch(
-        token_ids=(np.arange(num_tokens, dtype=np.int32) * 7 + 3) % VOCAB,
-        starts=np.array([start for start, _ in rows], np.int32),
-        counts=np.array([count for _, count in rows], np.int32),
-        block_tables=np.arange(len(rows) * blocks_per_row, dtype=np.int32).reshape(len(rows), blocks_per_row),
-        logit_tokens=np.array([num_tokens - 1], np.int32),
-        targets=zeros.copy(),
-        positions=np.zeros(1, np.int64),
-        seeds=np.zeros(1, np.uint64),
-        temperatures=np.zeros(1, np.float32),
-        top_ks=zeros,
-        top_ps=np.ones(1, np.float32),
-        min_ps=np.zeros(1, np.float32),
-        repetition_penalties=np.ones(1, np.float32),
-        penalty_starts=np.zeros(2, np.int32),
-        penalty_ids=np.zeros(0, np.int32),
-        banned_starts=np.zeros(2, np.int32),
-        banned_ids=np.zeros(0, np.int32),
-        num_top=zeros,
-    )
-
-
 def best(executor: NativeExecutor, batch: Batch, repeats: int) -> dict[str, float]:
     """Milliseconds by kind of op of the fastest step, and of the whole step."""
     runs = []
@@ -87,34 +64,37 @@ def main() -> None:
     parser.add_argument("--contexts", default="512,2048,8192")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--kv-dtype", default="f16", choices=["f16", "int8"])
     args = parser.parse_args()
+    kv_dtype: KvDtype = args.kv_dtype
     shape = SHAPES[args.shape]
     num_layers, num_heads, _, head_dim = shape
     plan, weights = plan_of(*shape)
     contexts = [int(c) for c in args.contexts.split(",")]
-    blocks = -(-(max(contexts) + 1) // BLOCK_SIZE)
+    longest = -(-(max(contexts) + 1) // BLOCK_SIZE) * BLOCK_SIZE
     executor = NativeExecutor(profile=True)
-    bytes_per_token = executor.kv_bytes_per_token(plan)
-    limits = Limits(2 * blocks, BLOCK_SIZE, 16, 512, max(contexts) + 1, args.threads)
+    bytes_per_token = executor.kv_bytes_per_token(plan, kv_dtype)
+    limits = Limits(2 * longest // BLOCK_SIZE, BLOCK_SIZE, 2, CHUNK, longest, args.threads, kv_dtype)
     executor.load(plan, weights, limits)
+    steps = Steps(executor, plan, limits)
     print(
         f"{args.shape}: {shape}, {args.threads} threads, {bytes_per_token} bytes of KV a token, {executor.kernel_set}"
     )
     for context in contexts:
-        for start in range(0, context, 512):  # fills the cache
-            executor.launch(batch_of([(start, 512)], blocks))
-            executor.wait()
-        chunk = best(executor, batch_of([(context - 512, 512)], blocks), args.repeats)
-        attended = 512 * (context - 512) + 512 * 513 // 2
+        steps.fill(2, context)
+        chunk = best(executor, steps.batch([Part(0, context - CHUNK, CHUNK)], 1, Sampling()), args.repeats)
+        attended = CHUNK * (context - CHUNK) + CHUNK * (CHUNK + 1) // 2
         gmacs = 2 * num_layers * num_heads * head_dim * attended / (chunk["attention"] * 1e6) / args.threads
-        one = best(executor, batch_of([(context, 1)], blocks), 5 * args.repeats)
-        two = best(executor, batch_of([(context, 1), (context, 1)], blocks), 5 * args.repeats)
+        one, two = (
+            best(executor, steps.batch([Part(row, context, 1) for row in range(n)], n, Sampling()), 5 * args.repeats)
+            for n in (1, 2)
+        )
         gbps = bytes_per_token * context / (one["attention"] * 1e6)
         print(
-            f"context {context}: last 512 tokens rope {chunk['rope']:.1f} + attention {chunk['attention']:.1f} ms "
-            f"= {gmacs:.1f} GMAC/s a core; 1 row rope {one['rope']:.3f} + attention {one['attention']:.3f} ms "
-            f"({(one['rope'] + one['attention']) * 1e3 / num_layers:.1f} us a layer, {gbps:.1f} GB/s); "
-            f"2 rows {two['rope'] + two['attention']:.3f} ms"
+            f"context {context}: last {CHUNK} tokens {chunk['attention']:.1f} ms = {gmacs:.1f} GMAC/s a core; "
+            f"1 row {one['attention']:.3f} ms = {one['attention'] * 1e3 / num_layers:.1f} us a layer, {gbps:.1f} GB/s; "
+            f"2 rows {two['attention']:.3f} ms",
+            flush=True,
         )
 
 

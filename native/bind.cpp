@@ -59,9 +59,10 @@ const jilju::KernelSet& kernels_named(const std::string& isa) {
 }
 
 jilju::ModelLimits limits_of(const In<int64_t>& l) {
-    require(l.size() == 6, "limits must be six numbers");
+    require(l.size() == 7, "limits must be seven numbers");
     const int64_t* p = l.data();
-    return {p[0], p[1], p[2], p[3], p[4], static_cast<int>(p[5])};
+    require(p[6] == 0 || p[6] == 1, "the type of keys and values is 0 (f16) or 1 (int8)");
+    return {p[0], p[1], p[2], p[3], p[4], static_cast<int>(p[5]), static_cast<jilju::KvType>(p[6])};
 }
 
 class PyModel {
@@ -121,7 +122,8 @@ private:
 std::pair<int64_t, int64_t> memory_needs(In<int64_t> ints, In<double> reals, In<int64_t> limits, const std::string& isa) {
     jilju::Program program;
     require(jilju::decode_program({ints.data(), ints.size()}, {reals.data(), reals.size()}, {}, &program));
-    return {jilju::kv_bytes_per_token(program), jilju::workspace_bytes(program, limits_of(limits), kernels_named(isa))};
+    const jilju::ModelLimits l = limits_of(limits);
+    return {jilju::kv_bytes_per_token(program, l.kv_type), jilju::workspace_bytes(program, l, kernels_named(isa))};
 }
 
 // What of an encoded plan's weights is packed: (version, [(weight id, offset, bytes)]).

@@ -108,8 +108,9 @@ Status select_kernels(const std::string& name, const KernelSet** out) {
     return Status::unsupported("the instruction set '" + name + "' is unknown here; allowed: " + names);
 }
 
-int64_t kv_bytes_per_token(const Program& p) {
-    return 2 * static_cast<int64_t>(p.num_layers) * p.num_kv_heads * (p.head_dim + padded_head_dim(p));
+int64_t kv_bytes_per_token(const Program& p, KvType type) {
+    const int64_t elements = p.head_dim + padded_head_dim(p), scales = 2 * sizeof(float);
+    return static_cast<int64_t>(p.num_layers) * p.num_kv_heads * (type == KvType::kI8 ? elements + scales : elements * 2);
 }
 
 int64_t workspace_bytes(const Program& program, const ModelLimits& limits, const KernelSet& kernels) {
@@ -122,7 +123,7 @@ Status Model::create(Program program, const ModelLimits& limits, const KernelSet
     for (const Weight& w : p.weights)
         if (w.family != Family::kFloat && !w.packed) return Status::invalid("the packed weights are missing");
 
-    const int64_t kv_bytes = kv_bytes_per_token(p) * limits.block_size * limits.num_blocks;
+    const int64_t kv_bytes = kv_bytes_per_token(p, limits.kv_type) * limits.block_size * limits.num_blocks;
     if (!model->kv_memory_.allocate(kv_bytes))
         return Status::no_memory("cannot have " + std::to_string(kv_bytes) + " bytes for the KV cache (" + std::to_string(limits.num_blocks) + " blocks of " +
                                  std::to_string(limits.block_size) + " tokens)");
@@ -131,14 +132,15 @@ Status Model::create(Program program, const ModelLimits& limits, const KernelSet
         return Status::no_memory("cannot have " + std::to_string(workspace.total * sizeof(float)) + " bytes for activations");
 
     KvCache& kv = model->step_.kv;
-    kv.data = static_cast<uint16_t*>(model->kv_memory_.data());
+    kv.data = static_cast<uint8_t*>(model->kv_memory_.data());
+    kv.type = limits.kv_type;
     kv.block_size = limits.block_size;
     kv.num_blocks = limits.num_blocks;
     kv.head_dim = p.head_dim;
     kv.padded_head_dim = padded_head_dim(p);
-    kv.head_stride = limits.block_size * (kv.head_dim + kv.padded_head_dim);
-    kv.block_stride = kv.head_stride * p.num_kv_heads;
-    kv.layer_stride = kv.block_stride * limits.num_blocks;
+    kv.layer_bytes = p.num_layers ? kv_bytes / p.num_layers : 0;
+    kv.block_bytes = kv.layer_bytes / limits.num_blocks;
+    kv.head_bytes = p.num_kv_heads ? kv.block_bytes / p.num_kv_heads : 0;
 
     float* at = static_cast<float*>(model->workspace_memory_.data());
     for (size_t i = 0; i < p.buffers.size(); at += workspace.buffers[i++]) p.buffers[i].data = at;

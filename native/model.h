@@ -20,12 +20,13 @@ namespace jilju {
 struct ModelLimits {
     int64_t num_blocks, block_size, max_rows, max_tokens, max_context;
     int num_threads;
+    KvType kv_type;
 };
 
 // The kernel set called `name` ("generic", "avx2"), or the best that this CPU runs if it is empty.
 Status select_kernels(const std::string& name, const KernelSet** out);
 
-int64_t kv_bytes_per_token(const Program& program);
+int64_t kv_bytes_per_token(const Program& program, KvType type);
 int64_t workspace_bytes(const Program& program, const ModelLimits& limits, const KernelSet& kernels);
 
 // Anonymous memory, zeroed by the system when first touched.

@@ -88,6 +88,7 @@ struct Value {
     bool logits;
 };
 
+enum class KvType : int32_t { kF16 = 0, kI8 = 1 };
 
 enum class Activation : int32_t { kSilu = 0, kGeluTanh = 1 };
 

@@ -79,10 +79,11 @@ struct AttentionUnit {
 };
 
 struct KvCache {
-    uint16_t* data;
+    uint8_t* data;
+    KvType type;
     int64_t block_size, num_blocks;
     int64_t head_dim, padded_head_dim;  // values are padded to whole vectors
-    int64_t head_stride, block_stride, layer_stride;
+    int64_t head_bytes, block_bytes, layer_bytes;  // from one head, block and layer to the next
 };
 
 // What sample knows of a strip of a logit row.

@@ -113,8 +113,9 @@ def test_cores_are_those_of_the_affinity():
 
 
 def test_settings_of_an_engine_in_python():
-    config = engine_config("m", context=None, kv_memory="1GiB", max_rows=4, step_tokens=64, threads=2)
+    config = engine_config("m", context=None, kv_memory="1GiB", max_rows=4, step_tokens=64, threads=2, kv_dtype="int8")
     assert (config.model, config.context, config.kv_memory, config.threads) == ("m", None, 1 << 30, 2)
+    assert config.kv_dtype == "int8"
 
 
 @pytest.mark.parametrize(
@@ -126,6 +127,7 @@ def test_settings_of_an_engine_in_python():
         ({"threads": True}, ["threads is True", "None or a whole number"]),
         ({"context": -4}, ["context is -4", "16 to"]),
         ({"kv_memory": -5}, ["kv_memory is -5", "1GiB"]),
+        ({"kv_dtype": "int4"}, ["kv_dtype is 'int4'", "'f16', 'int8'"]),
         ({"kv_memory": 1.5}, ["kv_memory is 1.5", "1GiB"]),
         ({"kv_memory": "lots"}, ["kv_memory is 'lots'", "512MiB"]),
     ],

@@ -1,8 +1,8 @@
 // attention: write k, v to the row's slots, then out = softmax(scale * q K^T) V over positions [0, own position], causal
 //
 // q, out [tokens, num_heads * head_dim]; k, v [tokens, num_kv_heads * head_dim]. Ropes of q and k that the plan has right
-// before are done in the same pass as the write. The cache holds float16, per block and KV head K as [head_dim][slot] and V
-// as [slot][padded head_dim]. Everything is read back from it, the step's own keys too. Keys come in tiles of 32 and splits
+// before are done in the same pass as the write. The cache holds, per block and KV head, K as [head_dim][slot] and V as [slot]
+// [padded head_dim], in float16; or in int8, with a float32 scale of each slot's K and of its V behind them. Everything is read back from it, the step's own keys too. Keys come in tiles of 32 and splits
 // of 256 from position 0; the softmax restarts at each split and the partial results join in ascending order, in one unit
 // (prefill) or in several (decode): a query's bits depend on its position alone. The query heads of one KV head are rows of
 // the same tile of queries. Scores and maxima are in units of log2: weights are powers of two.
@@ -53,6 +53,7 @@ struct Scratch {
 // --- cache ------------------------------------------------------------------------------------------------------------
 
 JILJU_INLINE F32 load_element(const uint16_t* p) { return load_f16(p); }
+JILJU_INLINE F32 load_element(const int8_t* p) { return load_i8(reinterpret_cast<const uint8_t*>(p)); }
 JILJU_INLINE F32 load_element(const float* p) { return load(p); }
 
 // Where the two runs of a key tile lie. A run that the queries do not see is that of the other, so that it may be read.
@@ -61,24 +62,45 @@ struct Tile {
     const Element* keys[2];    // [head_dim][key_stride]
     const Element* values[2];  // [16][padded]
     int64_t key_stride;
+    const float* key_scales[2];  // [16], or null: keys and values are what they are
+    const float* value_scales[2];
 };
 
-uint16_t* head_of_block(const KvCache& kv, int64_t layer, int64_t block, int64_t head) {
-    return kv.data + layer * kv.layer_stride + block * kv.block_stride + head * kv.head_stride;
-}
+// A KV head's part of a block.
+template <class Element>
+struct BlockHead {
+    Element* keys;    // [head_dim][block_size]
+    Element* values;  // [block_size][padded]
+    float* key_scales;  // [block_size], of int8
+    float* value_scales;
 
-Tile<uint16_t> tile_of(const KvCache& kv, const int32_t* blocks, int64_t layer, int64_t head, int64_t position, int64_t end) {
-    Tile<uint16_t> tile{{}, {}, kv.block_size};
+    BlockHead(const KvCache& kv, int64_t layer, int64_t block, int64_t head) {
+        keys = reinterpret_cast<Element*>(kv.data + layer * kv.layer_bytes + block * kv.block_bytes + head * kv.head_bytes);
+        values = keys + kv.head_dim * kv.block_size;
+        key_scales = reinterpret_cast<float*>(values + kv.block_size * kv.padded_head_dim);
+        value_scales = key_scales + kv.block_size;
+    }
+};
+
+template <class Element>
+Tile<Element> tile_of(const KvCache& kv, const int32_t* blocks, int64_t layer, int64_t head, int64_t position, int64_t end) {
+    Tile<Element> tile{{}, {}, kv.block_size, {}, {}};
     for (int64_t run = 0; run < 2; ++run) {
         const int64_t at = position + kRun * run < end ? position + kRun * run : position, slot = at % kv.block_size;
-        const uint16_t* from = head_of_block(kv, layer, blocks[at / kv.block_size], head);
-        tile.keys[run] = from + slot;
-        tile.values[run] = from + kv.head_dim * kv.block_size + slot * kv.padded_head_dim;
+        const BlockHead<Element> from(kv, layer, blocks[at / kv.block_size], head);
+        tile.keys[run] = from.keys + slot;
+        tile.values[run] = from.values + slot * kv.padded_head_dim;
+        if constexpr (sizeof(Element) == 1) {
+            tile.key_scales[run] = from.key_scales + slot;
+            tile.value_scales[run] = from.value_scales + slot;
+        }
     }
     return tile;
 }
 
-Tile<float> unpack(const KvCache& kv, const Tile<uint16_t>& tile, const Scratch& s) {
+// The numbers alone: scales are applied to scores and weights, to the same bits whether a tile is unpacked or not.
+template <class Element>
+Tile<float> unpack(const KvCache& kv, const Tile<Element>& tile, const Scratch& s) {
     for (int64_t run = 0; run < 2; ++run) {
         float* keys = s.keys + run * kv.head_dim * kRun;
         for (int64_t d = 0; d < kv.head_dim; ++d)
@@ -86,11 +108,13 @@ Tile<float> unpack(const KvCache& kv, const Tile<uint16_t>& tile, const Scratch&
         float* values = s.values + run * kRun * kv.padded_head_dim;
         for (int64_t i = 0; i < kRun * kv.padded_head_dim; i += 8) store(values + i, load_element(tile.values[run] + i));
     }
-    return {{s.keys, s.keys + kv.head_dim * kRun}, {s.values, s.values + kRun * kv.padded_head_dim}, kRun};
+    return {{s.keys, s.keys + kv.head_dim * kRun}, {s.values, s.values + kRun * kv.padded_head_dim}, kRun,
+            {tile.key_scales[0], tile.key_scales[1]}, {tile.value_scales[0], tile.value_scales[1]}};
 }
 
-void prefetch_tile(const KvCache& kv, const Tile<uint16_t>& tile) {
-    constexpr int64_t kLine = 64 / sizeof(uint16_t);
+template <class Element>
+void prefetch_tile(const KvCache& kv, const Tile<Element>& tile) {
+    constexpr int64_t kLine = 64 / sizeof(Element);
     const int64_t rows_a_line = max_int(1, kLine / tile.key_stride);
     for (int64_t run = 0; run < 2; ++run) {
         for (int64_t d = 0; d < kv.head_dim; d += rows_a_line) prefetch(tile.keys[run] + d * tile.key_stride);
@@ -98,25 +122,55 @@ void prefetch_tile(const KvCache& kv, const Tile<uint16_t>& tile) {
     }
 }
 
+// Eight numbers at p, of which n count; the others are 0.
+JILJU_INLINE F32 load_some(const float* p, int64_t n) { return n >= 8 ? load(p) : load_n(p, static_cast<int>(n)); }
+
+// The scale of one head's int8: its largest magnitude becomes 127. NaN if a number is not finite, so that what is read is NaN.
+float int8_scale(const float* x, int64_t n) {
+    F32 largest = zero(), finite = zero();
+    for (int64_t d = 0; d < n; d += 8) {
+        const F32 a = load_some(x + d, n - d);
+        largest = max(largest, max(a, sub(zero(), a)));
+        finite = fma(a, zero(), finite);  // 0, or NaN
+    }
+    return max_lane(largest) / 127.0f + sum(finite);
+}
+
+// Numbers below the smallest normal scale are 0.
+float int8_factor(float scale) { return scale >= 1.17549435e-38f ? 1.0f / scale : 0.0f; }
+
+void write_head(const KvCache& kv, const BlockHead<uint16_t>& to, int64_t slot, const float* k, const float* v) {
+    for (int64_t d = 0; d < kv.head_dim; d += 8) {
+        const int64_t n = min_int(8, kv.head_dim - d);
+        uint16_t key[8];
+        store_f16(key, load_some(k + d, n));
+        for (int64_t i = 0; i < n; ++i) to.keys[(d + i) * kv.block_size + slot] = key[i];
+        store_f16(to.values + slot * kv.padded_head_dim + d, load_some(v + d, n));
+    }
+}
+
+void write_head(const KvCache& kv, const BlockHead<int8_t>& to, int64_t slot, const float* k, const float* v) {
+    to.key_scales[slot] = int8_scale(k, kv.head_dim);
+    to.value_scales[slot] = int8_scale(v, kv.head_dim);
+    const F32 key_factor = set1(int8_factor(to.key_scales[slot])), value_factor = set1(int8_factor(to.value_scales[slot]));
+    for (int64_t d = 0; d < kv.head_dim; d += 8) {
+        const int64_t n = min_int(8, kv.head_dim - d);
+        int8_t key[8];
+        store_i8(key, mul(load_some(k + d, n), key_factor));
+        for (int64_t i = 0; i < n; ++i) to.keys[(d + i) * kv.block_size + slot] = key[i];
+        store_i8(to.values + slot * kv.padded_head_dim + d, mul(load_some(v + d, n), value_factor));
+    }
+}
+
 // Rotate q and k of one token where the op says so, and write k and v to its slot.
+template <class Element>
 void write_token(const AttentionOp& op, const Step& step, int64_t t) {
     if (op.rope_q) rotate(*op.rope_q, step, t);
     if (op.rope_k) rotate(*op.rope_k, step, t);
     const KvCache& kv = step.kv;
-    const float* k = step.at(op.k, t);
-    const float* v = step.at(op.v, t);
-    const int64_t slot = step.token_slots[t];
-    for (int64_t h = 0; h < step.program->num_kv_heads; ++h, k += kv.head_dim, v += kv.head_dim) {
-        uint16_t* keys = head_of_block(kv, op.layer, step.token_blocks[t], h);
-        uint16_t* values = keys + kv.head_dim * kv.block_size + slot * kv.padded_head_dim;
-        for (int64_t d = 0; d < kv.head_dim; d += 8) {
-            const int n = static_cast<int>(min_int(8, kv.head_dim - d));
-            uint16_t half[8];
-            store_f16(half, n == 8 ? load(k + d) : load_n(k + d, n));
-            for (int i = 0; i < n; ++i) keys[(d + i) * kv.block_size + slot] = half[i];
-            store_f16(values + d, n == 8 ? load(v + d) : load_n(v + d, n));
-        }
-    }
+    for (int64_t h = 0; h < step.program->num_kv_heads; ++h)
+        write_head(kv, BlockHead<Element>(kv, op.layer, step.token_blocks[t], h), step.token_slots[t], step.at(op.k, t) + h * kv.head_dim,
+                   step.at(op.v, t) + h * kv.head_dim);
 }
 
 // --- one key tile, a few rows -----------------------------------------------------------------------------------------
@@ -164,7 +218,10 @@ JILJU_INLINE void score_runs(const Tile<Element>& tile, const float* queries, in
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-        for (int i = 0; i < 2 * kRuns; ++i) store(scores + r * kKeyTile + first_run * kRun + 8 * i, acc[r][i]);
+        for (int i = 0; i < 2 * kRuns; ++i) {
+            const float* scales = tile.key_scales[first_run + i / 2];
+            store(scores + r * kKeyTile + first_run * kRun + 8 * i, scales ? mul(acc[r][i], load(scales + i % 2 * 8)) : acc[r][i]);
+        }
 }
 
 // Of the keys [begin, end) of the tile, by whole runs.
@@ -178,8 +235,9 @@ void score(const Tile<Element>& tile, const float* queries, int64_t head_dim, fl
     if (second) score_runs<kRows, 1>(tile, queries, head_dim, scores, 1);
 }
 
-// Scores of the keys [begin, end) -> weights; the others weigh exactly 0. Rescales what the split has so far if it must.
-JILJU_INLINE void soften(float* scores, int64_t begin, int64_t end, float* sums, float* maximum, float* outputs, int64_t padded) {
+// Scores of the keys [begin, end) -> weights, times the values' scales if they have any; the others weigh exactly 0, or NaN
+// if nobody ever wrote them. Rescales what the split has so far if it must.
+JILJU_INLINE void soften(float* scores, const float* const* scales, int64_t begin, int64_t end, float* sums, float* maximum, float* outputs, int64_t padded) {
     const F32 lowest = set1(-INFINITY);
     F32 x[4];
 #pragma GCC unroll 4
@@ -197,7 +255,7 @@ JILJU_INLINE void soften(float* scores, int64_t begin, int64_t end, float* sums,
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
         x[i] = exp2(sub(x[i], set1(now)));
-        store(scores + 8 * i, x[i]);
+        store(scores + 8 * i, scales[0] ? mul(x[i], load(scales[i / 2] + i % 2 * 8)) : x[i]);
     }
     const F32 weights = add(add(x[0], x[1]), add(x[2], x[3]));
     if (now == before) {
@@ -296,7 +354,7 @@ void attend(const Tile<Element>& tile, const Scratch& s, int64_t begin, int64_t 
         });
         for (int64_t row = first; row < last; ++row) {
             const Range range = seen(row);
-            soften(s.scores + (row - first) * kKeyTile, range.begin, range.end, s.sums + row * 8, s.maxima + row, s.outputs + row * padded, padded);
+            soften(s.scores + (row - first) * kKeyTile, tile.value_scales, range.begin, range.end, s.sums + row * 8, s.maxima + row, s.outputs + row * padded, padded);
         }
         for_rows(first, last, [&]<int kRows>(int64_t row) {
             gather_rows<kRows>(tile, s.scores + (row - first) * kKeyTile, s.outputs + row * padded, row, padded, seen);
@@ -340,6 +398,7 @@ float* partial_of(const Step& step, int64_t partial, int64_t kv_head, int64_t ro
     return step.partials + ((partial * step.program->num_kv_heads + kv_head) * group + row) * (step.kv.padded_head_dim + 2);
 }
 
+template <class Element>
 void run_unit(const AttentionOp& op, const Step& step, const AttentionUnit& unit, int64_t kv_head, float* scratch) {
     const KvCache& kv = step.kv;
     const int64_t head_dim = kv.head_dim, padded = kv.padded_head_dim, group = op.num_heads / step.program->num_kv_heads;
@@ -376,9 +435,9 @@ void run_unit(const AttentionOp& op, const Step& step, const AttentionUnit& unit
                 return {max_int(0, first_key(op, position_of(row)) - position), min_int(kKeyTile, position_of(row) + 1 - position)};
             };
             const Range seeing = rows_seeing(position, min_int(position + kKeyTile, end));
-            const Tile<uint16_t> tile = tile_of(kv, segment.blocks, op.layer, kv_head, position, end);
+            const Tile<Element> tile = tile_of<Element>(kv, segment.blocks, op.layer, kv_head, position, end);
             if (rows < kRowsToUnpackFor) {
-                if (position + kKeyTile < end) prefetch_tile(kv, tile_of(kv, segment.blocks, op.layer, kv_head, position + kKeyTile, end));
+                if (position + kKeyTile < end) prefetch_tile(kv, tile_of<Element>(kv, segment.blocks, op.layer, kv_head, position + kKeyTile, end));
                 attend(tile, s, seeing.begin, seeing.end, head_dim, padded, seen);
             } else {
                 attend(unpack(kv, tile, s), s, seeing.begin, seeing.end, head_dim, padded, seen);
@@ -419,17 +478,20 @@ int64_t attention_scratch_floats(int group, int64_t head_dim, int64_t padded) {
     return Scratch(nullptr, rows, head_dim, padded).end - static_cast<float*>(nullptr);
 }
 
-void attention(const AttentionOp& op, Step& step, Pool& pool) {
+namespace {
+
+template <class Element>
+void attention_on(const AttentionOp& op, Step& step, Pool& pool) {
     const int64_t heads = step.program->num_kv_heads, num_units = static_cast<int64_t>(step.units.size());
     pool.for_tiles(ceil_div(step.num_tokens, kTokensPerTile), [&](int64_t i, float*) {
         const int64_t end = min_int((i + 1) * kTokensPerTile, step.num_tokens);
-        for (int64_t t = i * kTokensPerTile; t < end; ++t) write_token(op, step, t);
+        for (int64_t t = i * kTokensPerTile; t < end; ++t) write_token<Element>(op, step, t);
     });
     // last units first: they see the most keys, and what is left at the end should be small
     pool.for_tiles(num_units * heads, [&](int64_t i, float* scratch) {
         const AttentionUnit& unit = step.units[num_units - 1 - i / heads];
         const int64_t head = i % heads;
-        run_unit(op, step, unit, head, scratch);
+        run_unit<Element>(op, step, unit, head, scratch);
         if (unit.partial < 0) return;
         // whoever finishes the last split of a query joins all of them
         std::atomic<int32_t>& num_done = step.splits_done[unit.first_partial * heads + head];
@@ -437,6 +499,15 @@ void attention(const AttentionOp& op, Step& step, Pool& pool) {
         num_done.store(0, std::memory_order_relaxed);
         join_splits(op, step, unit, head, scratch);
     });
+}
+
+}  // namespace
+
+void attention(const AttentionOp& op, Step& step, Pool& pool) {
+    switch (step.kv.type) {
+        case KvType::kF16: return attention_on<uint16_t>(op, step, pool);
+        case KvType::kI8: return attention_on<int8_t>(op, step, pool);
+    }
 }
 
 }  // namespace jilju::JILJU_ISA

@@ -149,6 +149,9 @@ JILJU_INLINE F32 load_f16(const uint16_t* p) {
 JILJU_INLINE void store_f16(uint16_t* p, F32 a) {
     for (int i = 0; i < 8; ++i) p[i] = float_to_half(a.v[i]);
 }
+JILJU_INLINE void store_i8(int8_t* p, F32 a) {  // rounded to nearest, ties to even; lanes within [-127, 127] or NaN
+    for (int i = 0; i < 8; ++i) p[i] = a.v[i] == a.v[i] ? static_cast<int8_t>(std::nearbyint(a.v[i])) : int8_t{0};
+}
 JILJU_INLINE F32 load_bf16(const uint16_t* p) {
     return lanes([=](int i) {
         uint16_t h;

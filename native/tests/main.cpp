@@ -105,10 +105,10 @@ void pack_all(const Program& program, Encoded* e) {
     }
 }
 
-constexpr ModelLimits kLimits{64, 16, 16, 700, 800, 1};
+constexpr ModelLimits kLimits{64, 16, 16, 700, 800, 1, KvType::kF16};
 
 // `e` must outlive the model.
-std::unique_ptr<Model> make(Encoded& e, const char* isa, int num_threads) {
+std::unique_ptr<Model> make(Encoded& e, const char* isa, int num_threads, KvType kv_type = KvType::kF16) {
     const KernelSet* kernels = nullptr;
     if (!select_kernels(isa, &kernels).ok()) return nullptr;
     Program program;
@@ -118,6 +118,7 @@ std::unique_ptr<Model> make(Encoded& e, const char* isa, int num_threads) {
     expect(use_packed(&program, {e.packed.data(), e.packed.size()}).ok(), "packed weights");
     ModelLimits limits = kLimits;
     limits.num_threads = num_threads;
+    limits.kv_type = kv_type;
     std::unique_ptr<Model> model;
     expect(decoded.ok() && Model::create(std::move(program), limits, *kernels, &model).ok(), "create");
     return model;
@@ -175,9 +176,9 @@ Result run(Model& model, const std::vector<Row>& rows, Status* status = nullptr,
     return r;
 }
 
-void test_same_bits(const char* isa, Format format) {
+void test_same_bits(const char* isa, Format format, KvType kv_type) {
     Encoded e = encode(format);
-    const auto one = make(e, isa, 1), many = make(e, isa, 3);
+    const auto one = make(e, isa, 1, kv_type), many = make(e, isa, 3, kv_type);
     if (!one) return;
     for (const auto& rows : std::vector<std::vector<Row>>{{{0, 1, 0}}, {{0, 300, 0}}, {{0, 20, 0}, {0, 270, 2}, {0, 1, 20}, {0, 33, 22}}, {{0, 3, 0}, {0, 2, 1}}})
         expect(run(*one, rows) == run(*many, rows), "threads change nothing");
@@ -298,7 +299,8 @@ void test_philox() {
 
 int main() {
     for (const char* isa : kIsas) {
-        for (const Format format : {Format::kF32, Format::kQ4_1, Format::kQ6_K, Format::kQ8_0}) test_same_bits(isa, format);
+        for (const Format format : {Format::kF32, Format::kQ4_1, Format::kQ6_K, Format::kQ8_0})
+            test_same_bits(isa, format, format == Format::kQ4_1 ? KvType::kI8 : KvType::kF16);
         for (const Format format : kPackedFormats) {
             test_strips(isa, format);
             test_any_weights(isa, format);

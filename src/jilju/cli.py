@@ -205,7 +205,7 @@ def _announce(console: Console, model: "ModelFile", config: ServeConfig, memory:
     plan.add_row(
         "weights", show_bytes(memory.weight_bytes), f"{len(model.plan.weights)} tensors of {model.path}, {packed}"
     )
-    kv = f"{memory.pool_tokens:,} tokens of {show_bytes(memory.kv_bytes_per_token)}, in {memory.num_blocks:,} blocks"
+    kv = f"{memory.pool_tokens:,} tokens of {show_bytes(memory.kv_bytes_per_token)} ({config.kv_dtype}), in {memory.num_blocks:,} blocks"
     plan.add_row("KV cache", show_bytes(memory.kv_bytes), kv)
     plan.add_row(
         "workspace", show_bytes(memory.workspace_bytes), f"activations of a step of {config.step_tokens} tokens, logits"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jilju.bench.guard import Guard
     from jilju.bench.model import Load
     from jilju.bench.peers import Peer, PeerProgram
+    from jilju.plan import KvDtype
 
 # Engines to compare with: the environment that `make peers` makes, and the program that runs under it.
 PEERS = {
@@ -405,6 +406,13 @@ def _bound(text: str) -> tuple[str, float]:
     help="Engines to compare too, with --reference; those that give logprobs: llama.cpp.",
 )
 @threads_option
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(["f16", "int8"]),
+    default="f16",
+    show_default=True,
+    help="Keys and values in the KV cache. The reference keeps float32.",
+)
 @_json
 def bench_quality(
     model: str,
@@ -413,6 +421,7 @@ def bench_quality(
     reference: bool,
     peers: tuple[str, ...],
     threads: int | None,
+    kv_dtype: "KvDtype",
     json_file: str | None,
 ) -> None:
     """Perplexity of MODEL over a text, cut into windows; the second half of each is scored.
@@ -433,23 +442,29 @@ def bench_quality(
     programs = _programs(peers)
     agree(model)
     with fetching() as progress:
-        llm = LLM(model, context=window, kv_memory="256MiB", threads=threads, progress=progress)
+        llm = LLM(model, context=window, kv_memory="256MiB", threads=threads, kv_dtype=kv_dtype, progress=progress)
     with llm, counting("windows") as count:
         tokenizer = llm.text.tokenizer
         ids = tokenizer.encode(_read_text(text_file))
         bos = tokenizer.bos_id if tokenizer.add_bos else None
         quality = measure_quality(llm.engine, ids, window=window, bos_id=bos, progress=count)
-    compared = _compared(llm.path, list(windows(ids, window, bos)), programs, threads) if reference else []
-    told = {"model": llm.name, "text": text_file.name, **msgspec.to_builtins(quality), "compared": compared}
+    compared = _compared(llm.path, list(windows(ids, window, bos)), programs, threads, kv_dtype) if reference else []
+    told = {
+        "model": llm.name,
+        "text": text_file.name,
+        "kv_dtype": kv_dtype,
+        **msgspec.to_builtins(quality),
+        "compared": compared,
+    }
     _tell(told, [compared_table(compared)] if compared else [], json_file)
     if json_file != "-":
         click.echo(
-            f"{llm.name}: perplexity {quality.perplexity:.3f} over {quality.num_scored} tokens in {quality.num_windows} windows of {window}"
+            f"{llm.name}, {kv_dtype} KV: perplexity {quality.perplexity:.3f} over {quality.num_scored} tokens in {quality.num_windows} windows of {window}"
         )
 
 
 def _compared(
-    path: str, windows: list[list[int]], programs: "Sequence[PeerProgram]", threads: int | None
+    path: str, windows: list[list[int]], programs: "Sequence[PeerProgram]", threads: int | None, kv_dtype: "KvDtype"
 ) -> "list[Compared]":
     """What is compared: this machine's kernels and the peers, with the reference backend."""
     from jilju.assemble.bench import load_reference, load_stepped
@@ -457,7 +472,7 @@ def _compared(
     from jilju.bench.divergence import ExecutorScores, compare
 
     file, window, num_threads = open_model(path), len(windows[0]), threads or usable_cores()[0]
-    native = load_stepped(file, 1, window, num_threads)
+    native = load_stepped(file, 1, window, num_threads, kv_dtype)
     with _running(programs, Path(path), num_threads, 1, window) as peers, counting("windows") as count:
         others: dict[str, Scorer] = {
             native.executor.kernel_set: ExecutorScores(native.executor, native.plan, native.limits)

@@ -36,6 +36,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     allow_host: tuple[str, ...] = ()
     context: int | None = None  # tokens of one sequence; auto: the model's own maximum, or what the KV memory holds
     kv_memory: int | None = None  # bytes; auto: a quarter of the available memory, at most 64 contexts
+    kv_dtype: Literal["f16", "int8"] = "f16"  # of cached keys and values
     max_rows: int = 32  # sequences computed in one step
     step_tokens: int = 256  # tokens computed in one step: bounds how long a stream waits for others' prompts
     threads: int | None = None  # auto: the cores this process may use
@@ -78,6 +79,7 @@ SERVE_OPTIONS: tuple[Option, ...] = (
     Option("allow_host", "list", "Host header to accept besides loopback names and the bind address; may be repeated."),
     Option("context", "tokens", "Longest sequence in tokens, or auto.", low=16, high=1 << 20),
     Option("kv_memory", "bytes", "Memory of the KV cache, such as 2GiB, or auto: a quarter of what is available, at most 64 contexts."),
+    Option("kv_dtype", "choice", "Keys and values in the KV cache: f16, or int8 with a scale per token and head, about half the memory.", choices=("f16", "int8")),
     Option("max_rows", "int", "Sequences computed in one step.", low=1, high=256),
     Option("step_tokens", "int", "Tokens computed in one step; bounds how long a stream waits for others' prompts.", low=16, high=8192),
     Option("threads", "tokens", "Threads that compute, or auto: the cores this process may use.", low=1, high=256),
@@ -214,6 +216,11 @@ def engine_config(model: str, **given: Any) -> ServeConfig:
             continue
         if option.kind == "bytes" and isinstance(value, str):
             value = parse_bytes(value, option.name)
+        if option.kind == "choice":
+            if value not in option.choices:
+                raise ConfigError(f"{option.name} is {value!r}; allowed: {', '.join(map(repr, option.choices))}")
+            values[option.name] = value
+            continue
         low, high = (1, MAX_BYTES) if option.kind == "bytes" else (option.low, option.high)
         is_open = value is None and option.kind in ("tokens", "bytes")
         if not (is_open or (isinstance(value, int) and not isinstance(value, bool) and low <= value <= high)):

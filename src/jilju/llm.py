@@ -36,6 +36,7 @@ from jilju.engine.request import (
     is_terminal,
 )
 from jilju.errors import ContextLengthExceeded, EmptyPrompt, InternalError, InvalidValue, Overloaded, TemplateFailed
+from jilju.plan import KvDtype
 from jilju.text.stream import TextStream
 from jilju.text.template import encode_chat
 
@@ -103,12 +104,12 @@ class LLM:
 
     def __init__(
         self, model: str = DEFAULT_MODEL, *, context: int | None = None, kv_memory: int | str | None = None, max_rows: int = 32,
-        step_tokens: int = 256, threads: int | None = None, packed_cache: str | None = None,
-        progress: Callable[[int, int, str], None] | None = None, accept_licence: str | None = None,
+        step_tokens: int = 256, threads: int | None = None, kv_dtype: KvDtype = "f16",
+        packed_cache: str | None = None, progress: Callable[[int, int, str], None] | None = None, accept_licence: str | None = None,
     ):  # fmt: skip
         config = engine_config(
             model, context=context, kv_memory=kv_memory, max_rows=max_rows, step_tokens=step_tokens, threads=threads,
-            packed_cache=packed_cache,
+            kv_dtype=kv_dtype, packed_cache=packed_cache,
         )  # fmt: skip
         model_file = open_model(model, progress or _silent, accept_licence)
         self.config, options, self.memory = resolve_engine(model_file, config)

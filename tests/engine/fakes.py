@@ -11,7 +11,7 @@ import numpy as np
 
 from jilju.engine.request import Request, SamplingParams
 from jilju.formats.ggml import GgmlType
-from jilju.plan import Batch, KvSpec, Limits, Plan, PlanBuilder, StepResult, WeightSpec
+from jilju.plan import Batch, KvDtype, KvSpec, Limits, Plan, PlanBuilder, StepResult, WeightSpec
 from jilju.plan.batch import MAX_TOP
 
 VOCAB = 40  # tokens that are ever made
@@ -85,7 +85,7 @@ class FakeExecutor:
         self._batch: Batch | None = None
         self.num_steps = 0
 
-    def kv_bytes_per_token(self, plan: Plan) -> int:
+    def kv_bytes_per_token(self, plan: Plan, kv_dtype: KvDtype = "f16") -> int:
         return 2 * plan.kv.elements_per_token
 
     def workspace_bytes(self, plan: Plan, limits: Limits) -> int:

@@ -71,6 +71,7 @@ class Shape:
     post_norms: bool = False  # around attention and gate, as Gemma's
     activation: Activation = "silu"
     window: int = 0  # of every second layer
+    theta: float = 10_000.0
     type: GgmlType = GgmlType.F32
     mixed: tuple[GgmlType, ...] = ()  # formats that the matrices have in turn, instead of `type`
 
@@ -94,7 +95,7 @@ def decoder(shape: Shape, seed: int = 0) -> tuple[Plan, Mapping[str, WeightTenso
         biases = tuple(w.vector(width) for width in widths) if shape.bias else ()
         h = b.linear(b.rms_norm(x, w.vector(shape.hidden), 1e-5), *parts, biases=biases)
         q, k, v = b.split(h, *widths)
-        q, k = (b.rope(part, shape.head_dim, 10_000.0, shape.style) for part in (q, k))
+        q, k = (b.rope(part, shape.head_dim, shape.theta, shape.style) for part in (q, k))
         window = shape.window if layer % 2 == 0 else 0
         h = b.attention(q, k, v, layer, shape.num_heads, shape.head_dim**-0.5, window)
         x = add(h, w.matrix(shape.hidden, q_width, next(types)), x)
@@ -126,7 +127,11 @@ def rows_of_logits(logits: np.ndarray) -> tuple[Plan, Mapping[str, WeightTensor]
 
 
 def loaded(
-    plan: Plan, weights: Mapping[str, WeightTensor], backend: str = "native", limits: Limits = LIMITS, **changes: int
+    plan: Plan,
+    weights: Mapping[str, WeightTensor],
+    backend: str = "native",
+    limits: Limits = LIMITS,
+    **changes: int | str,
 ) -> Executor:
     executor = EXECUTORS[backend]()
     executor.load(plan, weights, replace(limits, **changes))

@@ -122,6 +122,8 @@ def test_memory_needs_are_counted_as_they_are() -> None:
     executor = NativeExecutor()
     shape = Shape()
     assert executor.kv_bytes_per_token(PLAN) == 2 * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
+    heads = shape.num_layers * shape.num_kv_heads
+    assert executor.kv_bytes_per_token(PLAN, "int8") == 2 * heads * (shape.head_dim + 4)  # a float32 scale each
     small, large = (executor.workspace_bytes(PLAN, replace(LIMITS, max_tokens=n)) for n in (16, 256))
     per_token = sum(4 * buffer.width for buffer in PLAN.buffers if buffer.rows == "tokens")
     assert (large - small) / 240 >= per_token

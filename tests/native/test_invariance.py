@@ -174,6 +174,7 @@ def with_a_sick_token(shape: Shape) -> tuple[Plan, dict[str, WeightTensor]]:
     return plan, {**weights, sound.name: WeightTensor(sound.name, sound.type, sound.shape, poisoned)}
 
 
+@pytest.mark.parametrize("kv_dtype", ["f16", "int8"])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -187,17 +188,18 @@ def with_a_sick_token(shape: Shape) -> tuple[Plan, dict[str, WeightTensor]]:
         Shape(num_heads=6, num_kv_heads=2, window=1),
         Shape(num_heads=2, num_kv_heads=2, window=33),
         Shape(num_heads=20, num_kv_heads=2, window=130),
+        Shape(num_heads=4, num_kv_heads=2, window=300),
     ],
     ids=lambda s: f"{s.num_heads}-{s.num_kv_heads}-{s.head_dim}-{s.window}-{s.style}",
 )
-def test_every_shape_of_heads_gives_the_same_bits(shape: Shape) -> None:
+def test_every_shape_of_heads_gives_the_same_bits(shape: Shape, kv_dtype: str) -> None:
     """In one piece, in chunks and a token at a time, on one thread and several, in blocks that were full of NaN."""
     plan, weights = with_a_sick_token(shape)
     prompt = [t % 19 + 1 for t in np.random.default_rng(3).integers(0, 400, 560).tolist()]
     wanted = (1, 31, 32, 33, 255, 256, 257, 290, 300, 513, 560)
     want: dict[int, bytes] = {}
     for num_threads in (1, 3):
-        executor = loaded(plan, weights, num_threads=num_threads)
+        executor = loaded(plan, weights, num_threads=num_threads, kv_dtype=kv_dtype)
         for sizes in ((560,), (1, 30, 1, 1, 1, 221, 1, 1, 1, 33, 10, 213, 47), (255, 1, 1, 1, 300, 1, 1)):
             sick = run(executor, make_batch([BatchRow([SICK] * 600, 0, BLOCKS)], [sampled(599, 600)]))
             assert not sick.finite[0]

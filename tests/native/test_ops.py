@@ -9,7 +9,7 @@ from jilju.formats.quants import dequantize
 from jilju.plan import Activation, KvSpec, PlanBuilder
 from tests.model.batches import BatchRow, Logit, make_batch, run
 from tests.native.packed import float_linear, linear, unpacked
-from tests.native.plans import FLOATS, Shape, Weights, decoder, loaded
+from tests.native.plans import EXECUTORS, FLOATS, Shape, Weights, decoder, loaded
 
 EPSILON = 2.0**-24  # of one float32 rounding
 HALF_EPSILON = 2.0**-11  # of one float16 rounding: the cache's
@@ -82,6 +82,72 @@ def test_a_decoder_stays_near_the_reference(style: str, head_dim: int, num_heads
     )
     spread = want.max(axis=1, keepdims=True) - want.min(axis=1, keepdims=True)
     assert_within(got, want, 4 * shape.num_layers * HALF_EPSILON * np.broadcast_to(1 + spread, got.shape))
+
+
+@pytest.mark.parametrize("shape", [Shape(), Shape(head_dim=64, num_heads=7, num_kv_heads=1), Shape(window=40)], ids=str)
+def test_int8_keys_and_values_stay_near_the_reference(shape: Shape) -> None:
+    """Both round alike, but for numbers that lie between two steps: those go either way, by 1/254 of a head's largest."""
+    plan, weights = decoder(shape, seed=2)
+    tokens = np.random.default_rng(7).integers(0, shape.vocab, 300).tolist()
+    rows, logits = [BatchRow(tokens, 0, range(5, 24))], [Logit(t) for t in (0, 1, 17, 31, 32, 255, 256, 299)]
+    got, want, plain = (
+        logprobs_of(loaded(plan, weights, name, kv_dtype=kv_dtype), rows, logits, shape.vocab)
+        for name, kv_dtype in (("native", "int8"), ("reference", "int8"), ("native", "f16"))
+    )
+    spread = want.max(axis=1, keepdims=True) - want.min(axis=1, keepdims=True)
+    assert_within(got, want, shape.num_layers / 254 * np.broadcast_to(1 + spread, got.shape))
+    assert abs(got - plain).max() > 3 * abs(got - want).max(), "the rounding to int8 does not show"
+
+
+def test_int8_rounds_as_the_reference_does() -> None:
+    """A first token attends to itself alone: its logits are its V, rounded. Steps, halves, zeros, the smallest, the largest."""
+    heads = [
+        [127, -126.5, 0.5, 1.5, -2.5, 3, 0, 63.49, -63.51, 1],
+        [0.0] * 10,
+        [1e-44, -1e-45] * 5,
+        [3e-37, -1e-38, 2e-37, 1e-40, 0] * 2,
+        [1e30, -9e29, 1e20, 5e28, -3.4e27, 1, 2, 3, 4, 5],
+        [1.0, float("nan"), 1, 1, 1, 1, 1, 1, 1, 1],
+        [1.0, 2, 3, float("inf"), 1, 1, 1, 1, 1, 1],
+    ]
+    w = Weights(0)
+    b = PlanBuilder(KvSpec(1, 1, 10), 10)
+    ones = np.ones((10, 20))
+    table = np.concatenate([ones, np.array(heads + [[1.0] * 10] * 3)], axis=1)
+    q, k, v = b.split(b.embed(w.values(table)), 10, 10, 10)
+    b.sample(b.take_rows(b.attention(q, k, v, 0, 1, 1.0)))
+    plan = b.build()
+    rows, logits = [BatchRow([t], 0, [t]) for t in range(7)], [Logit(t, num_top=10) for t in range(7)]
+    got, want = (
+        run(loaded(plan, w.tensors, name, kv_dtype="int8"), make_batch(rows, logits))
+        for name in ("native", "reference")
+    )
+    assert got.finite.tolist() == want.finite.tolist() == [True] * 5 + [False] * 2
+    np.testing.assert_array_equal(got.top_ids[:5], want.top_ids[:5])
+    np.testing.assert_allclose(got.top_logprobs[:5], want.top_logprobs[:5], rtol=4 * EPSILON, atol=16 * EPSILON)
+
+
+@pytest.mark.parametrize("kv_dtype", ["f16", "int8"])
+def test_long_contexts_are_as_exact_as_short_ones(kv_dtype: str) -> None:
+    """8,192 tokens: the last 64 positions lie as near to the reference as those before position 512."""
+    shape = Shape(num_layers=1, hidden=32, num_heads=3, num_kv_heads=1, ffn=32, theta=1e6)
+    plan, weights = decoder(shape, seed=4)
+    tokens = np.random.default_rng(5).integers(0, shape.vocab, 8192).tolist()
+    tables: dict[str, list[np.ndarray]] = {}
+    for name in EXECUTORS:
+        executor = loaded(plan, weights, name, num_blocks=512, max_context=8192, kv_dtype=kv_dtype)
+        for start in range(0, 8192, 512):
+            rows = [BatchRow(tokens[start : start + 512], start, range(512))]
+            if start in (0, 7680):
+                logits = [Logit(t) for t in range(448, 512)]
+                tables.setdefault(name, []).append(logprobs_of(executor, rows, logits, shape.vocab))
+            else:
+                run(executor, make_batch(rows))
+        executor.free()
+    step = HALF_EPSILON if kv_dtype == "f16" else 1 / 254
+    for got, want in zip(tables["native"], tables["reference"], strict=True):
+        spread = want.max(axis=1, keepdims=True) - want.min(axis=1, keepdims=True)
+        assert_within(got, want, 4 * step * np.broadcast_to(1 + spread, got.shape))
 
 
 @pytest.mark.parametrize("type_", [t for t in GgmlType if BLOCK_LAYOUTS[t].block_elements <= 32], ids=lambda t: t.name)

@@ -4,6 +4,7 @@ Owns the sizes of such an executor. Knows nothing of what is measured with it.
 """
 
 import asyncio
+from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ from jilju.engine.supervisor import SupervisedClient
 from jilju.errors import ConfigError
 from jilju.model.sources import Progress, no_progress
 from jilju.model.weights import load_weights
-from jilju.plan import Executor, Limits, Plan
+from jilju.plan import Executor, KvDtype, Limits, Plan
 
 STEP_TOKENS = 512  # of one step of prefill
 
@@ -50,10 +51,12 @@ def limits_for(model: ModelFile, max_rows: int, max_context: int, num_threads: i
     )  # fmt: skip
 
 
-def load_stepped(model: ModelFile, max_rows: int, max_context: int, num_threads: int) -> SteppedModel:
-    limits = limits_for(model, max_rows, max_context, num_threads)
+def load_stepped(
+    model: ModelFile, max_rows: int, max_context: int, num_threads: int, kv_dtype: KvDtype = "f16"
+) -> SteppedModel:
+    limits = replace(limits_for(model, max_rows, max_context, num_threads), kv_dtype=kv_dtype)
     executor = load_native(model.gguf, model.plan, limits, packed_folder(ServeConfig()), no_progress, profile=True)
-    kv_element_bytes = executor.kv_bytes_per_token(model.plan) // model.plan.kv.elements_per_token
+    kv_element_bytes = executor.kv_bytes_per_token(model.plan, kv_dtype) // model.plan.kv.elements_per_token
     return SteppedModel(model.plan, executor, kv_element_bytes, limits, Steps(executor, model.plan, limits))
 
 

@@ -24,7 +24,7 @@ from jilju.model.decoder import build_plan
 from jilju.model.sources import ModelEntry, Progress, no_progress
 from jilju.model.spec import ModelSpec, spec_from_gguf
 from jilju.model.weights import load_weights
-from jilju.plan import Executor, Limits, Plan
+from jilju.plan import Executor, KvDtype, Limits, Plan
 
 BLOCK_SIZE = 16  # slots of a KV block: small, so that a shared prefix is found to within 15 tokens
 AUTO_KV_SHARE = 4  # --kv-memory auto takes a quarter of the available memory ...
@@ -55,6 +55,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     num_threads: int
     packed_cache: str | None = None  # folder of packed weights; None: they are packed into memory
     block_size: int = BLOCK_SIZE
+    kv_dtype: KvDtype = "f16"
     backend: Backend = "native"
 
 
@@ -111,7 +112,7 @@ def resolve_engine(
     if config.context is not None and config.context > longest:
         raise ConfigError(f"--context is {config.context}; {model.name} was made for at most {longest} tokens")
 
-    kv_token = executor.kv_bytes_per_token(model.plan)
+    kv_token = executor.kv_bytes_per_token(model.plan, config.kv_dtype)
     if config.kv_memory is None:
         most = AUTO_KV_CONTEXTS * (config.context or longest) * kv_token
         share = available // AUTO_KV_SHARE
@@ -142,6 +143,7 @@ def resolve_engine(
     options = EngineOptions(
         path=model.path, num_blocks=num_blocks, max_context=config.context, max_rows=config.max_rows, step_tokens=config.step_tokens,
         num_threads=threads, packed_cache=str(folder) if folder is not None else None, backend=backend,
+        kv_dtype=config.kv_dtype,
     )  # fmt: skip
     memory = MemoryPlan(
         available_bytes=available, weight_bytes=executor.weight_bytes(model.plan), kv_bytes=num_blocks * BLOCK_SIZE * kv_token,
@@ -159,7 +161,7 @@ def resolve_engine(
 def limits_of(options: EngineOptions) -> Limits:
     return Limits(
         num_blocks=options.num_blocks, block_size=options.block_size, max_rows=options.max_rows, max_tokens=options.step_tokens,
-        max_context=options.max_context, num_threads=options.num_threads,
+        max_context=options.max_context, num_threads=options.num_threads, kv_dtype=options.kv_dtype,
     )  # fmt: skip
 
 

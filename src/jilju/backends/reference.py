@@ -20,6 +20,7 @@ from jilju.plan import (
     Batch,
     Embed,
     Glu,
+    KvDtype,
     Limits,
     Linear,
     Plan,
@@ -72,6 +73,19 @@ def rope(x: Floats, positions: Ints, head_dim: int, theta: float, style: str) ->
     out[..., first] = a * cos - b * sin
     out[..., second] = b * cos + a * sin
     return out.reshape(x.shape)
+
+
+def round_to_int8(x: Floats) -> Floats:
+    """x [tokens, kv_heads, d] -> like x: what an int8 cache gives back, q * scale with whole |q| <= 127, a scale a token and head
+
+    scale = max|x| / 127, and q = x / scale by the scale's float32 inverse, to nearest, ties to even. A scale below the smallest
+    normal number makes zeros; a head that is not finite becomes NaN.
+    """
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        scale = abs(x).max(axis=-1, keepdims=True) / np.float32(127)
+        inverse = np.where(scale < np.finfo(np.float32).tiny, np.float32(0), np.float32(1) / scale)
+        out: Floats = np.where(np.isfinite(scale), np.rint(x * inverse) * scale, np.float32(np.nan))
+    return out
 
 
 def attention(q: Floats, k: Floats, v: Floats, start: int, scale: float, window: int = 0) -> Floats:
@@ -224,7 +238,8 @@ class ReferenceExecutor:
         )
         self._result: StepResult | None = None
 
-    def kv_bytes_per_token(self, plan: Plan) -> int:
+    def kv_bytes_per_token(self, plan: Plan, kv_dtype: KvDtype = "f16") -> int:
+        """Float32, whatever the type: int8 is a rounding here, and f16 is left to backends that save memory by it."""
         return 4 * plan.kv.elements_per_token
 
     def weight_bytes(self, plan: Plan) -> int:
@@ -315,6 +330,9 @@ class ReferenceExecutor:
                 f"a row of [0, {start + count}) has no block for position {int(np.argmax(blocks < 0))}"
             )
             slots = blocks * self._limits.block_size + positions % self._limits.block_size
-            keys[slots[start:]], values[slots[start:]] = k[tokens], v[tokens]
+            new_keys, new_values = k[tokens], v[tokens]
+            if self._limits.kv_dtype == "int8":
+                new_keys, new_values = round_to_int8(new_keys), round_to_int8(new_values)
+            keys[slots[start:]], values[slots[start:]] = new_keys, new_values
             out[tokens] = attention(q[tokens], keys[slots], values[slots], int(start), op.scale, op.window)
             first += count

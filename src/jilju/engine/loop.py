@@ -45,7 +45,7 @@ class Engine:
         self._vocab_size = plan.vocab_size
         self._clock = clock
         self._max_requests = max_requests
-        self._cost = StepCost(plan, executor.kv_bytes_per_token(plan) // plan.kv.elements_per_token)
+        self._cost = StepCost(plan, executor.kv_bytes_per_token(plan, limits.kv_dtype) // plan.kv.elements_per_token)
         self._num_aborted = 0  # since the last record
         self._num_accepted = self._num_ended = 0
         self._step_end_ns = clock.now_ns()
@@ -190,7 +190,7 @@ def _info(plan: Plan, executor: Executor, limits: Limits, load_ms: float) -> Eng
         max_rows=limits.max_rows,
         step_tokens=limits.max_tokens,
         weight_bytes=plan.weight_bytes,
-        kv_bytes=executor.kv_bytes_per_token(plan) * num_slots,
+        kv_bytes=executor.kv_bytes_per_token(plan, limits.kv_dtype) * num_slots,
         workspace_bytes=executor.workspace_bytes(plan, limits),
         load_ms=load_ms,
     )

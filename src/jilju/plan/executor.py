@@ -6,13 +6,15 @@ its KV cache as `num_blocks` blocks of `block_size` slots per layer; block ids c
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from jilju.formats.ggml import GgmlType
 from jilju.plan.batch import Batch, StepResult
 from jilju.plan.plan import Plan
+
+KvDtype = Literal["f16", "int8"]  # of cached keys and values; int8 has a scale per token, head and K or V
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,7 @@ class Limits:
     max_tokens: int  # tokens of a step
     max_context: int  # tokens of a sequence
     num_threads: int
+    kv_dtype: KvDtype = "f16"
 
 
 class Executor(Protocol):
@@ -48,7 +51,7 @@ class Executor(Protocol):
         """Bytes that the weights take in the form in which they are used, mapped files included."""
         ...
 
-    def kv_bytes_per_token(self, plan: Plan) -> int:
+    def kv_bytes_per_token(self, plan: Plan, kv_dtype: KvDtype = "f16") -> int:
         """Bytes of all layers' keys and values of one token."""
         ...
 

@@ -16,9 +16,10 @@ from jilju.backends.native.kernels import import_kernels
 from jilju.backends.native.packed import PackedCache, PackedLayout, Progress, no_progress, pack_into_memory
 from jilju.config import available_memory_bytes
 from jilju.errors import ConfigError, StartupError
-from jilju.plan import Batch, Embed, Limits, Plan, StepResult, WeightTensor
+from jilju.plan import Batch, Embed, KvDtype, Limits, Plan, StepResult, WeightTensor
 from jilju.plan.batch import MAX_TOP
 
+KV_DTYPES: dict[KvDtype, int] = {"f16": 0, "int8": 1}  # as the core numbers them
 KEYS_PER_RUN = 16  # the attention kernel unpacks runs of 16 keys, which must lie in one block
 
 
@@ -69,9 +70,9 @@ class NativeExecutor:
         in_file = [spec.num_bytes for name, spec in plan.weights.items() if name in tables or name not in packed]
         return layout.num_bytes + sum(in_file)
 
-    def kv_bytes_per_token(self, plan: Plan) -> int:
-        """Float16 keys and values of all layers; a head's values are padded to a multiple of 8."""
-        return self._memory_needs(encode_plan(plan), Limits(1, KEYS_PER_RUN, 1, 1, 1, 1))[0]
+    def kv_bytes_per_token(self, plan: Plan, kv_dtype: KvDtype = "f16") -> int:
+        """Keys and values of all layers; a head's values are padded to a multiple of 8, and of int8 both have a float32 scale."""
+        return self._memory_needs(encode_plan(plan), Limits(1, KEYS_PER_RUN, 1, 1, 1, 1, kv_dtype))[0]
 
     def workspace_bytes(self, plan: Plan, limits: Limits) -> int:
         return self._memory_needs(encode_plan(plan), limits)[1]
@@ -164,7 +165,8 @@ def _unsupported(error: Exception) -> StartupError:
 
 def _flat(limits: Limits) -> np.ndarray:
     return np.array(
-        [limits.num_blocks, limits.block_size, limits.max_rows, limits.max_tokens, limits.max_context, limits.num_threads], np.int64
+        [limits.num_blocks, limits.block_size, limits.max_rows, limits.max_tokens, limits.max_context, limits.num_threads,
+         KV_DTYPES[limits.kv_dtype]], np.int64
     )  # fmt: skip
 
 
