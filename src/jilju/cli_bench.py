@@ -32,6 +32,7 @@ PEERS = {
     "openvino": (".venv-openvino", "benchmarks/peers/openvino_peer.py"),
     "transformers": (".venv-oracle", "benchmarks/peers/transformers_peer.py"),
 }
+SAMPLING_CONTEXT = 64  # tokens before each row's own
 FILE_WIDTH = 160  # characters of a line where output is no terminal
 
 
@@ -66,8 +67,8 @@ _max_others = click.option(
 
 @click.group()
 def bench() -> None:
-    """Measure: `machine` its roofs, `model` steps beside roofs and other engines, `engine` its own share of a step, `contention` a
-    busy neighbour, `serve` a running server, `quality` perplexity; `bars` sums up.
+    """Measure: `machine` its roofs, `model` steps beside roofs and other engines, `engine` its own share of a step, `sampling`
+    the cost of choosing tokens, `contention` a busy neighbour, `serve` a running server, `quality` perplexity; `bars` sums up.
 
     \b
     Examples:
@@ -213,12 +214,13 @@ def _running(programs: "Sequence[PeerProgram]", *sizes: Any) -> "Iterator[list[P
     "--rows", type=click.IntRange(1), default=16, show_default=True, help="Requests that are answered at once."
 )
 @click.option("--output-tokens", type=click.IntRange(2), default=100, show_default=True, help="Tokens of each answer.")
+@click.option("--penalties", is_flag=True, help="With repetition, presence and frequency penalties in every request.")
 @threads_option
 @_max_others
 @_json
 def bench_engine(
-    model: str, rows: int, output_tokens: int, threads: int | None, max_others: float, json_file: str | None
-) -> None:
+    model: str, rows: int, output_tokens: int, penalties: bool, threads: int | None, max_others: float, json_file: str | None
+) -> None:  # fmt: skip
     """What of a decode step the engine's own Python takes, in the process and over the link that `jilju serve` uses.
 
     \b
@@ -229,8 +231,49 @@ def bench_engine(
     from jilju.bench.report import engine_table
 
     with fetching() as progress:
-        share = measure_engine(model, rows, output_tokens, threads, _guard(max_others), progress)
+        share = measure_engine(model, rows, output_tokens, penalties, threads, _guard(max_others), progress)
     _tell(share, [engine_table(share)], json_file)
+
+
+@bench.command("sampling")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--vocab", type=click.IntRange(1), metavar="N", default=None, help="No model: a random output head of so many words.")  # fmt: skip
+@click.option("--rows", type=click.IntRange(1), default=8, show_default=True, help="Sequences of a decode step.")
+@_rounds
+@threads_option
+@_max_others
+@_json
+def bench_sampling(
+    model: str, vocab: int | None, rows: int, rounds: int, threads: int | None, max_others: float, json_file: str | None
+) -> None:
+    """What choosing tokens costs of a decode step of MODEL, by how the rows sample: greedy, filters, penalties, masks.
+
+    \b
+    Examples:
+      jilju bench sampling smollm2-135m
+      jilju bench sampling --vocab 262144
+    """
+    from jilju.assemble.bench import load_stepped, load_stepped_head
+    from jilju.assemble.engine import open_model
+    from jilju.bench.report import sampling_table
+    from jilju.bench.sampling import SamplingReport, measure_sampling
+
+    num_threads, context = threads or usable_cores()[0], 0 if vocab else SAMPLING_CONTEXT
+    if vocab:
+        name, stepped = "a head alone", load_stepped_head(vocab, rows, num_threads)
+    else:
+        with fetching() as progress:
+            file = open_model(model, progress)
+        name, stepped = file.name, load_stepped(file, rows, context + 1, num_threads)
+    with counting("ways") as count:
+        costs = measure_sampling(
+            stepped.executor, stepped.steps, rows, context, guard=_guard(max_others), num_rounds=rounds, progress=count
+        )
+    report = SamplingReport(
+        model=name, kernel_set=stepped.executor.kernel_set, vocab_size=stepped.plan.vocab_size, rows=rows, num_threads=num_threads,
+        num_rounds=rounds, costs=costs,
+    )  # fmt: skip
+    _tell(report, [sampling_table(report)], json_file)
 
 
 @bench.command("contention")

@@ -8,10 +8,12 @@ from dataclasses import replace
 from itertools import count
 from typing import NamedTuple
 
+import numpy as np
+
 from jilju.assemble.engine import BLOCK_SIZE, ModelFile, load_native, make_executor, open_model, resolve_engine
 from jilju.assemble.launch import engine_command
 from jilju.assemble.packed import packed_folder
-from jilju.backends.native import NativeProbes
+from jilju.backends.native import NativeExecutor, NativeProbes
 from jilju.bench.engine import PROMPT_TOKENS, EngineShare, run_rows, share_of
 from jilju.bench.guard import Guard
 from jilju.bench.machine import Probes
@@ -20,11 +22,13 @@ from jilju.config import ServeConfig, engine_config
 from jilju.engine.events import StepRecord
 from jilju.engine.supervisor import SupervisedClient
 from jilju.errors import ConfigError
+from jilju.formats.ggml import GgmlType
 from jilju.model.sources import Progress, no_progress
 from jilju.model.weights import load_weights
-from jilju.plan import Executor, KvDtype, Limits, Plan
+from jilju.plan import Executor, KvDtype, KvSpec, Limits, Plan, PlanBuilder, WeightSpec, WeightTensor
 
 STEP_TOKENS = 512  # of one step of prefill
+HEAD_WIDTH = 64  # of a head without a model
 
 
 class SteppedModel(NamedTuple):
@@ -60,6 +64,23 @@ def load_stepped(
     return SteppedModel(model.plan, executor, kv_element_bytes, limits, Steps(executor, model.plan, limits))
 
 
+def load_stepped_head(vocab_size: int, max_rows: int, num_threads: int) -> SteppedModel:
+    """An output head alone, of random weights whose logits have a standard deviation of 3: for sampling from a vocabulary of any size."""
+    rng, weights = np.random.default_rng(0), dict[str, WeightTensor]()
+
+    def matrix(name: str, scale: float) -> WeightSpec:
+        values = (scale * rng.standard_normal((vocab_size, HEAD_WIDTH), np.float32)).astype(np.float16)
+        weights[name] = WeightTensor(name, GgmlType.F16, values.shape, values.view(np.uint8).reshape(-1))
+        return WeightSpec(name, GgmlType.F16, vocab_size, HEAD_WIDTH)
+
+    b = PlanBuilder(KvSpec(0, 1, 8), vocab_size)
+    b.sample(b.linear(b.take_rows(b.embed(matrix("embedding", 1.0))), matrix("head", 3 / HEAD_WIDTH**0.5)))
+    plan, executor = b.build(), NativeExecutor(profile=True)
+    limits = Limits(max_rows, BLOCK_SIZE, max_rows, max_rows, BLOCK_SIZE, num_threads)
+    executor.load(plan, weights, limits)
+    return SteppedModel(plan, executor, 0, limits, Steps(executor, plan, limits))
+
+
 def load_reference(model: ModelFile, max_context: int) -> tuple[Executor, Plan, Limits]:
     """The definition of the ops on this model, one row at a time."""
     executor, limits = make_executor("reference"), limits_for(model, 1, max_context, 1)
@@ -68,7 +89,7 @@ def load_reference(model: ModelFile, max_context: int) -> tuple[Executor, Plan, 
 
 
 def measure_engine(
-    model: str, rows: int, num_output: int, threads: int | None, guard: Guard, progress: Progress
+    model: str, rows: int, num_output: int, penalties: bool, threads: int | None, guard: Guard, progress: Progress
 ) -> EngineShare:
     """In a process of its own, as `jilju serve` runs it. Raises StartupError, BusyMachine."""
     context = PROMPT_TOKENS + num_output
@@ -82,7 +103,7 @@ def measure_engine(
             assert client.process_id is not None, "a started engine has a process"
 
             def run() -> list[StepRecord]:
-                return loop.run(run_rows(client, file.plan.vocab_size, rows, num_output, next(run_ids)))
+                return loop.run(run_rows(client, file.plan.vocab_size, rows, num_output, next(run_ids), penalties))
 
             run()
             done = guard.run(run, [client.process_id])

@@ -35,7 +35,9 @@ class EngineShare(msgspec.Struct, frozen=True, kw_only=True):
     others_share: float
 
 
-async def run_rows(client: EngineClient, vocab_size: int, rows: int, num_output: int, run_id: str) -> list[StepRecord]:
+async def run_rows(
+    client: EngineClient, vocab_size: int, rows: int, num_output: int, run_id: str, penalties: bool = False
+) -> list[StepRecord]:
     """The records of a run in which `rows` requests are answered at once. Raises StartupError if one fails."""
     records: list[StepRecord] = []
     client.log.listen(records.append)
@@ -43,6 +45,10 @@ async def run_rows(client: EngineClient, vocab_size: int, rows: int, num_output:
     async def one(index: int) -> None:
         ids = [(7919 * index + 31 * place) % vocab_size for place in range(PROMPT_TOKENS)]  # no two rows alike
         params = SamplingParams(temperature=0.0, seed=0, max_tokens=num_output)
+        if penalties:
+            params = msgspec.structs.replace(
+                params, repetition_penalty=1.1, presence_penalty=0.5, frequency_penalty=0.5
+            )
         async for event in client.submit(Request(id=f"{run_id}-{index}", prompt_ids=ids, params=params)):
             if isinstance(event, RequestFailed):
                 raise StartupError(f"a request of the benchmark failed: {event.message}")

@@ -15,6 +15,7 @@ from jilju.bench.engine import EngineShare
 from jilju.bench.load import METRICS, LoadResult
 from jilju.bench.machine import Machine
 from jilju.bench.model import Figure, ModelReport
+from jilju.bench.sampling import SamplingReport
 
 
 def table_of(title: str, headings: Sequence[str]) -> Table:
@@ -152,6 +153,17 @@ def engine_table(e: EngineShare) -> Table:
     for name, us in parts.items():
         table.add_row(name, f"{us:.0f}", f"{us / e.step_us:.1%}")
     table.add_row("all but the backend", f"{e.step_us - e.backend_us:.0f}", f"{e.share:.1%}")
+    return table
+
+
+def sampling_table(r: SamplingReport) -> Table:
+    title = (
+        f"{r.model}, {r.vocab_size} words, {r.rows} rows, {r.kernel_set}, {r.num_threads} threads, "
+        f"medians of {r.num_rounds} rounds"
+    )
+    table = table_of(title, ["sampling", "ms a step", "step ms", "share", "others' CPU"])
+    for c in r.costs:
+        table.add_row(c.way, f"{c.sample_ms:.3f}", f"{c.step_ms:.2f}", f"{c.share:.1%}", f"{c.others_share:.1%}")
     return table
 
 
