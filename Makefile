@@ -4,6 +4,7 @@
 #   make test     from a fresh clone to a passed suite              make oracle         compare with transformers on CPU torch
 #   make bench    every measurement, and the bars beside them       make peers          install the engines to compare with, ask their tokenizer
 #   make dev      the environment for work on jilju                 make install-check  what a user's environment holds
+#   make sanitize  the C++ tests under the sanitizers               make test-neon  the C++ tests for AArch64, in an emulator
 #   make clean    remove environments and builds
 
 SHELL := /bin/bash
@@ -15,7 +16,7 @@ comma := ,
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
-.PHONY: serve test check sanitize bench bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-quality
+.PHONY: serve test test-neon check sanitize bench bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-quality
 .PHONY: peers oracle oracle-write dev clean install-check
 .DELETE_ON_ERROR:
 
@@ -76,6 +77,9 @@ endef
 sanitize: .venv-native/installed
 	$(call sanitize,address$(comma)undefined,sanitize-address)
 	$(call sanitize,thread,sanitize-thread,-DJILJU_X86=OFF)
+
+test-neon: .venv-native/installed
+	@PATH="$(CURDIR)/.venv-native/bin:$$PATH" scripts/test_neon
 
 oracle: .venv-oracle/installed
 	@PYTHONPATH=src .venv-oracle/bin/python -m pytest --override-ini addopts= -q tests/oracle $(ARGS)

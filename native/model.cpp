@@ -1,5 +1,6 @@
 #include "model.h"
 
+#include <sys/auxv.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -88,6 +89,8 @@ constexpr Isa kIsas[] = {  // best first
     {"avx512", [] { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni"); }, avx512_kernels, "AVX512 F, BW, VL, DQ and VNNI"},
     {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }, avx2_kernels, "AVX2, FMA and F16C"},
+#elif defined(JILJU_HAVE_NEON)
+    {"neon", [] { return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0; }, neon_kernels, "dot products of bytes, ASIMDDP"},
 #endif
     {"generic", [] { return true; }, generic_kernels, ""},
 };

@@ -23,7 +23,7 @@ struct ModelLimits {
     KvType kv_type;
 };
 
-// The kernel set called `name` ("generic", "avx2"), or the best that this CPU runs if it is empty.
+// The kernel set called `name` ("generic", "avx2", ...), or the best that this CPU runs if it is empty.
 Status select_kernels(const std::string& name, const KernelSet** out);
 
 int64_t kv_bytes_per_token(const Program& program, KvType type);

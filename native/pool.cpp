@@ -14,20 +14,32 @@ namespace {
 constexpr int kSpinsBeforeYield = 1000;
 constexpr int kSpinsBeforePark = 3000;  // ~40 us after a step
 constexpr uint64_t kClosed = 0xffffffff;  // the tile number that no phase has
-constexpr unsigned kMxcsr = 0x1f80;     // round to nearest, subnormals kept, no traps
+// Round to nearest, subnormals kept, no traps.
+#if defined(__x86_64__)
+constexpr uint64_t kFloatControl = 0x1f80;  // MXCSR
+#else
+constexpr uint64_t kFloatControl = 0;  // FPCR
+#endif
 
 inline void pause() {
 #if defined(__x86_64__)
     _mm_pause();
+#elif defined(__aarch64__)
+    asm volatile("isb");  // waits for the pipeline; most cores take `yield` for nothing
 #else
     std::this_thread::yield();
 #endif
 }
 
-inline unsigned swap_mxcsr([[maybe_unused]] unsigned value) {
+inline uint64_t swap_float_control([[maybe_unused]] uint64_t value) {
 #if defined(__x86_64__)
     const unsigned before = _mm_getcsr();
-    _mm_setcsr(value);
+    _mm_setcsr(static_cast<unsigned>(value));
+    return before;
+#elif defined(__aarch64__)
+    uint64_t before;
+    asm volatile("mrs %0, fpcr" : "=r"(before));
+    asm volatile("msr fpcr, %0" : : "r"(value));
     return before;
 #else
     return 0;
@@ -56,7 +68,7 @@ Pool::~Pool() {
 }
 
 void Pool::begin_step() {
-    saved_mxcsr_ = swap_mxcsr(kMxcsr);
+    saved_float_control_ = swap_float_control(kFloatControl);
     if (num_threads_ == 1) return;
     epoch_.fetch_add(1, std::memory_order_release);
     epoch_.notify_all();
@@ -64,7 +76,7 @@ void Pool::begin_step() {
 
 void Pool::end_step() {
     if (num_threads_ > 1) epoch_.fetch_add(1, std::memory_order_release);
-    swap_mxcsr(saved_mxcsr_);
+    swap_float_control(saved_float_control_);
 }
 
 void Pool::run(Function function, void* context, int64_t num_tiles) {
@@ -115,7 +127,7 @@ void Pool::take_tiles(uint32_t phase, int thread_index) {
 }
 
 void Pool::work(int thread_index) {
-    swap_mxcsr(kMxcsr);
+    swap_float_control(kFloatControl);
     uint32_t seen = 0;
     int spins = 0;
     while (!stop_.load(std::memory_order_relaxed)) {

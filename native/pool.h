@@ -52,7 +52,7 @@ private:
     float* const scratch_;
     const int64_t scratch_floats_;
     std::vector<std::thread> threads_;
-    unsigned saved_mxcsr_ = 0;
+    uint64_t saved_float_control_ = 0;
     std::atomic<bool> stop_{false};
     // The phase's work. A thread that read it has a right to it only once it has taken a tile of that phase from a range.
     std::atomic<Function> function_{nullptr};

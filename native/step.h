@@ -149,6 +149,8 @@ const KernelSet& generic_kernels();
 #if defined(JILJU_HAVE_AVX2)
 const KernelSet& avx2_kernels();
 const KernelSet& avx512_kernels();
+#elif defined(JILJU_HAVE_NEON)
+const KernelSet& neon_kernels();
 #endif
 
 }  // namespace jilju

@@ -32,7 +32,7 @@ def run(folder: Path, programs: dict[str, str], **variables: str) -> subprocess.
     ("programs", "variables", "words"),
     [
         ({"uname": "echo Darwin"}, {}, ["Linux", "Darwin"]),
-        ({"uname": '[ "$1" = -s ] && echo Linux || echo aarch64'}, {}, ["x86-64", "aarch64"]),
+        ({"uname": '[ "$1" = -s ] && echo Linux || echo riscv64'}, {}, ["x86-64", "AArch64", "riscv64"]),
         ({}, {}, ["Python 3.11", "not there", "PYTHON="]),
         ({"python3": OLD_PYTHON}, {}, ["Python 3.11", "Python 3.10.12", "PYTHON="]),
         ({"python3": THIS_PYTHON, "old": OLD_PYTHON}, {"PYTHON": "old"}, ["Python 3.11", "PYTHON=old", "3.10.12"]),

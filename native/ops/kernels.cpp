@@ -36,6 +36,8 @@ const KernelSet& table() {
 const KernelSet& avx512_kernels() { return avx512::table(); }
 #elif defined(JILJU_COMPILE_AVX2)
 const KernelSet& avx2_kernels() { return avx2::table(); }
+#elif defined(JILJU_COMPILE_NEON)
+const KernelSet& neon_kernels() { return neon::table(); }
 #else
 const KernelSet& generic_kernels() { return generic::table(); }
 #endif

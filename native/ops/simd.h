@@ -10,6 +10,8 @@
 #include "../simd/avx512.h"
 #elif defined(JILJU_COMPILE_AVX2)
 #include "../simd/avx2.h"
+#elif defined(JILJU_COMPILE_NEON)
+#include "../simd/neon.h"
 #else
 #include "../simd/generic.h"
 #endif

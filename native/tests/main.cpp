@@ -1,9 +1,12 @@
-// native_tests: the core without Python, for sanitizers (see CMakeLists.txt).
+// native_tests: the core without Python, for sanitizers and for other CPUs in an emulator (see CMakeLists.txt).
 //
 // A small model of every op in several number formats runs the same batches on one and on several threads, whole and in
-// chunks, and must give the same bits. Weights of any bytes at all must be packed and multiplied without harm; damaged plans
-// and batches must come back as errors. Prints what failed, exits 1.
+// chunks, and must give the same bits; instruction sets must agree. Weights of any bytes at all must be packed and multiplied
+// without harm; damaged plans and batches must come back as errors. Prints what failed and exits 1; else a digest of each
+// instruction set's results: those that fuse multiply and add have one, also across CPUs.
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <random>
@@ -26,7 +29,9 @@ void expect(bool good, const char* what) {
     std::printf("FAILED: %s\n", what);
 }
 
-constexpr const char* kIsas[] = {"generic", "avx2", "avx512"};
+constexpr const char* kIsas[] = {"generic", "avx2", "avx512", "neon"};  // all but the first fuse multiply and add
+constexpr Format kFormats[] = {Format::kF32,  Format::kF16,  Format::kBF16, Format::kQ4_0, Format::kQ4_1, Format::kQ5_0,
+                               Format::kQ5_1, Format::kQ8_0, Format::kQ4_K, Format::kQ5_K, Format::kQ6_K};
 constexpr Format kPackedFormats[] = {Format::kQ4_0, Format::kQ4_1, Format::kQ4_K, Format::kQ5_0, Format::kQ5_1, Format::kQ5_K, Format::kQ6_K, Format::kQ8_0};
 
 constexpr int kVocab = 50, kHidden = 256, kHeads = 4, kKvHeads = 2, kHeadDim = 20;
@@ -51,17 +56,25 @@ Encoded encode(Format format) {
     const auto weight = [&](Format f, int64_t outputs, int64_t inputs) {
         const Layout* layout = layout_of(static_cast<int64_t>(f));
         std::vector<uint8_t> raw(outputs * inputs / layout->block_elements * layout->block_bytes);
-        if (f == Format::kF32) {
+        if (f == Format::kF16 || f == Format::kBF16) {
+            for (int64_t i = 0; i < outputs * inputs; ++i) {  // float16 in [2^-6, 2^-2), bfloat16 in [2^-7, 2^-3), of both signs
+                const uint32_t bits = f == Format::kF16 ? 0x2400 + random() % 0x1000 : 0x3c00 + random() % 0x200;
+                const uint16_t half = static_cast<uint16_t>(bits | (random() & 1) << 15);
+                std::memcpy(&raw[2 * i], &half, 2);
+            }
+        } else if (f == Format::kF32) {
             for (int64_t i = 0; i < outputs * inputs; ++i) {
                 const float x = std::uniform_real_distribution<float>(-0.3f, 0.3f)(random);
                 std::memcpy(&raw[4 * i], &x, 4);
             }
         } else {
             for (auto& b : raw) b = static_cast<uint8_t>(random());
-            for (size_t at = 0; at < raw.size(); at += layout->block_bytes) {  // scales of 2^-7, wherever the format has them
+            const bool is_k = layout->block_elements == 256, is_five = f == Format::kQ5_1 || f == Format::kQ5_K;
+            for (size_t at = 0; at < raw.size(); at += layout->block_bytes) {  // scales that make weights of at most 1/4, around 0
                 const size_t d = f == Format::kQ6_K ? at + 208 : at;
-                raw[d] = 0, raw[d + 1] = 0x20;
-                if (f == Format::kQ4_1 || f == Format::kQ5_1 || f == Format::kQ4_K || f == Format::kQ5_K) raw[d + 2] = 0, raw[d + 3] = 0x20;
+                raw[d] = 0, raw[d + 1] = is_k ? 0x08 : f == Format::kQ8_0 ? 0x18 : 0x20;  // 2^-13 times integers, 2^-9, 2^-7
+                if (f == Format::kQ4_1 || f == Format::kQ5_1) raw[d + 2] = 0, raw[d + 3] = is_five ? 0xb0 : 0xac;  // -16 or -8 times 2^-7
+                if (f == Format::kQ4_K || f == Format::kQ5_K) raw[d + 2] = 0, raw[d + 3] = is_five ? 0x18 : 0x14;  // 16 or 8 times 2^-13
             }
         }
         e.data.push_back(raw);
@@ -176,6 +189,11 @@ Result run(Model& model, const std::vector<Row>& rows, Status* status = nullptr,
     return r;
 }
 
+bool is_supported(const char* isa) {
+    const KernelSet* kernels = nullptr;
+    return select_kernels(isa, &kernels).ok();
+}
+
 void test_same_bits(const char* isa, Format format, KvType kv_type) {
     Encoded e = encode(format);
     const auto one = make(e, isa, 1, kv_type), many = make(e, isa, 3, kv_type);
@@ -231,6 +249,51 @@ void test_strips(const char* isa, Format format) {
                 kernels->multiply_strip(w.family, n, packed.data() + strip * w.strip_bytes, num_inputs / kBlockColumns, reinterpret_cast<const int8_t*>(columns.data()), out.data());
         }
     }
+}
+
+uint64_t digest_of(uint64_t digest, const Result& r) {
+    const auto add = [&](const auto& values) {
+        for (const auto& value : values) {
+            uint32_t bits;
+            static_assert(sizeof value == sizeof bits);
+            std::memcpy(&bits, &value, sizeof bits);
+            digest = (digest ^ bits) * 0x100000001b3;  // FNV-1a, by words
+        }
+    };
+    add(r.ids);
+    add(r.logprobs);
+    add(r.top_ids);
+    add(r.top_logprobs);
+    return digest;
+}
+
+// Sets that fuse give the same bits. Generic's other rounding moves a logit by some 1e-5, and where it tips an activation to
+// the next of its 8-bit steps, by up to 1/127 of the activation times a weight: two such steps are allowed.
+void test_instruction_sets_agree() {
+    constexpr float kTolerance = 0.01f;
+    std::vector<std::pair<const char*, uint64_t>> digests;
+    float worst = 0;
+    for (const char* isa : kIsas)
+        if (is_supported(isa)) digests.push_back({isa, 0xcbf29ce484222325});
+    for (const Format format : kFormats) {
+        Encoded e = encode(format);
+        Result generic, fusing;
+        for (auto& [isa, digest] : digests) {
+            const auto model = make(e, isa, 2);
+            const Result result = run(*model, {{0, 20, 0}, {0, 270, 2}, {0, 1, 20}, {0, 33, 22}});
+            digest = digest_of(digest, result);
+            if (isa == kIsas[0]) {
+                generic = result;
+                continue;
+            }
+            if (fusing.ids.empty()) fusing = result;
+            expect(result == fusing, "instruction sets that fuse give the same bits");
+            for (size_t i = 0; i < result.top_logprobs.size(); ++i) worst = std::max(worst, std::fabs(result.top_logprobs[i] - generic.top_logprobs[i]));
+        }
+    }
+    expect(worst <= kTolerance, "generic agrees with the others");
+    std::printf("largest difference between generic and the others: %.2g of %.2g\n", worst, kTolerance);
+    for (const auto& [isa, digest] : digests) std::printf("%-8s %016llx\n", isa, static_cast<unsigned long long>(digest));
 }
 
 void test_errors() {
@@ -297,8 +360,15 @@ void test_philox() {
 
 }  // namespace
 
-int main() {
+// [ISA]: the tests of one instruction set are of this one alone
+int main(int argc, char** argv) {
+    const char* const only = argc > 1 ? argv[1] : nullptr;
+    if (only && !is_supported(only)) {
+        std::printf("FAILED: %s is no instruction set of this CPU\n", only);
+        return 1;
+    }
     for (const char* isa : kIsas) {
+        if (!is_supported(isa) || (only && std::strcmp(only, isa) != 0)) continue;
         for (const Format format : {Format::kF32, Format::kQ4_1, Format::kQ6_K, Format::kQ8_0})
             test_same_bits(isa, format, format == Format::kQ4_1 ? KvType::kI8 : KvType::kF16);
         for (const Format format : kPackedFormats) {
@@ -306,6 +376,7 @@ int main() {
             test_any_weights(isa, format);
         }
     }
+    test_instruction_sets_agree();
     test_errors();
     test_pool();
     test_philox();

@@ -8,7 +8,7 @@ from jilju.formats.ggml import BLOCK_LAYOUTS, GgmlType
 from jilju.formats.quants import dequantize
 from tests.native.plans import FLOATS, random_blocks
 
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "neon")
 
 
 def available(isa: str) -> bool:

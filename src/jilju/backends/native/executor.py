@@ -1,7 +1,7 @@
 """NativeExecutor: the Executor protocol on the C++ core.
 
 Owns the loaded model; keeps the packed weights and the file's mapping alive, for the kernels read them in place. Knows
-nothing of sequences or requests. JILJU_ISA=generic|avx2|avx512 forces an instruction set; otherwise the CPU decides.
+nothing of sequences or requests. JILJU_ISA=avx512|avx2|neon|generic forces an instruction set; otherwise the CPU decides.
 """
 
 import os
