@@ -164,7 +164,8 @@ JILJU_INLINE Bytes field(Bytes a, int shift, int mask, int to) {
     // one shift, then a mask; of 16-bit lanes, as not every CPU shifts bytes: what crossed from the next byte is masked away
     using Lanes = uint16_t __attribute__((vector_size(16)));
     const Lanes lanes = reinterpret_cast<Lanes>(a);
-    const Bytes kept = Bytes{} + static_cast<uint8_t>(mask << to);
+    const auto bits = static_cast<uint8_t>(mask << to);
+    const Bytes kept = Bytes{} + bits;
     return reinterpret_cast<Bytes>(shift >= to ? lanes >> (shift - to) : lanes << (to - shift)) & kept;
 }
 JILJU_INLINE B16 load_b16(const uint8_t* p) { return {load_vector<Bytes>(p)}; }
