@@ -100,10 +100,10 @@ void put(uint8_t* to, int index, T value) {
 
 void put_quants(Family family, const uint8_t* q, int row, uint8_t* to) {
     if (family == Family::kW8) {
-        for (int k = 0; k < kBlockColumns; ++k) to[(k / 4 * kStripRows + row) * 4 + k % 4] = q[k];
+        for (int k = 0; k < kBlockColumns; ++k) to[(k / 4 * kHalfRows + row) * 4 + k % 4] = q[k];
         return;
     }
-    for (int k = 0; k < 16; ++k) to[(k / 4 * kStripRows + row) * 4 + k % 4] = static_cast<uint8_t>((q[k] & 15) | q[16 + k] << 4);
+    for (int k = 0; k < 16; ++k) to[(k / 4 * kHalfRows + row) * 4 + k % 4] = static_cast<uint8_t>((q[k] & 15) | q[16 + k] << 4);
     uint8_t* planes = to + 128;
     const int bits = family == Family::kW6 ? 6 : family == Family::kW4 || family == Family::kW4Offset || family == Family::kW4K ? 4 : 5;
     for (int i = 0; i < 4 && bits > 4; ++i) {
@@ -142,32 +142,35 @@ void pack(const Weight& w, const uint8_t* from, uint8_t* to) {
         std::memset(to, 0, static_cast<size_t>(w.strip_bytes));
         for (int row = 0; row < kStripRows && strip * kStripRows + row < w.num_outputs; ++row) {
             const uint8_t* source = from + (strip * kStripRows + row) * w.row_bytes;
+            const int half = row / kHalfRows, lane = row % kHalfRows;
             uint8_t* at = to;
-            for (int64_t k = 0; k < num_blocks; ++k, at += layout.block_bytes) {
+            for (int64_t k = 0; k < num_blocks; ++k, at += 2 * layout.block_bytes) {
                 Block block;
                 read_block(w.format, source, k, &block);
                 if (layout.head_bytes && k % kHeadBlocks == 0) {
-                    put(at, row, block.d);
-                    if (w.family != Family::kW6) put(at, kStripRows + row, block.dm);
-                    at += layout.head_bytes;
+                    uint8_t* head = at + half * layout.head_bytes;
+                    put(head, lane, block.d);
+                    if (w.family != Family::kW6) put(head, kHalfRows + lane, block.dm);
+                    at += 2 * layout.head_bytes;
                 }
+                uint8_t* p = at + half * layout.block_bytes;
                 switch (w.family) {
                     case Family::kFloat: break;
                     case Family::kW4Offset:
-                    case Family::kW5Offset: put(at, kStripRows + row, block.half_offset); [[fallthrough]];
+                    case Family::kW5Offset: put(p, kHalfRows + lane, block.half_offset); [[fallthrough]];
                     case Family::kW4:
                     case Family::kW5:
-                    case Family::kW8: put(at, row, block.half_scale); break;
+                    case Family::kW8: put(p, lane, block.half_scale); break;
                     case Family::kW4K:
                     case Family::kW5K:
-                        put(at, row, static_cast<uint8_t>(block.scale[0]));
-                        put(at, kStripRows + row, static_cast<uint8_t>(block.offset));
+                        put(p, lane, static_cast<uint8_t>(block.scale[0]));
+                        put(p, kHalfRows + lane, static_cast<uint8_t>(block.offset));
                         break;
                     case Family::kW6:
-                        for (int h = 0; h < 2; ++h) put(at, h * kStripRows + row, static_cast<int8_t>(block.scale[h]));
+                        for (int h = 0; h < 2; ++h) put(p, h * kHalfRows + lane, static_cast<int8_t>(block.scale[h]));
                         break;
                 }
-                put_quants(w.family, block.q, row, at + layout.scale_bytes);
+                put_quants(w.family, block.q, lane, p + layout.scale_bytes);
             }
         }
     }

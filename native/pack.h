@@ -1,7 +1,8 @@
 // Pack: weights of the quantized formats in the order in which the integer kernels read them.
 //
-// Eight rows are interleaved to a strip, so that one vector holds four columns of each. Along K a strip is a sequence of
-// blocks of 32 columns; of the K formats eight blocks follow a head: d float32[8], one a row, then dm float32[8] but for kW6.
+// Sixteen rows make a strip, in two halves. Of a half eight rows are interleaved, so that a vector of 32 bytes holds four
+// columns of each. Along K a strip is a sequence of blocks of 32 columns, of either half one after the other; of the K formats eight
+// blocks follow a head of either half: d float32[8], one a row, then dm float32[8] but for kW6. A half of a block:
 //   scales    float16[8]; of kW4K and kW5K uint8[8]; of kW6 int8[2][8], one per 16 columns
 //   offsets   of kW4Offset and kW5Offset float16[8]; of kW4K and kW5K uint8[8]; else none
 //   quants    byte [l][row][i], l and i in 0..3: column 4l+i in the low nibble, 16+4l+i in the high one. Then of five bits a
@@ -19,7 +20,7 @@
 
 namespace jilju {
 
-inline constexpr const char* kPackedVersion = "r8-2";
+inline constexpr const char* kPackedVersion = "r16-1";
 
 // One entry a weight that is packed, in order of weight ids; offsets in one buffer, multiples of 64.
 struct PackedEntry {

@@ -110,7 +110,7 @@ const Layout* layout_of(int64_t format) {
 int64_t strip_bytes_of(Family family, int64_t num_inputs) {
     const FamilyLayout layout = family_layout(family);
     const int64_t num_blocks = num_inputs / kBlockColumns;
-    return num_blocks / kHeadBlocks * layout.head_bytes + num_blocks * layout.block_bytes;  // a head only where K is a multiple of 256
+    return 2 * (num_blocks / kHeadBlocks * layout.head_bytes + num_blocks * layout.block_bytes);  // a head only where K is a multiple of 256
 }
 
 Family family_of(Format format) {

@@ -31,11 +31,12 @@ inline constexpr int kNumFamilies = 9;
 
 Family family_of(Format format);  // of a matrix that a linear op uses
 
-inline constexpr int kStripRows = 8;      // rows that are interleaved
+inline constexpr int kStripRows = 16;     // rows that lie side by side, in two halves
+inline constexpr int kHalfRows = 8;       // rows that are interleaved
 inline constexpr int kBlockColumns = 32;  // columns that share a scale, of weights (but for kW6) and of activations
 inline constexpr int kHeadBlocks = 8;     // blocks after a head
 
-struct FamilyLayout {
+struct FamilyLayout {  // of each half of a strip
     int head_bytes;   // before every eighth block
     int scale_bytes;  // of a block: scales and offsets
     int block_bytes;
@@ -55,8 +56,8 @@ constexpr FamilyLayout family_layout(Family family) {
     return {0, 0, 0};
 }
 
-// A quantized row of activations has this many bytes a block: 32 quants, a scale and three sums (ops/linear_packed.h).
-inline constexpr int64_t kQuantizedBytes = kBlockColumns + 4 + 4 + 4;
+// A quantized row of activations has this many bytes a block: 32 quants, a scale and four sums (ops/linear_packed.h).
+inline constexpr int64_t kQuantizedBytes = kBlockColumns + 4 + 4 + 4 + 4;
 
 int64_t strip_bytes_of(Family family, int64_t num_inputs);
 

@@ -1,7 +1,7 @@
 // linear: out = x @ concat(parts).T (+ biases) (+ out)        x [rows, K], part i [N_i, K], out [rows, sum N_i]
 //
 // Parts in a quantized format run on integer kernels: the rows are quantized once (after the norm that was fused into the
-// op), then strips of eight outputs are multiplied with up to eight rows at a time. Parts in a float format run on float32
+// op), then strips of sixteen outputs are multiplied with up to eight rows at a time. Parts in a float format run on float32
 // kernels. The two parts of a gate may come with their activation: out = activation(x @ gate.T) * (x @ up.T). Every output's
 // bits depend on its own row and weights alone: units only partition the outputs, K is never split.
 #include "linear_float.h"
@@ -63,19 +63,22 @@ struct Out {
     bool add_to;
 };
 
-// The eight outputs (fewer in a last strip) of each row of a group, joined with bias and residual, in this order.
-JILJU_INLINE void finish_strip(const float* results, int64_t num_rows, int num_outputs, const Out& out) {
-    for (int64_t row = 0; row < num_rows; ++row) {
-        float* to = out.data + row * out.stride;
-        F32 y = load(results + 8 * row);
-        if (num_outputs == kStripRows) {
-            if (out.bias) y = add(y, load(out.bias));
-            if (out.add_to) y = add(y, load(to));
-            store(to, y);
-        } else {
-            if (out.bias) y = add(y, load_n(out.bias, num_outputs));
-            if (out.add_to) y = add(y, load_n(to, num_outputs));
-            store_n(to, y, num_outputs);
+// The outputs of a strip (a last one has fewer) for each row of a group, joined with bias and residual, in this order.
+JILJU_INLINE void finish_strip(const float* results, int64_t num_rows, int64_t num_outputs, const Out& out) {
+    for (int64_t row = 0; row < num_rows; ++row, results += kStripRows) {
+        for (int64_t i = 0; i < num_outputs; i += kHalfRows) {
+            float* to = out.data + row * out.stride + i;
+            F32 y = load(results + i);
+            if (num_outputs - i >= kHalfRows) {
+                if (out.bias) y = add(y, load(out.bias + i));
+                if (out.add_to) y = add(y, load(to));
+                store(to, y);
+            } else {
+                const int n = static_cast<int>(num_outputs - i);
+                if (out.bias) y = add(y, load_n(out.bias + i, n));
+                if (out.add_to) y = add(y, load_n(to, n));
+                store_n(to, y, n);
+            }
         }
     }
 }
@@ -85,7 +88,7 @@ void run_packed(const Step& step, const Weight& w, int64_t first, int64_t count,
     const int64_t num_blocks = w.num_inputs / kBlockColumns;
     alignas(64) float results[kColumns * kStripRows];
     for (int64_t strip = first; strip < first + count; ++strip, out.data += kStripRows) {
-        const int outputs = static_cast<int>(min_int(kStripRows, w.num_outputs - strip * kStripRows));
+        const int64_t outputs = min_int(kStripRows, w.num_outputs - strip * kStripRows);
         for (int64_t r = row; r < row + num_rows; r += kColumns) {
             const int64_t n = min_int(kColumns, all_rows - r);
             multiply_strip_of(w.family, n)(w.packed + strip * w.strip_bytes, num_blocks, columns_of(step, w.num_inputs, r), results);
@@ -101,13 +104,13 @@ void run_gate(const Step& step, const Weight& gate, const Weight& up, Activation
     const int64_t num_blocks = gate.num_inputs / kBlockColumns;
     alignas(64) float gates[kColumns * kStripRows], ups[kColumns * kStripRows];
     for (int64_t strip = first; strip < first + count; ++strip, out.data += kStripRows) {
-        const int outputs = static_cast<int>(min_int(kStripRows, gate.num_outputs - strip * kStripRows));
+        const int64_t outputs = min_int(kStripRows, gate.num_outputs - strip * kStripRows);
         for (int64_t r = row; r < row + num_rows; r += kColumns) {
             const int64_t n = min_int(kColumns, all_rows - r);
             const int8_t* x = columns_of(step, gate.num_inputs, r);
             multiply_strip_of(gate.family, n)(gate.packed + strip * gate.strip_bytes, num_blocks, x, gates);
             multiply_strip_of(up.family, n)(up.packed + strip * up.strip_bytes, num_blocks, x, ups);
-            for (int64_t i = 0; i < n; ++i) store(gates + 8 * i, mul(activate(activation, load(gates + 8 * i)), load(ups + 8 * i)));
+            for (int64_t i = 0; i < n * kStripRows; i += 8) store(gates + i, mul(activate(activation, load(gates + i)), load(ups + i)));
             finish_strip(gates, n, outputs, {out.data + r * out.stride, out.stride, nullptr, false});
         }
     }

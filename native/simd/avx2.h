@@ -9,6 +9,16 @@ namespace jilju::avx2 {
 
 inline constexpr const char* kName = "native-avx2";
 
+struct Pairs { __m256i v; };  // 8 pairs of int16
+JILJU_INLINE Pairs pairs(I32 low, I32 high) {  // of numbers that fit int16
+    return {_mm256_or_si256(_mm256_and_si256(low.v, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(high.v, 16))};
+}
+JILJU_INLINE __m256i set1_dword(const void* p) {
+    int32_t word;
+    std::memcpy(&word, p, 4);
+    return _mm256_set1_epi32(word);
+}
+
 struct Scale { __m256i v; };  // each int16 twice, for the two 16-bit sums of a row
 JILJU_INLINE Scale scale_of(I32 s) { return {pairs(s, s).v}; }
 
@@ -27,11 +37,9 @@ JILJU_INLINE void add_scaled_dots(I32* acc, const B32* w, const int8_t* x, Scale
         }
     }
 }
-// dots[c] = sum over w and four columns each of w * x[c]; the same bounds.
+// dots[c] += sum over w and four columns each of w * x[c]; the same bounds.
 template <int kNumBytes, int kPerSum, int kN>
-JILJU_INLINE void dots_of(I32* dots, const B32* w, const int8_t* x) {
-#pragma GCC unroll 8
-    for (int c = 0; c < kN; ++c) dots[c] = zero_i32();
+JILJU_INLINE void add_dots(I32* dots, const B32* w, const int8_t* x) {
     add_scaled_dots<kNumBytes, kPerSum, kN>(dots, w, x, Scale{_mm256_set1_epi16(1)});
 }
 // acc + low * x[0] + high * x[1]
@@ -41,14 +49,14 @@ JILJU_INLINE I32 add_pairs(I32 acc, Pairs m, const int16_t* x) { return {_mm256_
 struct SignedBytes {
     __m256i magnitudes[8];
     const uint8_t* bytes;
-    JILJU_INLINE explicit SignedBytes(const uint8_t* p) : bytes(p) {
+    JILJU_INLINE SignedBytes(const uint8_t* p, int64_t) : bytes(p) {
 #pragma GCC unroll 8
         for (int l = 0; l < 8; ++l) magnitudes[l] = _mm256_abs_epi8(load_b32(p + 32 * l).v);
     }
 };
 // dots[c] = sum of w * x[c], for kN rows x of 32 bytes.
 template <int kN>
-JILJU_INLINE void signed_dots(I32* dots, const SignedBytes& w, const int8_t* x, const int16_t*) {
+JILJU_INLINE void signed_dots(I32* dots, const SignedBytes& w, const int8_t* x, const int32_t*) {
     const __m256i ones = _mm256_set1_epi16(1);
 #pragma GCC unroll 8
     for (int c = 0; c < kN; ++c, x += 32) {
@@ -63,3 +71,5 @@ JILJU_INLINE void signed_dots(I32* dots, const SignedBytes& w, const int8_t* x, 
 }
 
 }  // namespace jilju::avx2
+
+#include "half_strip.h"

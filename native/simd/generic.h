@@ -84,14 +84,13 @@ JILJU_INLINE I32 add_lanes(const Lanes (&sums)[2]) {
     return {join(sums[0]), join(sums[1])};
 }
 
-// dots[c] = sum over w and four columns each of w * x[c], for kN rows x of 32 bytes. w unsigned, and so small that kPerSum
+// dots[c] += sum over w and four columns each of w * x[c], for kN rows x of 32 bytes. w unsigned, and so small that kPerSum
 // products of pairs fit int16.
 template <int kNumBytes, int kPerSum, int kN>
-JILJU_INLINE void dots_of(I32* dots, const B32* w, const int8_t* x) {
+JILJU_INLINE void add_dots(I32* dots, const B32* w, const int8_t* x) {
     S32 wide[kNumBytes];
     for (int l = 0; l < kNumBytes; ++l) wide[l] = widen_unsigned(w[l]);
     for (int c = 0; c < kN; ++c, x += 32) {
-        dots[c] = zero_i32();
         for (int first = 0; first < kNumBytes; first += kPerSum) {
             Lanes sums[2] = {};
 #pragma GCC unroll 8
@@ -104,15 +103,15 @@ JILJU_INLINE void dots_of(I32* dots, const B32* w, const int8_t* x) {
 // Eight times 32 signed bytes.
 struct SignedBytes {
     S32 wide[8];
-    JILJU_INLINE explicit SignedBytes(const uint8_t* p) {
+    JILJU_INLINE SignedBytes(const uint8_t* p, int64_t) {
         for (int l = 0; l < 8; ++l) wide[l] = widen_signed(load_b32(p + 32 * l));
     }
 };
 // dots[c] = sum of w * x[c], for kN rows x of 32 bytes.
 template <int kN>
-JILJU_INLINE void signed_dots(I32* dots, const SignedBytes& w, const int8_t* x, const int16_t*) {
+JILJU_INLINE void signed_dots(I32* dots, const SignedBytes& w, const int8_t* x, const int32_t*) {
     for (int c = 0; c < kN; ++c, x += 32) {
-        dots[c] = zero_i32();
+        dots[c] = set1_i32(0);
 #pragma GCC unroll 8
         for (int l = 0; l < 8; ++l) {
             Lanes sums[2] = {};  // a pair of products with -128 and 127 just fits
@@ -123,3 +122,5 @@ JILJU_INLINE void signed_dots(I32* dots, const SignedBytes& w, const int8_t* x, 
 }
 
 }  // namespace jilju::generic
+
+#include "half_strip.h"

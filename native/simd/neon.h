@@ -26,10 +26,9 @@ JILJU_INLINE void store_f16(uint16_t* p, F32 a) {
     vst1_u16(p + 4, vreinterpret_u16_f16(vcvt_f16_f32(a.high)));
 }
 
-// The sum over w and four columns each of w * x. w signed.
+// dots + the sum over w and four columns each of w * x. w signed.
 template <int kNumBytes>
-JILJU_INLINE I32 sum_products(const B32* w, const int8_t* x) {
-    I32 dots = zero_i32();
+JILJU_INLINE I32 add_products(I32 dots, const B32* w, const int8_t* x) {
     for (int first = 0; first < kNumBytes; first += 4) {
         const int8x16_t columns = vld1q_s8(x + 4 * first);
         [&]<int... l>(std::integer_sequence<int, l...>) {
@@ -40,26 +39,28 @@ JILJU_INLINE I32 sum_products(const B32* w, const int8_t* x) {
     return dots;
 }
 
-// dots[c] = sum over w and four columns each of w * x[c], for kN rows x of 32 bytes. w unsigned, below 128.
+// dots[c] += sum over w and four columns each of w * x[c], for kN rows x of 32 bytes. w unsigned, below 128.
 template <int kNumBytes, int, int kN>
-JILJU_INLINE void dots_of(I32* dots, const B32* w, const int8_t* x) {
+JILJU_INLINE void add_dots(I32* dots, const B32* w, const int8_t* x) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kN; ++c) dots[c] = sum_products<kNumBytes>(w, x + 32 * c);
+    for (int c = 0; c < kN; ++c) dots[c] = add_products<kNumBytes>(dots[c], w, x + 32 * c);
 }
 
 // Eight times 32 signed bytes.
 struct SignedBytes {
     B32 w[8];
-    JILJU_INLINE explicit SignedBytes(const uint8_t* p) {
+    JILJU_INLINE SignedBytes(const uint8_t* p, int64_t) {
 #pragma GCC unroll 8
         for (int l = 0; l < 8; ++l) w[l] = load_b32(p + 32 * l);
     }
 };
 // dots[c] = sum of w * x[c], for kN rows x of 32 bytes.
 template <int kN>
-JILJU_INLINE void signed_dots(I32* dots, const SignedBytes& w, const int8_t* x, const int16_t*) {
+JILJU_INLINE void signed_dots(I32* dots, const SignedBytes& w, const int8_t* x, const int32_t*) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kN; ++c) dots[c] = sum_products<8>(w.w, x + 32 * c);
+    for (int c = 0; c < kN; ++c) dots[c] = add_products<8>(set1_i32(0), w.w, x + 32 * c);
 }
 
 }  // namespace jilju::neon
+
+#include "half_strip.h"

@@ -32,7 +32,7 @@ JILJU_INLINE F32 load_f16(const uint16_t* p);
 JILJU_INLINE void store_f16(uint16_t* p, F32 a);
 
 template <int kNumBytes, int kPerSum, int kN>
-JILJU_INLINE void dots_of(I32* dots, const B32* w, const int8_t* x);  // dots[c] = sum of w * x[c], for kN rows x of 32 bytes
+JILJU_INLINE void add_dots(I32* dots, const B32* w, const int8_t* x);  // dots[c] += sum of w * x[c], for kN rows x of 32 bytes
 
 template <class V>
 JILJU_INLINE V load_vector(const void* p, int64_t offset = 0) {
@@ -132,7 +132,7 @@ JILJU_INLINE void set1_halves(const uint8_t* p, F32* a, F32* b) {  // two neighb
     *b = set1_half(p + 2);
 }
 
-JILJU_INLINE I32 zero_i32() { return {Ints{}, Ints{}}; }
+JILJU_INLINE I32 set1_i32(int32_t x) { return {Ints{x, x, x, x}, Ints{x, x, x, x}}; }
 JILJU_INLINE I32 add(I32 a, I32 b) { return {a.low + b.low, a.high + b.high}; }
 JILJU_INLINE I32 negative(I32 a) { return {-a.low, -a.high}; }
 JILJU_INLINE I32 times_power(I32 a, int power) { return {a.low * (1 << power), a.high * (1 << power)}; }
@@ -150,11 +150,12 @@ JILJU_INLINE I32 add_pairs(I32 acc, const Pairs& m, const int16_t* x) {
 }
 using Scale = I32;
 JILJU_INLINE Scale scale_of(I32 s) { return s; }
-// acc[c] += scale * dots[c] of dots_of
+// acc[c] += scale * what add_dots adds
 template <int kNumBytes, int kPerSum, int kN>
 JILJU_INLINE void add_scaled_dots(I32* acc, const B32* w, const int8_t* x, Scale scale) {
     I32 dots[kN];
-    dots_of<kNumBytes, kPerSum, kN>(dots, w, x);
+    for (I32& sum : dots) sum = set1_i32(0);
+    add_dots<kNumBytes, kPerSum, kN>(dots, w, x);
 #pragma GCC unroll 8
     for (int c = 0; c < kN; ++c) acc[c] = {acc[c].low + dots[c].low * scale.low, acc[c].high + dots[c].high * scale.high};
 }

@@ -15,7 +15,6 @@ struct F32 { __m256 v; };   // 8 lanes
 struct I32 { __m256i v; };  // 8 lanes
 struct B16 { __m256i v; };  // 16 bytes, in both halves: then one shuffle widens any 8 of them
 struct B32 { __m256i v; };  // 32 bytes: of 8 rows, 4 columns each
-struct Pairs { __m256i v; };  // 8 pairs of int16
 
 #define JILJU_INLINE [[gnu::always_inline]] inline
 
@@ -145,7 +144,7 @@ JILJU_INLINE F32 load_i8(const uint8_t* p) { return {_mm256_cvtepi32_ps(_mm256_c
 
 JILJU_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-JILJU_INLINE I32 zero_i32() { return {_mm256_setzero_si256()}; }
+JILJU_INLINE I32 set1_i32(int32_t x) { return {_mm256_set1_epi32(x)}; }
 JILJU_INLINE I32 add(I32 a, I32 b) { return {_mm256_add_epi32(a.v, b.v)}; }
 JILJU_INLINE I32 negative(I32 a) { return {_mm256_sub_epi32(_mm256_setzero_si256(), a.v)}; }
 JILJU_INLINE I32 times_power(I32 a, int power) { return {_mm256_slli_epi32(a.v, power)}; }
@@ -153,15 +152,7 @@ JILJU_INLINE I32 load_i32_from_i16(const void* p) { return {_mm256_cvtepi16_epi3
 JILJU_INLINE I32 load_i32_from_i8(const void* p) { return {_mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))}; }
 JILJU_INLINE I32 load_i32_from_u8(const void* p) { return {_mm256_cvtepu8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(p)))}; }
 JILJU_INLINE F32 to_f32(I32 a) { return {_mm256_cvtepi32_ps(a.v)}; }
-JILJU_INLINE Pairs pairs(I32 low, I32 high) {  // of numbers that fit int16
-    return {_mm256_or_si256(_mm256_and_si256(low.v, _mm256_set1_epi32(0xffff)), _mm256_slli_epi32(high.v, 16))};
-}
 
-JILJU_INLINE __m256i set1_dword(const void* p) {
-    int32_t word;
-    std::memcpy(&word, p, 4);
-    return _mm256_set1_epi32(word);
-}
 JILJU_INLINE B32 load_b32(const uint8_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
 JILJU_INLINE B32 or_b32(B32 a, B32 b) { return {_mm256_or_si256(a.v, b.v)}; }
 // Some bits of each byte, moved to bit `to`: (byte >> shift & mask) << to.

@@ -237,7 +237,7 @@ void test_strips(const char* isa, Format format) {
     const Layout* layout = layout_of(static_cast<int64_t>(format));
     for (const int64_t num_inputs : {32, 160, 256, 576, 768}) {
         if (num_inputs % layout->block_elements) continue;
-        Weight w{format, 11, num_inputs, num_inputs / layout->block_elements * layout->block_bytes, nullptr};
+        Weight w{format, 19, num_inputs, num_inputs / layout->block_elements * layout->block_bytes, nullptr};
         choose_family(&w);
         const auto data = random_bytes(random, w.num_outputs * w.row_bytes);
         std::vector<uint8_t> packed(w.packed_bytes());

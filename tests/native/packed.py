@@ -14,7 +14,8 @@ from jilju.formats.ggml import GgmlType, row_bytes
 from jilju.formats.quants import dequantize
 from jilju.plan import KvSpec, PlanBuilder, WeightSpec
 
-STRIP_ROWS = 8
+STRIP_ROWS = 16
+HALF_ROWS = 8
 BLOCK_COLUMNS = 32
 HEAD_BLOCKS = 8  # that follow a head
 LARGEST_X = 127  # of a quantized activation
@@ -31,16 +32,16 @@ class Family(NamedTuple):
     head: tuple[str, ...] = ()  # float32 [8] each
 
     def dtype(self) -> np.dtype:
-        """Of what a strip repeats along K: a block, or a head and the blocks after it."""
-        fields: list[tuple] = [("scales", self.scales, (2 if self.num_bits == 6 else 1, STRIP_ROWS))]
+        """Of what a strip repeats along K: a block, or a head and the blocks after it; of its two halves each."""
+        fields: list[tuple] = [("scales", self.scales, (2 if self.num_bits == 6 else 1, HALF_ROWS))]
         if self.offsets:
-            fields.append(("offsets", self.offsets, (STRIP_ROWS,)))
+            fields.append(("offsets", self.offsets, (HALF_ROWS,)))
         if self.num_bits == 8:
-            fields.append(("quants", "i1", (8, STRIP_ROWS, 4)))
+            fields.append(("quants", "i1", (8, HALF_ROWS, 4)))
         else:
-            fields += [("quants", "u1", (4, STRIP_ROWS, 4)), ("planes", "u1", (self.num_bits - 4, STRIP_ROWS, 4))]
-        heads = [(name, "<f4", (STRIP_ROWS,)) for name in self.head]
-        return np.dtype([*heads, ("blocks", fields, (HEAD_BLOCKS if heads else 1,))])
+            fields += [("quants", "u1", (4, HALF_ROWS, 4)), ("planes", "u1", (self.num_bits - 4, HALF_ROWS, 4))]
+        head = [(name, "<f4", (HALF_ROWS,)) for name in self.head]
+        return np.dtype([("head", head, (2,)), ("blocks", fields, (HEAD_BLOCKS if head else 1, 2))])
 
     def strip_bytes(self, num_inputs: int) -> int:
         dtype = self.dtype()
@@ -61,7 +62,7 @@ FAMILIES = {
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight is d * q + m, by blocks of 32 columns; of six bits d * s * (q - 32), which has `q` = s * (q - 32)."""
+    """A weight is d * q + m, by blocks of 32 columns. `q` has its zero point taken off, and is s * (q - 32) of six bits."""
 
     type: GgmlType
     d: np.ndarray  # float32 [rows, blocks]
@@ -99,43 +100,41 @@ def pack(type_: GgmlType, data: np.ndarray, num_outputs: int, num_inputs: int) -
 
 def unpack(type_: GgmlType, packed: np.ndarray, num_outputs: int, num_inputs: int) -> PackedWeight:
     family = FAMILIES[type_]
-    heads = packed.view(family.dtype()).reshape(
-        -1, packed.size // family.dtype().itemsize // -(-num_outputs // STRIP_ROWS)
-    )
-    blocks = heads["blocks"].reshape(len(heads), -1)  # [strips, blocks]
+    units = packed.view(family.dtype()).reshape(-(-num_outputs // STRIP_ROWS), -1)  # [strips, blocks or heads]
+    blocks = units["blocks"].reshape(len(units), -1, 2)  # [strips, blocks, halves]
 
-    def by_row(x: np.ndarray, axis: int = 2) -> np.ndarray:
-        """[strips, units, .., 8 at `axis`, ..] -> [rows, units, ..]"""
-        moved = np.moveaxis(x, axis, 1)
-        return moved.reshape(-1, *moved.shape[2:])[:num_outputs]
+    def by_row(x: np.ndarray, axis: int = 3) -> np.ndarray:
+        """[strips, units, halves, .., 8 at `axis`, ..] -> [rows, units, ..]"""
+        moved = np.moveaxis(x, (2, axis), (1, 2))
+        return moved.reshape(-1, *moved.shape[3:])[:num_outputs]
 
     def by_block(x: np.ndarray) -> np.ndarray:
-        """[strips, heads, 8] -> [rows, blocks]"""
+        """[strips, heads, halves, 8] -> [rows, blocks]"""
         return np.repeat(by_row(x), HEAD_BLOCKS, axis=1)
 
-    quants = by_row(blocks["quants"], 3)  # [rows, blocks, groups, 4]
+    quants = by_row(blocks["quants"], 4)  # [rows, blocks, groups, 4]
     if family.num_bits == 8:
         q = quants.astype(np.int64)
     else:
         q = np.concatenate((quants & 15, quants >> 4), axis=2).astype(np.int64)  # [rows, blocks, 8, 4]
         if family.num_bits > 4:
-            planes = by_row(blocks["planes"], 3)  # [rows, blocks, planes, 4]
+            planes = by_row(blocks["planes"], 4)  # [rows, blocks, planes, 4]
             width, group = family.num_bits - 4, np.arange(8)
             plane, shift = group * width // 8, group * width % 8
             q |= (planes[:, :, plane] >> shift[:, None] & (1 << width) - 1).astype(np.int64) << 4
     q = q.reshape(num_outputs, num_inputs)
 
-    scales = by_row(blocks["scales"], 3)  # [rows, blocks, 1 or 2]
+    scales = by_row(blocks["scales"], 4)  # [rows, blocks, 1 or 2]
     if type_ is GgmlType.Q6_K:
         s = np.repeat(scales.reshape(num_outputs, -1).astype(np.int64), 16, axis=1)
-        return PackedWeight(type_, by_block(heads["d"]), None, s * (q - family.zero))
+        return PackedWeight(type_, by_block(units["head"]["d"]), None, s * (q - family.zero))
     d = scales[..., 0].astype(np.float32)
     if family.head:
         offsets = by_row(blocks["offsets"]).astype(np.float32)
-        return PackedWeight(type_, by_block(heads["d"]) * d, by_block(heads["dm"]) * offsets, q)
+        return PackedWeight(type_, by_block(units["head"]["d"]) * d, by_block(units["head"]["dm"]) * offsets, q)
     if family.offsets:
         return PackedWeight(type_, d, by_row(blocks["offsets"]).astype(np.float32), q)
-    return PackedWeight(type_, d, None if family.num_bits == 8 else np.float32(-family.zero) * d, q)
+    return PackedWeight(type_, d, None, q - family.zero)
 
 
 def unpacked(type_: GgmlType, data: np.ndarray, num_outputs: int, num_inputs: int) -> PackedWeight:
