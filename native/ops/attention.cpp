@@ -17,10 +17,12 @@ namespace {
 
 constexpr int64_t kRowsPerUnit = 96;    // query rows that share an unpacked key tile: its unpacking costs < 3 % of the work
 constexpr int64_t kRowsToUnpackFor = 13;  // fewer rows than these read the cache's numbers in place: each is used twice or less
-constexpr int64_t kMaxRows = 6;         // of a register tile: 6 x 16 keys, or 3 x 32
+// Rows of a register tile, whose sums and one row of vectors must fit the registers: 6 x 16 keys and 3 x 32, or 7 x 32.
+constexpr int64_t kMaxRows = kRegisters == 32 ? 7 : 6;
+constexpr bool fits(int rows, int vectors) { return rows * vectors + vectors <= kRegisters; }
 constexpr int64_t kRowsTogether = 24;  // their scores stay in L1
 constexpr int64_t kRun = 16;            // keys that never cross a block; a tile has two runs
-constexpr int64_t kTokensPerTile = 16;  // tokens of one block are mostly written by one thread: they share cache lines
+constexpr int64_t kTokensPerTile = 16;  // of a prompt: tokens of one block are mostly written by one thread, for they share cache lines
 constexpr float kLog2e = 1.44269504f;
 constexpr float kSlack = 8.0f;          // a split's maximum is raised only if weights would exceed 2^8: most tiles rescale nothing
 
@@ -64,6 +66,14 @@ struct Tile {
     int64_t key_stride;
     const float* key_scales[2];  // [16], or null: keys and values are what they are
     const float* value_scales[2];
+    int64_t ahead_keys[2] = {0, 0}, ahead_values[2] = {0, 0};  // from these to the next tile's, which are fetched meanwhile
+
+    void fetch(const Tile& next) {
+        for (int run = 0; run < 2; ++run) {
+            ahead_keys[run] = next.keys[run] - keys[run];
+            ahead_values[run] = next.values[run] - values[run];
+        }
+    }
 };
 
 // A KV head's part of a block.
@@ -84,7 +94,7 @@ struct BlockHead {
 
 template <class Element>
 Tile<Element> tile_of(const KvCache& kv, const int32_t* blocks, int64_t layer, int64_t head, int64_t position, int64_t end) {
-    Tile<Element> tile{{}, {}, kv.block_size, {}, {}};
+    Tile<Element> tile{{}, {}, kv.block_size, {}, {}, {}, {}};
     for (int64_t run = 0; run < 2; ++run) {
         const int64_t at = position + kRun * run < end ? position + kRun * run : position, slot = at % kv.block_size;
         const BlockHead<Element> from(kv, layer, blocks[at / kv.block_size], head);
@@ -109,17 +119,7 @@ Tile<float> unpack(const KvCache& kv, const Tile<Element>& tile, const Scratch& 
         for (int64_t i = 0; i < kRun * kv.padded_head_dim; i += 8) store(values + i, load_element(tile.values[run] + i));
     }
     return {{s.keys, s.keys + kv.head_dim * kRun}, {s.values, s.values + kRun * kv.padded_head_dim}, kRun,
-            {tile.key_scales[0], tile.key_scales[1]}, {tile.value_scales[0], tile.value_scales[1]}};
-}
-
-template <class Element>
-void prefetch_tile(const KvCache& kv, const Tile<Element>& tile) {
-    constexpr int64_t kLine = 64 / sizeof(Element);
-    const int64_t rows_a_line = max_int(1, kLine / tile.key_stride);
-    for (int64_t run = 0; run < 2; ++run) {
-        for (int64_t d = 0; d < kv.head_dim; d += rows_a_line) prefetch(tile.keys[run] + d * tile.key_stride);
-        for (int64_t i = 0; i < kRun * kv.padded_head_dim; i += kLine) prefetch(tile.values[run] + i);
-    }
+            {tile.key_scales[0], tile.key_scales[1]}, {tile.value_scales[0], tile.value_scales[1]}, {}, {}};
 }
 
 // Eight numbers at p, of which n count; the others are 0.
@@ -175,24 +175,24 @@ void write_token(const AttentionOp& op, const Step& step, int64_t t) {
 
 // --- one key tile, a few rows -----------------------------------------------------------------------------------------
 
-// acc[r][i] += x(r) * y(i), holding the fewer of both in registers: 12 sums and these are at most 16.
+// acc[r][i] += x(r) * y(i), holding the fewer of both in registers.
 template <int kRows, int kVectors, class X, class Y>
 JILJU_INLINE void accumulate(F32 (&acc)[kRows][kVectors], X&& x, Y&& y) {
     if constexpr (kRows < kVectors) {
         F32 held[kRows];
-#pragma GCC unroll 6
+#pragma GCC unroll 7
         for (int r = 0; r < kRows; ++r) held[r] = x(r);
 #pragma GCC unroll 8
         for (int i = 0; i < kVectors; ++i) {
             const F32 vector = y(i);
-#pragma GCC unroll 6
+#pragma GCC unroll 7
             for (int r = 0; r < kRows; ++r) acc[r][i] = fma(held[r], vector, acc[r][i]);
         }
     } else {
         F32 held[kVectors];
 #pragma GCC unroll 8
         for (int i = 0; i < kVectors; ++i) held[i] = y(i);
-#pragma GCC unroll 6
+#pragma GCC unroll 7
         for (int r = 0; r < kRows; ++r) {
             const F32 scalar = x(r);
 #pragma GCC unroll 8
@@ -205,17 +205,21 @@ JILJU_INLINE void accumulate(F32 (&acc)[kRows][kVectors], X&& x, Y&& y) {
 template <int kRows, int kRuns, class Element>
 JILJU_INLINE void score_runs(const Tile<Element>& tile, const float* queries, int64_t head_dim, float* scores, int first_run) {
     F32 acc[kRows][2 * kRuns];
-#pragma GCC unroll 6
+#pragma GCC unroll 7
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
         for (int i = 0; i < 2 * kRuns; ++i) acc[r][i] = zero();
     const Element* keys[kRuns];
 #pragma GCC unroll 2
     for (int run = 0; run < kRuns; ++run) keys[run] = tile.keys[first_run + run];
-    for (int64_t d = 0; d < head_dim; ++d)
+    for (int64_t d = 0; d < head_dim; ++d) {
+        if constexpr (sizeof(Element) < sizeof(float))
+#pragma GCC unroll 2
+            for (int run = 0; run < kRuns; ++run) prefetch(keys[run] + d * tile.key_stride + tile.ahead_keys[first_run + run]);
         accumulate<kRows, 2 * kRuns>(acc, [&](int r) { return set1(queries[r * head_dim + d]); },
                                      [&](int i) { return load_element(keys[i / 2] + d * tile.key_stride + i % 2 * 8); });
-#pragma GCC unroll 6
+    }
+#pragma GCC unroll 7
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
         for (int i = 0; i < 2 * kRuns; ++i) {
@@ -228,7 +232,7 @@ JILJU_INLINE void score_runs(const Tile<Element>& tile, const float* queries, in
 template <int kRows, class Element>
 void score(const Tile<Element>& tile, const float* queries, int64_t head_dim, float* scores, int64_t begin, int64_t end) {
     const bool first = begin < kRun, second = end > kRun;
-    if constexpr (kRows <= 3) {
+    if constexpr (fits(kRows, 4)) {
         if (first && second) return score_runs<kRows, 2>(tile, queries, head_dim, scores, 0);
     }
     if (first) score_runs<kRows, 1>(tile, queries, head_dim, scores, 0);
@@ -273,18 +277,23 @@ JILJU_INLINE void soften(float* scores, const float* const* scales, int64_t begi
 template <int kRows, int kVectors, class Element>
 JILJU_INLINE void gather_columns(const Tile<Element>& tile, const float* weights, float* out, int64_t d, int64_t begin, int64_t end, int64_t padded) {
     F32 acc[kRows][kVectors];
-#pragma GCC unroll 6
+#pragma GCC unroll 7
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
         for (int i = 0; i < kVectors; ++i) acc[r][i] = load(out + r * padded + d + 8 * i);
+    constexpr int64_t kLine = 64 / sizeof(Element);  // elements of a cache line
     for (int64_t run = 0; run < 2; ++run) {
         const Element* values = tile.values[run] - run * kRun * padded + d;
         const int64_t run_end = min_int(end, kRun * (run + 1));
-        for (int64_t key = max_int(begin, kRun * run); key < run_end; ++key)
+        for (int64_t key = max_int(begin, kRun * run); key < run_end; ++key) {
+            if constexpr (sizeof(Element) < sizeof(float))
+#pragma GCC unroll 4
+                for (int i = 0; i < kVectors; i += kLine / 8) prefetch(values + key * padded + 8 * i + tile.ahead_values[run]);
             accumulate<kRows, kVectors>(acc, [&](int r) { return set1(weights[r * kKeyTile + key]); },
                                         [&](int i) { return load_element(values + key * padded + 8 * i); });
+        }
     }
-#pragma GCC unroll 6
+#pragma GCC unroll 7
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
         for (int i = 0; i < kVectors; ++i) store(out + r * padded + d + 8 * i, acc[r][i]);
@@ -293,7 +302,7 @@ JILJU_INLINE void gather_columns(const Tile<Element>& tile, const float* weights
 template <int kRows, class Element>
 void gather(const Tile<Element>& tile, const float* weights, float* out, int64_t begin, int64_t end, int64_t padded) {
     if (begin >= end) return;
-    constexpr int kVectors = kRows == 1 ? 8 : kRows <= 3 ? 4 : 2;
+    constexpr int kVectors = fits(kRows, 8) ? 8 : fits(kRows, 4) ? 4 : 2;
     int64_t d = 0;
     for (; d + 8 * kVectors <= padded; d += 8 * kVectors) gather_columns<kRows, kVectors>(tile, weights, out, d, begin, end, padded);
     for (; d < padded; d += 8) gather_columns<kRows, 1>(tile, weights, out, d, begin, end, padded);
@@ -337,7 +346,8 @@ JILJU_INLINE void for_rows(int64_t begin, int64_t end, Body&& body) {
             case 3: body.template operator()<3>(begin); break;
             case 4: body.template operator()<4>(begin); break;
             case 5: body.template operator()<5>(begin); break;
-            default: body.template operator()<6>(begin); break;
+            case 6: body.template operator()<6>(begin); break;
+            default: body.template operator()<kMaxRows>(begin); break;
         }
         begin += rows;
     }
@@ -398,8 +408,18 @@ float* partial_of(const Step& step, int64_t partial, int64_t kv_head, int64_t ro
     return step.partials + ((partial * step.program->num_kv_heads + kv_head) * group + row) * (step.kv.padded_head_dim + 2);
 }
 
+// The key tile that the unit begins with.
 template <class Element>
-void run_unit(const AttentionOp& op, const Step& step, const AttentionUnit& unit, int64_t kv_head, float* scratch) {
+Tile<Element> first_tile(const AttentionOp& op, const Step& step, const AttentionUnit& unit, int64_t kv_head) {
+    const Segment& segment = step.segments[unit.segment];
+    const int64_t first_position = segment.start + unit.first_query;
+    const int64_t position = max_int(unit.split_begin * kKeySplit, first_key(op, first_position) / kKeyTile * kKeyTile);
+    return tile_of<Element>(step.kv, segment.blocks, op.layer, kv_head, position, first_position + unit.num_queries);
+}
+
+// `next`: the tile that this thread will most likely read after the unit's last.
+template <class Element>
+void run_unit(const AttentionOp& op, const Step& step, const AttentionUnit& unit, int64_t kv_head, const Tile<Element>& next, float* scratch) {
     const KvCache& kv = step.kv;
     const int64_t head_dim = kv.head_dim, padded = kv.padded_head_dim, group = op.num_heads / step.program->num_kv_heads;
     const Segment& segment = step.segments[unit.segment];
@@ -435,9 +455,10 @@ void run_unit(const AttentionOp& op, const Step& step, const AttentionUnit& unit
                 return {max_int(0, first_key(op, position_of(row)) - position), min_int(kKeyTile, position_of(row) + 1 - position)};
             };
             const Range seeing = rows_seeing(position, min_int(position + kKeyTile, end));
-            const Tile<Element> tile = tile_of<Element>(kv, segment.blocks, op.layer, kv_head, position, end);
+            Tile<Element> tile = tile_of<Element>(kv, segment.blocks, op.layer, kv_head, position, end);
             if (rows < kRowsToUnpackFor) {
-                if (position + kKeyTile < end) prefetch_tile(kv, tile_of<Element>(kv, segment.blocks, op.layer, kv_head, position + kKeyTile, end));
+                const bool last = split + 1 == unit.split_end && position + kKeyTile >= split_end;
+                tile.fetch(last ? next : tile_of<Element>(kv, segment.blocks, op.layer, kv_head, position + kKeyTile, end));
                 attend(tile, s, seeing.begin, seeing.end, head_dim, padded, seen);
             } else {
                 attend(unpack(kv, tile, s), s, seeing.begin, seeing.end, head_dim, padded, seen);
@@ -483,15 +504,17 @@ namespace {
 template <class Element>
 void attention_on(const AttentionOp& op, Step& step, Pool& pool) {
     const int64_t heads = step.program->num_kv_heads, num_units = static_cast<int64_t>(step.units.size());
-    pool.for_tiles(ceil_div(step.num_tokens, kTokensPerTile), [&](int64_t i, float*) {
-        const int64_t end = min_int((i + 1) * kTokensPerTile, step.num_tokens);
-        for (int64_t t = i * kTokensPerTile; t < end; ++t) write_token<Element>(op, step, t);
+    const int64_t tokens = min_int(kTokensPerTile, ceil_div(step.num_tokens, 2 * pool.num_threads()));
+    pool.for_tiles(ceil_div(step.num_tokens, tokens), [&](int64_t i, float*) {
+        const int64_t end = min_int((i + 1) * tokens, step.num_tokens);
+        for (int64_t t = i * tokens; t < end; ++t) write_token<Element>(op, step, t);
     });
     // last units first: they see the most keys, and what is left at the end should be small
+    const auto unit_at = [&](int64_t i) -> const AttentionUnit& { return step.units[num_units - 1 - i / heads]; };
     pool.for_tiles(num_units * heads, [&](int64_t i, float* scratch) {
-        const AttentionUnit& unit = step.units[num_units - 1 - i / heads];
-        const int64_t head = i % heads;
-        run_unit<Element>(op, step, unit, head, scratch);
+        const AttentionUnit& unit = unit_at(i);
+        const int64_t head = i % heads, following = min_int(i + 1, num_units * heads - 1);
+        run_unit<Element>(op, step, unit, head, first_tile<Element>(op, step, unit_at(following), following % heads), scratch);
         if (unit.partial < 0) return;
         // whoever finishes the last split of a query joins all of them
         std::atomic<int32_t>& num_done = step.splits_done[unit.first_partial * heads + head];

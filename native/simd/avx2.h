@@ -8,6 +8,7 @@
 namespace jilju::avx2 {
 
 inline constexpr const char* kName = "native-avx2";
+inline constexpr int kRegisters = 16;
 
 struct Pairs { __m256i v; };  // 8 pairs of int16
 JILJU_INLINE Pairs pairs(I32 low, I32 high) {  // of numbers that fit int16

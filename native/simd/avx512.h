@@ -9,6 +9,7 @@
 namespace jilju::avx512 {
 
 inline constexpr const char* kName = "native-avx512";
+inline constexpr int kRegisters = 32;
 
 inline constexpr int kHalvesTogether = 2;
 struct StripF32 { __m512 v; };   // 8 lanes of the first half, 8 of the second

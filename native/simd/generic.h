@@ -9,6 +9,7 @@
 namespace jilju::generic {
 
 inline constexpr const char* kName = "native-generic";
+inline constexpr int kRegisters = 16;
 inline constexpr bool kUnpacksInRegisters = false;  // a block and its chains do not fit the registers of every CPU
 
 JILJU_INLINE F32 fma(F32 a, F32 b, F32 c) { return add(mul(a, b), c); }

@@ -13,6 +13,7 @@
 namespace jilju::neon {
 
 inline constexpr const char* kName = "native-neon";
+inline constexpr int kRegisters = 16;  // of two times 16 bytes
 inline constexpr bool kUnpacksInRegisters = true;  // a block and its chains fit the registers
 
 JILJU_INLINE F32 fma(F32 a, F32 b, F32 c) { return {vfmaq_f32(c.low, a.low, b.low), vfmaq_f32(c.high, a.high, b.high)}; }
