@@ -116,7 +116,7 @@ def main() -> None:
                 for server in (ours, peer)
             ]
             label = f"{arguments.model}, {arguments.streams} streams, {name}"
-            figures.append(ServedFigures(load=label, ours=results[0], peer=results[1], peer_name="llama-server"))
+            figures.append(ServedFigures(load=label, shares_prefix="random_prefix_len" in sizes, ours=results[0], peer=results[1], peer_name="llama-server"))  # fmt: skip
     table = table_of(f"{arguments.model}, {arguments.streams} streams", ["server, load", "output tok/s", "ttft p50", "ttft p95", "itl p50", "client's CPU"])  # fmt: skip
     for figure, name in zip(figures, LOADS, strict=True):
         for server, r in (("jilju", figure.ours), (figure.peer_name, figure.peer)):

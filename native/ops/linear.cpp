@@ -17,6 +17,7 @@ constexpr int64_t kUnitWork = 2 << 20;     // multiply-adds of a unit: about 20 
 constexpr int64_t kMaxUnitBytes = 64 << 10, kMinUnitBytes = 8 << 10;  // of weights
 constexpr int64_t kUnitsPerThread = 8;
 constexpr int64_t kRowsPerQuantizing = 4;
+constexpr int64_t kSoon = 2048;  // bytes of weights between fetching and use: some hundred nanoseconds
 
 // --- packed parts ---------------------------------------------------------------------------------------------------
 
@@ -83,17 +84,39 @@ JILJU_INLINE void finish_strip(const float* results, int64_t num_rows, int64_t n
     }
 }
 
+// results [group.count][16] = outputs of a strip for a group of the rows; fetches the group's share of the next strip.
+struct Group {
+    int64_t index, of;  // in order, of so many
+    int64_t count;      // of rows
+    const int8_t* columns;
+};
+JILJU_INLINE void multiply(const Weight& w, int64_t strip, const Group& group, float* results) {
+    const int64_t num_blocks = w.num_inputs / kBlockColumns, step = ceil_div(w.strip_bytes, num_blocks * group.of);
+    const uint8_t* p = w.packed + strip * w.strip_bytes;
+    const bool once = group.of == 1 && kHalvesTogether == 2;  // then what is fetched now is soon used
+    const uint8_t* ahead = p + (once ? min_int(kSoon, w.strip_bytes) : w.strip_bytes) + group.index * num_blocks * step;
+    multiply_strip_of(w.family, group.count)(p, num_blocks, group.columns, results, {ahead, step});
+}
+
+// body(group, its first row) for the rows [row, row + num_rows) of the step's `all_rows`.
+template <class Body>
+JILJU_INLINE void for_groups(const Step& step, int64_t num_inputs, int64_t row, int64_t num_rows, int64_t all_rows, Body&& body) {
+    const int64_t num_groups = ceil_div(num_rows, kColumns);
+    for (int64_t i = 0; i < num_groups; ++i) {
+        const int64_t r = row + i * kColumns;
+        body(Group{i, num_groups, min_int(kColumns, all_rows - r), columns_of(step, num_inputs, r)}, r);
+    }
+}
+
 // Strips [first, first + count) of `w` for rows [row, row + num_rows) of the step's `all_rows`.
 void run_packed(const Step& step, const Weight& w, int64_t first, int64_t count, int64_t row, int64_t num_rows, int64_t all_rows, Out out) {
-    const int64_t num_blocks = w.num_inputs / kBlockColumns;
     alignas(64) float results[kColumns * kStripRows];
     for (int64_t strip = first; strip < first + count; ++strip, out.data += kStripRows) {
         const int64_t outputs = min_int(kStripRows, w.num_outputs - strip * kStripRows);
-        for (int64_t r = row; r < row + num_rows; r += kColumns) {
-            const int64_t n = min_int(kColumns, all_rows - r);
-            multiply_strip_of(w.family, n)(w.packed + strip * w.strip_bytes, num_blocks, columns_of(step, w.num_inputs, r), results);
-            finish_strip(results, n, outputs, {out.data + r * out.stride, out.stride, out.bias, out.add_to});
-        }
+        for_groups(step, w.num_inputs, row, num_rows, all_rows, [&](const Group& group, int64_t r) {
+            multiply(w, strip, group, results);
+            finish_strip(results, group.count, outputs, {out.data + r * out.stride, out.stride, out.bias, out.add_to});
+        });
         if (out.bias) out.bias += kStripRows;
     }
 }
@@ -101,18 +124,15 @@ void run_packed(const Step& step, const Weight& w, int64_t first, int64_t count,
 // The same for a gate and its up projection, joined by the activation.
 void run_gate(const Step& step, const Weight& gate, const Weight& up, Activation activation, int64_t first, int64_t count, int64_t row, int64_t num_rows,
               int64_t all_rows, Out out) {
-    const int64_t num_blocks = gate.num_inputs / kBlockColumns;
     alignas(64) float gates[kColumns * kStripRows], ups[kColumns * kStripRows];
     for (int64_t strip = first; strip < first + count; ++strip, out.data += kStripRows) {
         const int64_t outputs = min_int(kStripRows, gate.num_outputs - strip * kStripRows);
-        for (int64_t r = row; r < row + num_rows; r += kColumns) {
-            const int64_t n = min_int(kColumns, all_rows - r);
-            const int8_t* x = columns_of(step, gate.num_inputs, r);
-            multiply_strip_of(gate.family, n)(gate.packed + strip * gate.strip_bytes, num_blocks, x, gates);
-            multiply_strip_of(up.family, n)(up.packed + strip * up.strip_bytes, num_blocks, x, ups);
-            for (int64_t i = 0; i < n * kStripRows; i += 8) store(gates + i, mul(activate(activation, load(gates + i)), load(ups + i)));
-            finish_strip(gates, n, outputs, {out.data + r * out.stride, out.stride, nullptr, false});
-        }
+        for_groups(step, gate.num_inputs, row, num_rows, all_rows, [&](const Group& group, int64_t r) {
+            multiply(gate, strip, group, gates);
+            multiply(up, strip, group, ups);
+            for (int64_t i = 0; i < group.count * kStripRows; i += 8) store(gates + i, mul(activate(activation, load(gates + i)), load(ups + i)));
+            finish_strip(gates, group.count, outputs, {out.data + r * out.stride, out.stride, nullptr, false});
+        });
     }
 }
 
@@ -179,7 +199,7 @@ void linear(const LinearOp& op, Step& step, Pool& pool) {
 }
 
 void multiply_one(Family family, int64_t num_columns, const uint8_t* strip, int64_t num_blocks, const int8_t* columns, float* out) {
-    multiply_strip_of(family, num_columns)(strip, num_blocks, columns, out);
+    multiply_strip_of(family, num_columns)(strip, num_blocks, columns, out, {strip, 0});
 }
 
 void unpack_row(const Weight& w, int64_t row, float* out) {

@@ -100,13 +100,16 @@ JILJU_INLINE void add_block(const uint8_t* p, [[maybe_unused]] const uint8_t* he
     }
 }
 
-// Weights are fetched so many bytes before their use, the next strip's at the end of one: while several columns are
-// multiplied, memory would rest. For one column the processor's own prefetching is faster.
-constexpr int64_t kAhead = 2048;
+// Memory that is fetched while a strip is multiplied, from the next one: `step` bytes a block. Where the strip is multiplied
+// several times, every time fetches its share, so that memory never rests. For one column the processor's own fetching is faster.
+struct Ahead {
+    const uint8_t* at;
+    int64_t step;
+};
 
 // out [kN][16] = the strip's outputs of each column, of its halves [kFirst, kFirst + kCount) only
 template <Family kFamily, int kN, int kFirst, int kCount>
-JILJU_INLINE void multiply_halves(const uint8_t* strip, int64_t num_blocks, const int8_t* columns, float* out) {
+JILJU_INLINE void multiply_halves(const uint8_t* strip, int64_t num_blocks, const int8_t* columns, float* out, Ahead ahead) {
     constexpr FamilyLayout kLayout = family_layout(kFamily);
     constexpr int kPasses = kCount / kHalvesTogether;  // over a block
     StripF32 results[kPasses][kN];
@@ -120,8 +123,8 @@ JILJU_INLINE void multiply_halves(const uint8_t* strip, int64_t num_blocks, cons
         const int64_t end = min_int(first + kHeadBlocks, num_blocks);
         for (int64_t b = first; b < end; ++b, strip += 2 * kLayout.block_bytes, columns += kN * kColumnBytes) {
             if constexpr (kN > 1) {
-#pragma GCC unroll 16
-                for (int64_t at = 0; at < kCount * kLayout.block_bytes; at += 64) prefetch(strip + kAhead + kFirst * kLayout.block_bytes + at);
+                for (int64_t line = 0; line < ahead.step; line += 64) prefetch(ahead.at + line);
+                ahead.at += ahead.step;
             }
 #pragma GCC unroll 2
             for (int pass = 0; pass < kPasses; ++pass)
@@ -136,16 +139,17 @@ JILJU_INLINE void multiply_halves(const uint8_t* strip, int64_t num_blocks, cons
 
 // out [kN][16] = the strip's outputs of each column
 template <Family kFamily, int kN>
-void multiply_strip(const uint8_t* strip, int64_t num_blocks, const int8_t* columns, float* out) {
+void multiply_strip(const uint8_t* strip, int64_t num_blocks, const int8_t* columns, float* out, Ahead ahead) {
     if constexpr (kHalvesTogether == 2 || kN <= 2) {
-        multiply_halves<kFamily, kN, 0, 2>(strip, num_blocks, columns, out);
+        multiply_halves<kFamily, kN, 0, 2>(strip, num_blocks, columns, out, ahead);
     } else {  // sums of both halves would not fit the registers
-        multiply_halves<kFamily, kN, 0, 1>(strip, num_blocks, columns, out);
-        multiply_halves<kFamily, kN, 1, 1>(strip, num_blocks, columns, out);
+        const int64_t step = (ahead.step + 1) / 2;
+        multiply_halves<kFamily, kN, 0, 1>(strip, num_blocks, columns, out, {ahead.at, step});
+        multiply_halves<kFamily, kN, 1, 1>(strip, num_blocks, columns, out, {ahead.at + num_blocks * step, step});
     }
 }
 
-using MultiplyStrip = void (*)(const uint8_t* strip, int64_t num_blocks, const int8_t* columns, float* out);
+using MultiplyStrip = void (*)(const uint8_t* strip, int64_t num_blocks, const int8_t* columns, float* out, Ahead ahead);
 
 template <Family kFamily>
 constexpr MultiplyStrip kMultiplyStrip[kColumns] = {

@@ -41,6 +41,18 @@ def report(model: str, good: bool) -> ModelReport:
     return ModelReport(model=model, kernel_set="k", num_threads=2, num_rounds=1, figures=figures, peer_notes={})
 
 
+def served(shares_prefix: bool, times: float) -> ServedFigures:
+    """Ours `times` as fast as the other server, from the first token on."""
+
+    def result(rate: float):
+        answer = seen(0.0, *[(i + 1) / rate for i in range(10)])
+        return summarise(LoadOptions(url=""), "m", [answer], [], 0.0, 1, 0.0)
+
+    return ServedFigures(
+        load="a load", shares_prefix=shares_prefix, ours=result(5.0 * times), peer=result(5.0), peer_name="llama-server"
+    )
+
+
 def write(folder, good: bool) -> None:
     def put(name: str, value: object) -> None:
         (folder / name).write_bytes(msgspec.json.encode(value))
@@ -68,6 +80,7 @@ def write(folder, good: bool) -> None:
         Compared("float32 reference", 10.0, None, None),
         Compared("native", 10.04 if good else 9.9, 2e-3 if good else 4e-3, 1e-4),
     ]
+    put("served.json", [served(shares_prefix, 6.0 if good else 2.0) for shares_prefix in (False, True)])
     put("quality-m.json", {"extra": 1, **msgspec.to_builtins(QualityFigures(
         model="m", compared=[*compared, Compared("llama.cpp", 10.1, 3e-3, 1e-4)]))})  # fmt: skip
 
@@ -104,16 +117,15 @@ def test_a_divergence_may_be_that_of_llama_cpp(tmp_path):
         assert bar.is_met is is_met, (kl, theirs)
 
 
-def test_served_loads_are_told_without_a_limit(tmp_path):
-    ours, peer = (
-        summarise(LoadOptions(url=""), "m", [seen(0.0, *[(i + 1) / rate for i in range(10)])], [], 0.0, 1, 0.0)
-        for rate in (20.0, 5.0)
-    )
-    served = [ServedFigures(load="a load", ours=ours, peer=peer, peer_name="llama-server")]
-    (tmp_path / "served.json").write_bytes(msgspec.json.encode(served))
-    bar = bars_of(read_results(tmp_path))[-1]
-    assert (bar.text, bar.is_met) == ("a load", None)
-    assert "20 tok/s" in bar.measured and "4.0x llama-server" in bar.measured
+@pytest.mark.parametrize("shares_prefix", [False, True])
+@pytest.mark.parametrize("good", [False, True])
+def test_a_served_load_has_limits_beside_the_other_server(tmp_path, shares_prefix, good):
+    times = 6.0 if good else 2.0
+    (tmp_path / "served.json").write_bytes(msgspec.json.encode([served(shares_prefix, times)]))
+    rate, first = [bar for bar in bars_of(read_results(tmp_path)) if bar.text.startswith("a load")]
+    assert (rate.is_met, first.is_met) == (good, good)
+    assert rate.measured == f"{times:.1f}x" and first.measured == f"{1 / times:.2f}x"
+    assert ("p95" in first.text) == shares_prefix
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path):

@@ -37,6 +37,8 @@ OWN_BYTES = 120e6  # of an engine's process besides packed weights and KV cache
 READY_S = {"smollm2-135m": 1.0, "qwen2.5-coder-0.5b": 2.0}
 MAX_KL, MAX_PERPLEXITY_CHANGE = 1e-3, 0.005
 IDLE_SHARE = 0.005  # of a core: what rounds to 0 %
+# Output tokens/s beside the other server's, at least, and the time to first token, at most.
+SERVED, SERVED_SHARED = (3.0, 1 / 3), (4.0, 1 / 5)
 
 T = TypeVar("T")
 
@@ -67,6 +69,7 @@ class ServedFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Of one load, as `benchmarks/served.py` writes it."""
 
     load: str
+    shares_prefix: bool
     ours: LoadResult
     peer: LoadResult | None
     peer_name: str
@@ -210,10 +213,29 @@ def _process(results: Results) -> Iterator[Bar]:
 
 
 def _served(results: Results) -> Iterator[Bar]:
-    """No limits: the ratio to the peer server, and what ours gave."""
-    for served in results.served:
-        ours, peer = served.ours, served.peer
-        rate = f"{ours.output_throughput:.0f} tok/s, ttft p50 {ours.median_ttft_ms:.0f}, p95 {ours.p95_ttft_ms:.0f} ms"
-        if peer is not None:
-            rate += f"; {ours.output_throughput / peer.output_throughput:.1f}x {served.peer_name}"
-        yield Bar("served", served.load, "-", rate, None)
+    """Beside the other server: the rate, and the time to first token: its median, or its p95 where prompts share a prefix."""
+    for text, shares_prefix, limits in (
+        ("streams side by side", False, SERVED),
+        ("streams with a shared prefix", True, SERVED_SHARED),
+    ):
+        found = [s for s in results.served if s.shares_prefix == shares_prefix and s.peer is not None]
+        if not found:
+            yield at_least("served", f"{text}: output tokens/s", None, limits[0], "{:.1f}x")
+        for served in found:
+            ours, peer = served.ours, served.peer
+            assert peer is not None
+            rate = ours.output_throughput / peer.output_throughput
+            yield at_least(
+                "served", f"{served.load}: output tokens/s beside {served.peer_name}", rate, limits[0], "{:.1f}x"
+            )
+            if shares_prefix:
+                name, first = "p95", ours.p95_ttft_ms / peer.p95_ttft_ms
+            else:
+                name, first = "median", ours.median_ttft_ms / peer.median_ttft_ms
+            yield at_most(
+                "served",
+                f"{served.load}: {name} time to first token beside {served.peer_name}",
+                first,
+                limits[1],
+                "{:.2f}x",
+            )
