@@ -122,7 +122,7 @@ JILJU_INLINE void multiply_halves(const uint8_t* strip, int64_t num_blocks, cons
         strip += 2 * kLayout.head_bytes;
         const int64_t end = min_int(first + kHeadBlocks, num_blocks);
         for (int64_t b = first; b < end; ++b, strip += 2 * kLayout.block_bytes, columns += kN * kColumnBytes) {
-            if constexpr (kN > 1) {
+            if constexpr (kN > 4) {
                 for (int64_t line = 0; line < ahead.step; line += 64) prefetch(ahead.at + line);
                 ahead.at += ahead.step;
             }
