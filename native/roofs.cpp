@@ -1,5 +1,7 @@
 #include "roofs.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -22,6 +24,7 @@ using F8 = float __attribute__((vector_size(32)));
 using F16 = float __attribute__((vector_size(64)));
 
 constexpr int64_t kChunk = 256 << 10;  // bytes between two looks at the clock: ~5 us of reading, a look costs 25 ns
+constexpr size_t kHugePage = 2 << 20;
 constexpr int kChains = 12;            // FMAs under way: latency 4 times 2 a cycle is 8, with room; 14 registers of 16
 constexpr int64_t kRounds = 10000;     // of all chains between two looks at the clock: ~20 us
 
@@ -126,7 +129,7 @@ Status check(int num_threads, double seconds) {
 
 struct Freed {
     char* data;
-    ~Freed() { ::operator delete[](data, std::align_val_t(4096)); }
+    ~Freed() { ::operator delete[](data, std::align_val_t(kHugePage)); }
 };
 
 }  // namespace
@@ -136,7 +139,8 @@ Status read_bandwidth(int64_t num_bytes, int num_threads, double seconds, double
     if (!status.ok()) return status;
     const int64_t part = num_bytes / num_threads / 4096 * 4096;  // of one thread, whole pages
     if (part < kChunk) return Status::invalid(std::to_string(num_bytes) + " bytes for " + std::to_string(num_threads) + " threads; at least " + std::to_string(kChunk) + " bytes a thread are needed");
-    const Freed buffer{static_cast<char*>(::operator new[](part * num_threads, std::align_val_t(4096), std::nothrow))};
+    const Freed buffer{static_cast<char*>(::operator new[](part * num_threads, std::align_val_t(kHugePage), std::nothrow))};
+    if (buffer.data) madvise(buffer.data, part * num_threads, MADV_HUGEPAGE);  // as weights are held; a system without them refuses, which is fine
     if (!buffer.data) return Status::no_memory("cannot have " + std::to_string(num_bytes) + " bytes to read");
     const Probes probes = widest();
     std::vector<int64_t> at(num_threads * 8, 0);  // every 8th: one to a cache line

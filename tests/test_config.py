@@ -2,6 +2,7 @@
 
 import pytest
 
+from jilju.assemble.engine import choose_huge_pages
 from jilju.config import (
     SERVE_OPTIONS,
     ApiKey,
@@ -136,3 +137,14 @@ def test_a_wrong_setting_of_an_engine_is_named_as_the_argument_is(given, words):
     with pytest.raises(ConfigError) as caught:
         engine_config("m", **given)
     assert all(word in caught.value.message for word in words), caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("offered", "total", "wanted"),
+    [("always [madvise] never", 50, "on"), ("[always] madvise never", 50, "on"), ("always madvise [never]", 50, "off"), ("always [madvise] never", 51, "off")],
+)  # fmt: skip
+def test_huge_pages_are_taken_where_they_are_offered_and_half_of_the_memory_suffices(
+    monkeypatch, offered, total, wanted
+):
+    monkeypatch.setattr("jilju.config.Path.read_text", lambda path: offered)
+    assert choose_huge_pages(total, 100)[0] == wanted

@@ -41,6 +41,7 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: int = 256  # tokens computed in one step: bounds how long a stream waits for others' prompts
     threads: int | None = None  # auto: the cores this process may use
     packed_cache: str | None = None  # folder, or "off"; auto: one in the cache folder
+    huge_pages: Literal["auto", "on", "off"] = "auto"  # weights in memory of the process's own, in huge pages
     served_model_name: str | None = None  # auto: the model's name
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
@@ -84,6 +85,7 @@ SERVE_OPTIONS: tuple[Option, ...] = (
     Option("step_tokens", "int", "Tokens computed in one step; bounds how long a stream waits for others' prompts.", low=16, high=8192),
     Option("threads", "tokens", "Threads that compute, or auto: the cores this process may use.", low=1, high=256),
     Option("packed_cache", "folder", "Folder of packed weights, off to pack at every start, or auto: one in the cache folder."),
+    Option("huge_pages", "choice", "Weights in huge pages of the engine's own memory (on: faster answers), or mapped from the packed file (off: shared by processes, given back under pressure). auto: on where the system offers them and half of the memory suffices.", choices=("auto", "on", "off")),
     Option("served_model_name", "text", "Name of the model in the API."),
     Option("log_level", "choice", "How much to log.", choices=("debug", "info", "warning", "error")),
     Option("log_format", "choice", "How to log.", choices=("text", "json")),
@@ -239,6 +241,15 @@ def available_memory_bytes() -> int:
             available = int(line.split()[1]) * 1024
     limit, used = _cgroup_int("memory.max"), _cgroup_int("memory.current")
     return min(available, limit - used) if limit is not None and used is not None else available
+
+
+def huge_pages_offered() -> bool:
+    """Whether this system gives huge pages to a process that asks for them."""
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return False
+    return "[always]" in text or "[madvise]" in text
 
 
 def usable_cores() -> tuple[int, str]:

@@ -17,7 +17,7 @@ import contextlib
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -97,19 +97,20 @@ class LLM:
     """A model with an engine of its own. `model` is a name of `jilju models` or the path of a GGUF file.
 
     `context` is the longest sequence in tokens and `kv_memory` the memory of the KV cache ("1GiB" or bytes); by default both
-    are chosen as `jilju serve` does. `packed_cache` is the folder of packed weights, or "off" to pack them at every start.
-    `progress` is told while a model is fetched or packed. `accept_licence` names the terms of a model that has some ("gemma"); that
+    are chosen as `jilju serve` does. `packed_cache` is the folder of packed weights, or "off" to pack them at every start;
+    `huge_pages` puts them into the process's own memory, which is faster. `progress` is told while a model is fetched or packed. `accept_licence` names the terms of a model that has some ("gemma"); that
     they are accepted is recorded, so it is needed once. Raises StartupError if the model cannot be had, read or held.
     """
 
     def __init__(
         self, model: str = DEFAULT_MODEL, *, context: int | None = None, kv_memory: int | str | None = None, max_rows: int = 32,
         step_tokens: int = 256, threads: int | None = None, kv_dtype: KvDtype = "f16",
-        packed_cache: str | None = None, progress: Callable[[int, int, str], None] | None = None, accept_licence: str | None = None,
+        packed_cache: str | None = None, huge_pages: Literal["auto", "on", "off"] = "auto",
+        progress: Callable[[int, int, str], None] | None = None, accept_licence: str | None = None,
     ):  # fmt: skip
         config = engine_config(
             model, context=context, kv_memory=kv_memory, max_rows=max_rows, step_tokens=step_tokens, threads=threads,
-            kv_dtype=kv_dtype, packed_cache=packed_cache,
+            kv_dtype=kv_dtype, packed_cache=packed_cache, huge_pages=huge_pages,
         )  # fmt: skip
         model_file = open_model(model, progress or _silent, accept_licence)
         self.config, options, self.memory = resolve_engine(model_file, config)

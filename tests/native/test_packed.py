@@ -61,12 +61,13 @@ WANTED = packed.pack_into_memory(LAYOUT, pack, silent, num_threads=2)
 class Place:
     """A folder for the cache and a model file, whose sum is remembered however new it is."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, huge_pages: bool):
         self.folder, self.source = path / "packed", path / "model.gguf"
+        self.huge_pages = huge_pages
         self.source.write_bytes(b"weights" * 1000)
 
     def cache(self) -> PackedCache:
-        return PackedCache(self.folder, self.source, self.source.stat(), num_threads=2)
+        return PackedCache(self.folder, self.source, self.source.stat(), num_threads=2, huge_pages=self.huge_pages)
 
     def find(self, layout: PackedLayout = LAYOUT) -> np.ndarray | None:
         return self.cache().find(layout)
@@ -81,10 +82,11 @@ class Place:
         return [path.name for path in self.folder.iterdir() if path.name.endswith(".tmp")]
 
 
-@pytest.fixture
-def place(tmp_path, monkeypatch):
+@pytest.fixture(params=[False, True], ids=["mapped", "huge pages"])
+def place(tmp_path, monkeypatch, request):
     monkeypatch.setattr(file_sum, "SETTLED_NS", -(10**18))
-    return Place(tmp_path)
+    monkeypatch.setattr(packed, "READ_BYTES", 1000)  # several reads, the last one short
+    return Place(tmp_path, request.param)
 
 
 @pytest.fixture
@@ -270,7 +272,7 @@ def test_a_sum_is_computed_once(filled, monkeypatch):
 
 
 def test_the_sum_of_a_file_that_was_just_written_is_not_remembered(tmp_path):
-    place = Place(tmp_path)
+    place = Place(tmp_path, huge_pages=False)
     place.make()
     assert not (place.folder / file_sum.LIST_NAME).exists()
     assert place.find() is not None
@@ -369,6 +371,7 @@ PROGRAM = """
 
     place = Place.__new__(Place)
     place.folder, place.source = Path(sys.argv[1]) / "packed", Path(sys.argv[1]) / "model.gguf"
+    place.huge_pages = sys.argv[3] == "True"
     def slowly(weight_id, out):
         pack(weight_id, out)
         print("packed", weight_id, flush=True)
@@ -380,7 +383,11 @@ def start(place: Place, wait_s: float, code: str) -> subprocess.Popen:
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM) + textwrap.dedent(code)]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"}
     return subprocess.Popen(
-        [*command, str(place.source.parent), str(wait_s)], env=environment, text=True, stdout=-1, stderr=-1
+        [*command, str(place.source.parent), str(wait_s), str(place.huge_pages)],
+        env=environment,
+        text=True,
+        stdout=-1,
+        stderr=-1,
     )
 
 

@@ -18,7 +18,7 @@ from jilju.bench.engine import PROMPT_TOKENS, EngineShare, run_rows, share_of
 from jilju.bench.guard import Guard
 from jilju.bench.machine import Probes
 from jilju.bench.steps import ProfiledExecutor, Steps
-from jilju.config import ServeConfig, engine_config
+from jilju.config import ServeConfig, engine_config, huge_pages_offered
 from jilju.engine.events import StepRecord
 from jilju.engine.supervisor import SupervisedClient
 from jilju.errors import ConfigError
@@ -59,7 +59,10 @@ def load_stepped(
     model: ModelFile, max_rows: int, max_context: int, num_threads: int, kv_dtype: KvDtype = "f16"
 ) -> SteppedModel:
     limits = replace(limits_for(model, max_rows, max_context, num_threads), kv_dtype=kv_dtype)
-    executor = load_native(model.gguf, model.plan, limits, packed_folder(ServeConfig()), no_progress, profile=True)
+    huge_pages = huge_pages_offered()  # as auto does, where memory suffices
+    executor = load_native(
+        model.gguf, model.plan, limits, packed_folder(ServeConfig()), no_progress, huge_pages=huge_pages, profile=True
+    )
     kv_element_bytes = executor.kv_bytes_per_token(model.plan, kv_dtype) // model.plan.kv.elements_per_token
     return SteppedModel(model.plan, executor, kv_element_bytes, limits, Steps(executor, model.plan, limits))
 

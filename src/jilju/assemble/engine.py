@@ -15,7 +15,7 @@ from jilju.assemble.packed import packed_folder
 from jilju.backends.native import NativeExecutor, PackedCache
 from jilju.backends.reference import ReferenceExecutor
 from jilju.clock import Clock, WallClock
-from jilju.config import ServeConfig, available_memory_bytes, usable_cores
+from jilju.config import ServeConfig, available_memory_bytes, huge_pages_offered, usable_cores
 from jilju.engine.loop import Engine
 from jilju.errors import ConfigError, StartupError
 from jilju.formats.gguf import GgufFile
@@ -29,6 +29,7 @@ from jilju.plan import Executor, KvDtype, Limits, Plan
 BLOCK_SIZE = 16  # slots of a KV block: small, so that a shared prefix is found to within 15 tokens
 AUTO_KV_SHARE = 4  # --kv-memory auto takes a quarter of the available memory ...
 AUTO_KV_CONTEXTS = 64  # ... but not more than this many full contexts
+AUTO_HUGE_SHARE = 2  # --huge-pages auto wants all that an engine holds to fit into half of the available memory
 
 Backend = Literal["native", "reference"]
 
@@ -54,6 +55,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     step_tokens: int
     num_threads: int
     packed_cache: str | None = None  # folder of packed weights; None: they are packed into memory
+    huge_pages: bool = False  # weights in memory of the process's own instead of mapped
     block_size: int = BLOCK_SIZE
     kv_dtype: KvDtype = "f16"
     backend: Backend = "native"
@@ -150,12 +152,25 @@ def resolve_engine(
         workspace_bytes=executor.workspace_bytes(model.plan, limits_of(options)), kv_bytes_per_token=kv_token, num_blocks=num_blocks,
         context=config.context,
     )  # fmt: skip
+    if config.huge_pages == "auto":
+        value, reason = choose_huge_pages(memory.total_bytes, available)
+        config = config.with_auto("huge_pages", value, reason)
+    options = msgspec.structs.replace(options, huge_pages=config.huge_pages == "on")
     if memory.total_bytes > available:
         raise StartupError(
             f"{model.name} needs {show_bytes(memory.total_bytes)} (weights {show_bytes(memory.weight_bytes)}, KV {show_bytes(memory.kv_bytes)}, "
             f"workspace {show_bytes(memory.workspace_bytes)}), {show_bytes(available)} are available; give a smaller --kv-memory or model"
         )
     return config, options, memory
+
+
+def choose_huge_pages(total_bytes: int, available_bytes: int) -> tuple[Literal["on", "off"], str]:
+    """On or off, and why, for an engine that holds `total_bytes`."""
+    if not huge_pages_offered():
+        return "off", "the system offers none"
+    if total_bytes > available_bytes // AUTO_HUGE_SHARE:
+        return "off", f"more than half of {show_bytes(available_bytes)} would be held"
+    return "on", "offered, and memory suffices"
 
 
 def limits_of(options: EngineOptions) -> Limits:
@@ -174,7 +189,7 @@ def build_engine(options: EngineOptions, clock: Clock | None = None, progress: P
     executor: Executor
     if options.backend == "native":
         folder = Path(options.packed_cache) if options.packed_cache is not None else None
-        executor = load_native(gguf, plan, limits, folder, progress)
+        executor = load_native(gguf, plan, limits, folder, progress, huge_pages=options.huge_pages)
     else:
         executor = ReferenceExecutor()
         executor.load(plan, load_weights(gguf, plan), limits)
@@ -185,13 +200,24 @@ def build_engine(options: EngineOptions, clock: Clock | None = None, progress: P
 
 
 def load_native(
-    gguf: GgufFile, plan: Plan, limits: Limits, folder: Path | None, progress: Progress, *, profile: bool = False
+    gguf: GgufFile,
+    plan: Plan,
+    limits: Limits,
+    folder: Path | None,
+    progress: Progress,
+    *,
+    huge_pages: bool,
+    profile: bool = False,
 ) -> NativeExecutor:
-    """The native backend, loaded; `folder` keeps packed weights. Raises StartupError.
+    """The native backend, loaded; `folder` keeps packed weights, `huge_pages` puts them into memory. Raises StartupError.
 
     Values of the file are checked, unless weights are found that were packed from it: then they were checked before that.
     """
-    cache = PackedCache(folder, Path(gguf.path), gguf.status, limits.num_threads) if folder is not None else None
+    cache = (
+        PackedCache(folder, Path(gguf.path), gguf.status, limits.num_threads, huge_pages)
+        if folder is not None
+        else None
+    )
     executor = NativeExecutor(profile=profile, packed_cache=cache, progress=progress)
     is_checked = executor.find_packed(plan)
     executor.load(plan, load_weights(gguf, plan, check_values=not is_checked), limits)

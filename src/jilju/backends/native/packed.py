@@ -1,9 +1,10 @@
 """Packed weights: made once a model file, kept in the cache folder, mapped by every later start.
 
 Owns the packed file: its header, its checks, how it is made and how many are kept. A file is used only if it is whole, bit
-for bit what was written, and made from this very model file for this very layout; any other is made anew. Its pages are
-shared by all processes that map it. Where there is no folder, or no room in it, the weights are packed into memory. Knows
-nothing of what packed bytes mean: packing and sums are the kernels'.
+for bit what was written, and made from this very model file for this very layout; any other is made anew. It is mapped, its
+pages being shared by all processes that do so, or read into huge pages of the process's own, from which kernels read faster.
+Where there is no folder, or no room in it, the weights are packed into memory. Knows nothing of what packed bytes mean: packing
+and sums are the kernels'.
 
     file     header (4096 bytes, the rest zeros) | data        little-endian
     header   magic[8] | version u32 | header bytes u32 | layout[32] | model file's SHA-256[32] | data bytes u64 | data sum u64 |
@@ -11,6 +12,7 @@ nothing of what packed bytes mean: packing and sums are the kernels'.
 """
 
 import contextlib
+import errno
 import hashlib
 import logging
 import mmap
@@ -30,10 +32,11 @@ from jilju.backends.native.private_folder import PrivateFolder
 
 logger = logging.getLogger(__name__)
 
-MAGIC = b"jiljuR8\n"
+MAGIC = b"jiljuPW\n"
 HEADER_VERSION = 1
 HEADER_BYTES = 4096  # a page, so that the data begins with one
 PIECE_BYTES = 1 << 20  # summed by one thread at a time
+READ_BYTES = 8 << 20  # read by one thread at a time: whole huge pages
 SUFFIX = ".packed"
 MAX_FILES = 4  # packed files that are kept, those used last
 
@@ -80,17 +83,21 @@ class PackedFile(NamedTuple):
 
 
 class PackedCache:
-    """The packed files in `folder` that belong to the model file `source`, whose `status` was taken when it was opened."""
+    """The packed files in `folder` that belong to the model file `source`, whose `status` was taken when it was opened.
 
-    def __init__(self, folder: Path, source: Path, status: os.stat_result, num_threads: int):
+    `huge_pages`: weights are read into memory of huge pages instead of mapped.
+    """
+
+    def __init__(self, folder: Path, source: Path, status: os.stat_result, num_threads: int, huge_pages: bool = False):
         self._folder = folder
         self._source = source
         self._stamp = FileStamp.of(status)
         self._num_threads = num_threads
+        self._huge_pages = huge_pages
         self._checksum: Callable[[np.ndarray, int], int] = import_kernels().checksum
 
     def find(self, layout: PackedLayout) -> np.ndarray | None:
-        """The packed weights, uint8 [num_bytes], mapped and verified; None if there are none that can be used.
+        """The packed weights, uint8 [num_bytes], verified; None if there are none that can be used.
 
         Whoever made them had checked the values of the model file.
         """
@@ -102,7 +109,7 @@ class PackedCache:
             return None
 
     def make(self, layout: PackedLayout, pack: Pack, progress: Progress) -> np.ndarray:
-        """Pack into a new file and map it; where that cannot be, into memory. uint8 [num_bytes]
+        """Pack into a new file and load it; where that cannot be, into memory. uint8 [num_bytes]
 
         The caller has checked the values of the model file: who finds the packed ones does not look at them again.
         """
@@ -120,7 +127,7 @@ class PackedCache:
         name = _name_of(layout, source_sum)
         try:
             with folder.reading(name) as descriptor:
-                data = self._map_verified(descriptor, layout, source_sum)
+                data = self._load_verified(descriptor, layout, source_sum)
         except FileNotFoundError:
             return None
         except _Damaged as damage:
@@ -136,9 +143,9 @@ class PackedCache:
         with folder.writing(_name_of(layout, source_sum)) as descriptor:
             self._write(descriptor, layout, source_sum, pack, progress)
             check_unchanged(self._source, self._stamp)
-            mapping = mmap.mmap(descriptor, HEADER_BYTES + layout.num_bytes, prot=mmap.PROT_READ)
+            data = self._load(descriptor, layout.num_bytes)
         _keep_few(folder)
-        return np.frombuffer(mapping, np.uint8, layout.num_bytes, HEADER_BYTES)
+        return data
 
     def _write(self, descriptor: int, layout: PackedLayout, source_sum: str, pack: Pack, progress: Progress) -> None:
         num_bytes = HEADER_BYTES + layout.num_bytes
@@ -155,22 +162,41 @@ class PackedCache:
         _SUM.pack_into(mapping, _SUM_OFFSET, self._checksum(whole[:_SUM_OFFSET], 0))
         mapping.flush()  # an error in writing is told here
 
-    def _map_verified(self, descriptor: int, layout: PackedLayout, source_sum: str) -> np.ndarray:
+    def _load_verified(self, descriptor: int, layout: PackedLayout, source_sum: str) -> np.ndarray:
         found, wanted = os.fstat(descriptor).st_size, HEADER_BYTES + layout.num_bytes
         if found != wanted:
             raise _Damaged(f"it has {found} bytes; {wanted} were written")
-        mapping = mmap.mmap(descriptor, wanted, prot=mmap.PROT_READ)
-        whole = np.frombuffer(mapping, np.uint8)
-        if self._checksum(whole[:_SUM_OFFSET], 0) != _SUM.unpack_from(mapping, _SUM_OFFSET)[0]:
+        header = os.pread(descriptor, HEADER_BYTES, 0)
+        if self._checksum(np.frombuffer(header, np.uint8, _SUM_OFFSET), 0) != _SUM.unpack_from(header, _SUM_OFFSET)[0]:
             raise _Damaged("the header's sum is another")
-        magic, version, header_bytes, digest, sha256, num_bytes, data_sum, _ = _HEADER.unpack_from(mapping)
+        magic, version, header_bytes, digest, sha256, num_bytes, data_sum, _ = _HEADER.unpack_from(header)
         if (magic, version, header_bytes) != (MAGIC, HEADER_VERSION, HEADER_BYTES):
             raise _Damaged(f"it is of version {version}; this is {HEADER_VERSION}")
         if (digest, sha256.hex(), num_bytes) != (layout.digest, source_sum, layout.num_bytes):
             raise _Damaged("it was made from another model file or for another layout")
-        data = whole[HEADER_BYTES:]
+        data = self._load(descriptor, layout.num_bytes)
         if self._sum(data) != data_sum:
             raise _Damaged("the data's sum is another")
+        return data
+
+    def _load(self, descriptor: int, num_bytes: int) -> np.ndarray:
+        """The data of a file whose size has been checked, as kernels read it: mapped, or in huge pages. uint8 [num_bytes]"""
+        if not self._huge_pages:
+            mapping = mmap.mmap(descriptor, HEADER_BYTES + num_bytes, prot=mmap.PROT_READ)
+            return np.frombuffer(mapping, np.uint8, num_bytes, HEADER_BYTES)
+        data = _own_memory(num_bytes)
+
+        def read(start: int) -> None:
+            end = min(start + READ_BYTES, num_bytes)
+            while start < end:
+                count = os.preadv(descriptor, [data[start:end].data], HEADER_BYTES + start)
+                if count == 0:
+                    raise OSError(errno.EIO, f"it ends after {HEADER_BYTES + start} bytes")
+                start += count
+
+        with ThreadPoolExecutor(self._num_threads) as threads:
+            list(threads.map(read, range(0, num_bytes, READ_BYTES)))
+        data.setflags(write=False)
         return data
 
     def _sum(self, data: np.ndarray) -> int:
@@ -188,10 +214,18 @@ class _Damaged(Exception):
     """Of a packed file: what is wrong with it."""
 
 
+def _own_memory(num_bytes: int) -> np.ndarray:
+    """uint8 [num_bytes] in huge pages where the system offers them; a page begins it, so entries keep their alignment."""
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # of a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+
 def pack_into_memory(layout: PackedLayout, pack: Pack, progress: Progress, *, num_threads: int) -> np.ndarray:
     if not layout.num_bytes:
         return np.empty(0, np.uint8)
-    data = np.frombuffer(mmap.mmap(-1, layout.num_bytes), np.uint8)  # pages, so entries keep their alignment
+    data = _own_memory(layout.num_bytes)
     _pack_all(layout, data, pack, progress, num_threads)
     return data
 
