@@ -243,7 +243,12 @@ void test_strips(const char* isa, Format format) {
         std::vector<uint8_t> packed(w.packed_bytes());
         pack(w, data.data(), packed.data());
         for (int64_t n = 1; n <= 8; ++n) {
-            const auto columns = random_bytes(random, n * num_inputs / kBlockColumns * kQuantizedBytes);
+            auto columns = random_bytes(random, n * num_inputs / kBlockColumns * kQuantizedBytes);
+            for (size_t block = n * kQuantizedBytes; block <= columns.size(); block += n * kQuantizedBytes)  // zero points that a sum of 32 bytes can have
+                for (int64_t c = 1; c <= n; ++c) {
+                    const int32_t zero_point = static_cast<int32_t>(random() % 65536) - 32768;
+                    std::memcpy(&columns[block - 4 * c], &zero_point, 4);
+                }
             std::vector<float> out(n * kStripRows);
             for (int64_t strip = 0; strip < 2; ++strip)
                 kernels->multiply_strip(w.family, n, packed.data() + strip * w.strip_bytes, num_inputs / kBlockColumns, reinterpret_cast<const int8_t*>(columns.data()), out.data());
