@@ -188,6 +188,7 @@ void linear(const std::string& isa, int format, In<uint8_t> data, In2<float> x, 
     step.program = &program;
     step.num_tokens = rows;
     step.quantized = quantized.data();
+    step.own_rows_at = kernels.own_rows_at(program);
     std::unique_ptr<jilju::Pool> pool;
     require(jilju::Pool::create(num_threads, scratch.data(), kernels.scratch_floats(program), &pool));
     nb::gil_scoped_release release;

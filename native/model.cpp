@@ -154,6 +154,7 @@ Status Model::create(Program program, const ModelLimits& limits, const KernelSet
     model->step_.group_largest = at += workspace.partials;
     model->step_.strips = reinterpret_cast<StripSummary*>(at += workspace.groups);
     model->step_.quantized = reinterpret_cast<int8_t*>(at += workspace.strips);
+    model->step_.own_rows_at = kernels.own_rows_at(p);
     float* const scratch = at + workspace.quantized;
 
     const int64_t tokens = tile_tokens(limits);

@@ -111,6 +111,8 @@ struct Step {
     std::atomic<int32_t>* splits_done;  // [num_partials, num_kv_heads], at a query's first partial; zeros between ops
     std::vector<float*> rope;      // per table: [token][cos[half], sin[half]]
     int8_t* quantized;             // the rows of a linear's input (ops/linear_packed.h)
+    int64_t own_rows_at;           // floats from a thread's scratch to the few rows that it quantizes for itself
+    uint64_t num_linears = 0;      // that have begun, of all steps: by it a thread knows those rows
     // the tile of logit rows
     int64_t first_logit, num_logits;
     int64_t first_token;           // of the token tile, in the batch
@@ -129,6 +131,7 @@ struct Step {
 struct KernelSet {
     const char* name;
     int64_t (*scratch_floats)(const Program&);  // of one thread
+    int64_t (*own_rows_at)(const Program&);     // where in it linear keeps what must outlive other ops
     int64_t (*queries_per_unit)(int group);
     void (*rope_tables)(Step&, Pool&);
     void (*embed)(const EmbedOp&, Step&, Pool&);

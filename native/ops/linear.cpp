@@ -4,6 +4,8 @@
 // op), then strips of sixteen outputs are multiplied with up to eight rows at a time. Parts in a float format run on float32
 // kernels. The two parts of a gate may come with their activation: out = activation(x @ gate.T) * (x @ up.T). Every output's
 // bits depend on its own row and weights alone: units only partition the outputs, K is never split.
+#include <cstring>
+
 #include "linear_float.h"
 #include "linear_packed.h"
 #include "rows.h"
@@ -17,30 +19,52 @@ constexpr int64_t kUnitWork = 2 << 20;     // multiply-adds of a unit: about 20 
 constexpr int64_t kMaxUnitBytes = 64 << 10, kMinUnitBytes = 8 << 10;  // of weights
 constexpr int64_t kUnitsPerThread = 8;
 constexpr int64_t kRowsPerQuantizing = 4;
+constexpr int64_t kOwnRows = 2;  // that every thread quantizes for itself
 constexpr int64_t kSoon = 2048;  // bytes of weights between fetching and use: some hundred nanoseconds
 
 // --- packed parts ---------------------------------------------------------------------------------------------------
 
 int64_t bytes_of_rows(int64_t num_inputs, int64_t rows) { return num_inputs / kBlockColumns * kColumnBytes * rows; }
 
-// Rows lie in groups of kColumns, counted from the tile's first row, as the integer kernels take them.
-int8_t* columns_of(const Step& step, int64_t num_inputs, int64_t row) { return step.quantized + bytes_of_rows(num_inputs, row); }
+// Quantized rows lie in groups of kColumns, counted from the tile's first row, as the integer kernels take them.
+template <class Byte>
+Byte* columns_of(Byte* quantized, int64_t num_inputs, int64_t row) {
+    return quantized + bytes_of_rows(num_inputs, row);
+}
+
+void quantize(const LinearOp& op, const Step& step, int64_t begin, int64_t end, int8_t* quantized, float* scratch) {
+    const int64_t num_rows = step.rows(op.x), num_inputs = op.x.width;
+    for (int64_t row = begin; row < end; ++row) {
+        const float* x = step.at(op.x, row);
+        if (op.norm >= 0) {
+            rms_norm_row(x, step.program->vectors[op.norm], op.norm_eps, false, scratch);
+            x = scratch;
+        }
+        const int64_t first = row / kColumns * kColumns;
+        quantize_row(x, num_inputs, min_int(kColumns, num_rows - first), row - first, columns_of(quantized, num_inputs, first));
+    }
+}
 
 void quantize_rows(const LinearOp& op, Step& step, Pool& pool) {
-    const int64_t num_rows = step.rows(op.x), num_inputs = op.x.width;
-    const std::vector<float>* norm = op.norm >= 0 ? &step.program->vectors[op.norm] : nullptr;
+    const int64_t num_rows = step.rows(op.x);
     pool.for_tiles(ceil_div(num_rows, kRowsPerQuantizing), [&](int64_t unit, float* scratch) {
-        const int64_t end = min_int(num_rows, (unit + 1) * kRowsPerQuantizing);
-        for (int64_t row = unit * kRowsPerQuantizing; row < end; ++row) {
-            const float* x = step.at(op.x, row);
-            if (norm) {
-                rms_norm_row(x, *norm, op.norm_eps, false, scratch);
-                x = scratch;
-            }
-            const int64_t first = row / kColumns * kColumns;
-            quantize_row(x, num_inputs, min_int(kColumns, num_rows - first), row - first, columns_of(step, num_inputs, first));
-        }
+        quantize(op, step, unit * kRowsPerQuantizing, min_int(num_rows, (unit + 1) * kRowsPerQuantizing), step.quantized, scratch);
     });
+}
+
+// Few rows every thread quantizes for itself, with its first unit: that takes less time than to wait for one that does it.
+// Before them stands the number of the linear that they belong to.
+constexpr int64_t kNumberFloats = 16;
+const int8_t* own_rows(const LinearOp& op, const Step& step, float* scratch) {
+    float* const own = scratch + step.own_rows_at;
+    int8_t* const quantized = reinterpret_cast<int8_t*>(own + kNumberFloats);
+    uint64_t number;
+    std::memcpy(&number, own, sizeof number);
+    if (number != step.num_linears) {
+        quantize(op, step, 0, step.rows(op.x), quantized, scratch);
+        std::memcpy(own, &step.num_linears, sizeof number);
+    }
+    return quantized;
 }
 
 struct PackedUnits {
@@ -100,20 +124,20 @@ JILJU_INLINE void multiply(const Weight& w, int64_t strip, const Group& group, f
 
 // body(group, its first row) for the rows [row, row + num_rows) of the step's `all_rows`.
 template <class Body>
-JILJU_INLINE void for_groups(const Step& step, int64_t num_inputs, int64_t row, int64_t num_rows, int64_t all_rows, Body&& body) {
+JILJU_INLINE void for_groups(const int8_t* quantized, int64_t num_inputs, int64_t row, int64_t num_rows, int64_t all_rows, Body&& body) {
     const int64_t num_groups = ceil_div(num_rows, kColumns);
     for (int64_t i = 0; i < num_groups; ++i) {
         const int64_t r = row + i * kColumns;
-        body(Group{i, num_groups, min_int(kColumns, all_rows - r), columns_of(step, num_inputs, r)}, r);
+        body(Group{i, num_groups, min_int(kColumns, all_rows - r), columns_of(quantized, num_inputs, r)}, r);
     }
 }
 
 // Strips [first, first + count) of `w` for rows [row, row + num_rows) of the step's `all_rows`.
-void run_packed(const Step& step, const Weight& w, int64_t first, int64_t count, int64_t row, int64_t num_rows, int64_t all_rows, Out out) {
+void run_packed(const int8_t* quantized, const Weight& w, int64_t first, int64_t count, int64_t row, int64_t num_rows, int64_t all_rows, Out out) {
     alignas(64) float results[kColumns * kStripRows];
     for (int64_t strip = first; strip < first + count; ++strip, out.data += kStripRows) {
         const int64_t outputs = min_int(kStripRows, w.num_outputs - strip * kStripRows);
-        for_groups(step, w.num_inputs, row, num_rows, all_rows, [&](const Group& group, int64_t r) {
+        for_groups(quantized, w.num_inputs, row, num_rows, all_rows, [&](const Group& group, int64_t r) {
             multiply(w, strip, group, results);
             finish_strip(results, group.count, outputs, {out.data + r * out.stride, out.stride, out.bias, out.add_to});
         });
@@ -122,12 +146,12 @@ void run_packed(const Step& step, const Weight& w, int64_t first, int64_t count,
 }
 
 // The same for a gate and its up projection, joined by the activation.
-void run_gate(const Step& step, const Weight& gate, const Weight& up, Activation activation, int64_t first, int64_t count, int64_t row, int64_t num_rows,
+void run_gate(const int8_t* quantized, const Weight& gate, const Weight& up, Activation activation, int64_t first, int64_t count, int64_t row, int64_t num_rows,
               int64_t all_rows, Out out) {
     alignas(64) float gates[kColumns * kStripRows], ups[kColumns * kStripRows];
     for (int64_t strip = first; strip < first + count; ++strip, out.data += kStripRows) {
         const int64_t outputs = min_int(kStripRows, gate.num_outputs - strip * kStripRows);
-        for_groups(step, gate.num_inputs, row, num_rows, all_rows, [&](const Group& group, int64_t r) {
+        for_groups(quantized, gate.num_inputs, row, num_rows, all_rows, [&](const Group& group, int64_t r) {
             multiply(gate, strip, group, gates);
             multiply(up, strip, group, ups);
             for (int64_t i = 0; i < group.count * kStripRows; i += 8) store(gates + i, mul(activate(activation, load(gates + i)), load(ups + i)));
@@ -159,12 +183,16 @@ PartUnits units_of_part(const LinearOp& op, const Step& step, const Weight& w, i
 
 }  // namespace
 
+int64_t own_rows_floats(int64_t max_inputs) { return kNumberFloats + ceil_div(bytes_of_rows(max_inputs, kOwnRows), sizeof(float)); }
+
 int64_t linear_scratch_floats(int64_t max_inputs) { return max_int(float_linear::scratch_floats(), max_inputs); }
 
 void linear(const LinearOp& op, Step& step, Pool& pool) {
     const Program& program = *step.program;
     const int64_t num_rows = step.rows(op.x);
-    if (op.num_packed > 0) quantize_rows(op, step, pool);
+    ++step.num_linears;
+    const bool own = op.num_packed > 0 && num_rows <= kOwnRows;
+    if (op.num_packed > 0 && !own) quantize_rows(op, step, pool);
 
     const size_t num_parts = op.gate ? 1 : op.parts.size();  // a gate's two parts run together
     int64_t num_units = 0;
@@ -190,10 +218,11 @@ void linear(const LinearOp& op, Step& step, Pool& pool) {
         }
         const Out out{step.at(op.out, 0) + offset + first, stride, bias ? bias + first : nullptr, op.add_to};
         const int64_t strip = first / kStripRows, num_strips = ceil_div(outputs, kStripRows);
+        const int8_t* quantized = own ? own_rows(op, step, scratch) : step.quantized;
         if (op.gate) {
-            run_gate(step, w, program.weights[op.parts[1]], *op.gate, strip, num_strips, row, rows, num_rows, out);
+            run_gate(quantized, w, program.weights[op.parts[1]], *op.gate, strip, num_strips, row, rows, num_rows, out);
         } else {
-            run_packed(step, w, strip, num_strips, row, rows, num_rows, out);
+            run_packed(quantized, w, strip, num_strips, row, rows, num_rows, out);
         }
     });
 }

@@ -77,6 +77,7 @@ void sample(const SampleOp&, Step&, Pool&);
 void multiply_one(Family, int64_t num_columns, const uint8_t* strip, int64_t num_blocks, const int8_t* columns, float* out);
 void unpack_row(const Weight&, int64_t row, float* out);
 int64_t linear_scratch_floats(int64_t max_inputs);
+int64_t own_rows_floats(int64_t max_inputs);  // of linear too, behind the scratch that ops share
 int64_t attention_scratch_floats(int group, int64_t head_dim, int64_t padded_head_dim);
 int64_t attention_queries_per_unit(int group);
 int64_t sample_scratch_floats(int64_t vocab_size);

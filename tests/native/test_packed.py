@@ -177,7 +177,7 @@ def test_a_file_of_another_length_is_noticed(filled, num_bytes):
 @pytest.mark.parametrize(
     ("offset", "num_bytes", "reason"),
     [
-        (0, 8, "of version"),  # magic
+        (0, 8, "no packed file"),  # magic
         (8, 4, "of version"),
         (12, 4, "of version"),  # header bytes
         (16, 32, "another model file or for another layout"),  # layout

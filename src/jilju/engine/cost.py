@@ -5,12 +5,13 @@ Knows nothing of what an op counts; the sums equal plan.flops() and plan.bytes()
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import msgspec
 
 from jilju.engine.scheduler import Step
-from jilju.plan import Op, Plan, StepShape, Value, WeightSpec
+from jilju.plan import Attention, Op, Plan, StepShape, Value, WeightSpec
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,27 @@ class StepCost:
     def __init__(self, plan: Plan, kv_element_bytes: int):
         self._kv_element_bytes = kv_element_bytes
         # Names of weights, numbers of buffers and layers do not enter a cost: ops that differ in nothing else are one kind.
-        self._kinds = list(Counter(_nameless(op) for op in plan.ops).items())
+        kinds = Counter(_nameless(op) for op in plan.ops).items()
+        self._attention = [(op, count) for op, count in kinds if isinstance(op, Attention)]  # depends on contexts
+        self._others = [
+            (op, count) for op, count in kinds if not isinstance(op, Attention)
+        ]  # on the numbers of rows alone
+        self._known: tuple[tuple[int, int], tuple[int, int]] | None = (
+            None  # numbers of the last step, cost of the others
+        )
 
     def of(self, step: Step) -> tuple[int, int]:
         """FLOPs and bytes."""
         shape = step_totals(step)
+        numbers = (shape.num_tokens, shape.num_logits)
+        if self._known is None or self._known[0] != numbers:
+            self._known = (numbers, self._sum(self._others, shape))
+        flops, num_bytes = self._sum(self._attention, shape)
+        return flops + self._known[1][0], num_bytes + self._known[1][1]
+
+    def _sum(self, kinds: Iterable[tuple[Op, int]], shape: StepShape) -> tuple[int, int]:
         flops = num_bytes = 0
-        for op, count in self._kinds:
+        for op, count in kinds:
             flops += count * op.flops(shape)
             num_bytes += count * op.bytes(shape, self._kv_element_bytes)
         return flops, num_bytes

@@ -4,6 +4,8 @@ Reads sequences and changes nothing. Knows the layout of `plan.batch` and nothin
 Noise is keyed by (seed, index of the token to be sampled), so chunks, neighbours, preemption and resume change nothing.
 """
 
+from itertools import accumulate
+
 import numpy as np
 
 from jilju.engine.scheduler import Row, Step
@@ -44,13 +46,13 @@ def pack(step: Step, vocab_size: int) -> Batch:
         presence_penalties=np.array(logits.presence_penalties, np.float32),
         frequency_penalties=np.array(logits.frequency_penalties, np.float32),
         penalty_starts=_offsets(logits.penalty_ids),
-        penalty_ids=np.concatenate([_NO_IDS, *logits.penalty_ids]),
-        penalty_counts=np.concatenate([_NO_IDS, *logits.penalty_counts]),
+        penalty_ids=_joined(logits.penalty_ids, _NO_IDS),
+        penalty_counts=_joined(logits.penalty_counts, _NO_IDS),
         bias_starts=_offsets(logits.bias_ids),
-        bias_ids=np.concatenate([_NO_IDS, *logits.bias_ids]),
-        biases=np.concatenate([_NO_VALUES, *logits.biases]),
+        bias_ids=_joined(logits.bias_ids, _NO_IDS),
+        biases=_joined(logits.biases, _NO_VALUES),
         banned_starts=_offsets(logits.banned_ids),
-        banned_ids=np.concatenate([_NO_IDS, *logits.banned_ids]),
+        banned_ids=_joined(logits.banned_ids, _NO_IDS),
         mask_rows=np.array(logits.mask_rows, np.int32),
         masks=_masks(logits.masks, -(-vocab_size // 32)),
     )
@@ -133,8 +135,12 @@ def _masks(masks: list[np.ndarray], num_words: int) -> np.ndarray:
     return out
 
 
+def _joined(parts: list[np.ndarray], nothing: np.ndarray) -> np.ndarray:
+    """The parts one after another; mostly all of them are empty."""
+    found = [part for part in parts if len(part)]
+    return np.concatenate(found) if found else nothing
+
+
 def _offsets(parts: list[np.ndarray]) -> np.ndarray:
     """Where each part begins when they lie one after another, and where the last ends: int32 [len(parts) + 1]."""
-    offsets = np.zeros(len(parts) + 1, np.int32)
-    np.cumsum([len(part) for part in parts], out=offsets[1:])
-    return offsets
+    return np.array(list(accumulate(map(len, parts), initial=0)), np.int32)

@@ -309,14 +309,15 @@ class Scheduler:
         """Take the result of a step: the only place where tokens are appended and blocks enter the prefix cache."""
         events: list[EngineEvent] = []
         finite: list[bool] = result.finite.tolist()
+        token_ids: list[int] = result.token_ids.tolist()
         stalled_ns = prefill_share_ns(step.begin_ns, now_ns, step.num_prefill_tokens, step.num_decode_tokens)
         num_live, logit = len(self._live), 0
         for row in step.rows:
             logits = range(logit, logit + row.num_logits)
             logit = logits.stop
             self._note_step(row, step, stalled_ns)
-            if all(finite[i] for i in logits):
-                self._commit_row(row, logits, result, now_ns, events)
+            if all(finite[logits.start : logits.stop]):
+                self._commit_row(row, logits, token_ids, result, now_ns, events)
             else:
                 message = (
                     "the model gave a logit that is NaN or infinite, or no token was allowed; the request ends here,"
@@ -343,7 +344,9 @@ class Scheduler:
         if row.is_sampled and row.count == 1 and sequence.num_output > len(sequence.request.output_ids):
             sequence.stalled_ns += stalled_ns
 
-    def _commit_row(self, row: Row, logits: range, result: StepResult, now_ns: int, events: list[EngineEvent]) -> None:
+    def _commit_row(
+        self, row: Row, logits: range, token_ids: list[int], result: StepResult, now_ns: int, events: list[EngineEvent]
+    ) -> None:
         sequence = row.sequence
         end = row.start + row.count
         sequence.num_computed = end
@@ -355,7 +358,7 @@ class Scheduler:
             if len(sequence.scores) == sequence.num_prompt_tokens - 1:
                 events += _scores_event(sequence)
         if row.is_sampled:
-            event = self._append(sequence, logits.stop - 1, result, now_ns)
+            event = self._append(sequence, token_ids[logits.stop - 1], logits.stop - 1, result, now_ns)
             events.append(event)
             if event.finish_reason is not None:
                 self._finish(sequence)
@@ -363,9 +366,8 @@ class Scheduler:
             events.append(RequestEnded(request_id=sequence.id, finish_reason="length", times=sequence.times()))
             self._finish(sequence)
 
-    def _append(self, sequence: Sequence, logit: int, result: StepResult, now_ns: int) -> TokenEvent:
+    def _append(self, sequence: Sequence, token_id: int, logit: int, result: StepResult, now_ns: int) -> TokenEvent:
         params = sequence.request.params
-        token_id = int(result.token_ids[logit])
         index = sequence.num_output
         sequence.append(token_id)
         sequence.last_token_ns = now_ns

@@ -170,7 +170,9 @@ class PackedCache:
         if self._checksum(np.frombuffer(header, np.uint8, _SUM_OFFSET), 0) != _SUM.unpack_from(header, _SUM_OFFSET)[0]:
             raise _Damaged("the header's sum is another")
         magic, version, header_bytes, digest, sha256, num_bytes, data_sum, _ = _HEADER.unpack_from(header)
-        if (magic, version, header_bytes) != (MAGIC, HEADER_VERSION, HEADER_BYTES):
+        if magic != MAGIC:
+            raise _Damaged("it is no packed file")
+        if (version, header_bytes) != (HEADER_VERSION, HEADER_BYTES):
             raise _Damaged(f"it is of version {version}; this is {HEADER_VERSION}")
         if (digest, sha256.hex(), num_bytes) != (layout.digest, source_sum, layout.num_bytes):
             raise _Damaged("it was made from another model file or for another layout")
