@@ -3,6 +3,7 @@
 OPTIONS is EngineOptions as JSON, FD the file descriptor of the link, appended by who starts it. Runs until the link ends.
 """
 
+import gc
 import logging
 import socket
 import sys
@@ -10,15 +11,20 @@ import sys
 import msgspec
 
 from jilju.assemble.engine import EngineOptions, build_engine
-from jilju.engine.link import serve_engine
+from jilju.engine.link import LoadProgress, serve_engine
+from jilju.engine.loop import Engine
 
 
 def main(options: str, descriptor: str) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
     engine_options = msgspec.json.decode(options, type=EngineOptions)
-    serve_engine(
-        lambda progress: build_engine(engine_options, progress=progress), socket.socket(fileno=int(descriptor))
-    )
+
+    def load(progress: LoadProgress) -> Engine:
+        engine = build_engine(engine_options, progress=progress)
+        gc.freeze()  # what was loaded stays: a full collection in the middle of a step would walk over all of it
+        return engine
+
+    serve_engine(load, socket.socket(fileno=int(descriptor)))
 
 
 if __name__ == "__main__":
