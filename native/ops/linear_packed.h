@@ -101,7 +101,8 @@ JILJU_INLINE void add_block(const uint8_t* p, [[maybe_unused]] const uint8_t* he
 }
 
 // Memory that is fetched while a strip is multiplied, from the next one: `step` bytes a block. Where the strip is multiplied
-// several times, every time fetches its share, so that memory never rests. For one column the processor's own fetching is faster.
+// several times, every time fetches its share, so that memory never rests. Up to four columns take less time than memory does: there
+// the processor's own fetching is faster.
 struct Ahead {
     const uint8_t* at;
     int64_t step;
