@@ -16,7 +16,8 @@
     ├── UnsupportedMediaType      415
     ├── Overloaded                429
     ├── InternalError             500  our fault, this request alone
-    │   └── NanLogits             500
+    │   ├── NanLogits             500
+    │   └── RequestQuarantined    500
     ├── NotReady                  503  loading, draining, restarting
     ├── EngineUnavailable         503  given up
     ├── DeadlineExceeded          504
@@ -150,6 +151,10 @@ class InternalError(JiljuError):
 
 class NanLogits(InternalError):
     code = "nan_logits"
+
+
+class RequestQuarantined(InternalError):
+    code = "request_quarantined"
 
 
 class NotReady(JiljuError):

@@ -26,6 +26,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     max_rows: int
     step_tokens: int
+    token_gap_ms: float  # what a step beside a decoding sequence is to take at most; prefill is cut to it
     weight_bytes: int
     kv_bytes: int
     workspace_bytes: int
@@ -45,6 +46,10 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_restarts: int
     imbalance: int  # broken conservation laws seen; must be 0
     num_resumed: int = 0  # started requests that an engine took over from a dead one
+    num_quarantined: int = 0  # requests that were refused for good after deaths of the engine
+    num_step_faults: int = 0  # steps that raised
+    is_stuck: bool = False  # requests wait, none runs, and steps bring nothing: a defect of the scheduler
+    step_coefficients: tuple[float, float, float] = (0.0, 0.0, 0.0)  # of engine.step_times.StepTimes, ns
 
 
 class EngineClient(Protocol):

@@ -23,6 +23,7 @@ PARAM_RANGES: tuple[tuple[str, float, float], ...] = (
 
 
 MAX_BIAS = 100
+MAX_PRIORITY = 100
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +113,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     output_ids: list[int] = []  # tokens that an earlier engine made; the next is index len(output_ids)
     salt: bytes = b""  # prefix-cache hits only among equal salts
     score_prompt: bool = False  # also report the logprob of each prompt token given those before it
+    tenant: str = ""  # whose share of the engine it takes: the name of an API key
+    priority: int = 0  # -100..100, lower runs first
+    arrival_ns: int = 0  # accepted by the server; waiting counts from here. 0: when the engine gets it
+    deadline_ns: int = 0  # of the monotonic clock; not complete by then, it fails. 0: none
+    queue_deadline_ns: int = 0  # not in a step by then, it fails. 0: none
+    sibling_of: str = ""  # id of a request of the same call and prompt (n > 1), whose prompt's blocks it waits for
+    num_probation_steps: int = 0  # steps that run this request alone: it was in the batch of a crash
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -1,0 +1,83 @@
+"""Step times: how long a step will take, learnt from the steps that were measured.
+
+Owns one linear model, t = base + per_token * T + per_pair * S, of T tokens and S query-key pairs (the query at position p
+sees p + 1 keys), fitted by recursive least squares that forgets slowly. The budget of a step, the wait that admission
+predicts and the watchdog all ask it. Knows nothing of rows, requests or kernels. Times are ns.
+"""
+
+import math
+
+from jilju.plan import StepShape
+
+FORGET = 0.995  # weight of a step against the one after it: some 200 steps are remembered
+OUTLIER = 8.0  # a step this much longer than predicted was disturbed from outside: it teaches no more than this
+MIN_SAMPLES = 8  # before so many steps there is no talk of outliers
+_SCALES = (1.0, 1e-2, 1e-4)  # brings (1, T, S) to like magnitudes, or the sums lose their digits
+
+Coefficients = tuple[float, float, float]  # ns: base, a token, a query-key pair
+
+
+class StepTimes:
+    """A model of the time of a step. `prior` holds until steps were measured."""
+
+    def __init__(self, prior: Coefficients = (1e6, 1e6, 0.0)):
+        self.coefficients = prior
+        self.num_samples = 0
+        self._theta = [c / s for c, s in zip(prior, _SCALES, strict=True)]
+        weight = max(self._theta[0], self._theta[1], 1.0) ** 2
+        self._spread = [[weight if i == j else 0.0 for j in range(3)] for i in range(3)]  # of theta, relative to noise
+        self._noise = weight * 1e-4
+
+    def predict_ns(self, num_tokens: int, num_pairs: int) -> int:
+        base, per_token, per_pair = self.coefficients
+        return int(base + per_token * num_tokens + per_pair * num_pairs)
+
+    def chunk_within(self, left_ns: float, start: int, max_count: int) -> int:
+        """The most tokens, from position `start` on, that add no more than `left_ns` to a step."""
+        if left_ns <= 0:
+            return 0
+        _, per_token, per_pair = self.coefficients
+        linear, square = per_token + per_pair * (start + 0.5), per_pair / 2  # t(q) = linear q + square q^2
+        if square > 0:
+            count = (math.sqrt(linear * linear + 4 * square * left_ns) - linear) / (2 * square)
+        else:
+            count = left_ns / linear if linear > 0 else math.inf
+        return int(min(count, max_count))
+
+    def chunk_ns(self, start: int, count: int) -> float:
+        """What a chunk adds to a step."""
+        _, per_token, per_pair = self.coefficients
+        return per_token * count + per_pair * num_pairs(start, count)
+
+    def observe(self, num_tokens: int, num_pairs: int, measured_ns: int) -> None:
+        """One measured step."""
+        x = [_SCALES[0], num_tokens * _SCALES[1], num_pairs * _SCALES[2]]
+        predicted = sum(t * v for t, v in zip(self._theta, x, strict=True))
+        measured = float(measured_ns)
+        if self.num_samples >= MIN_SAMPLES:
+            measured = min(measured, OUTLIER * max(predicted, 1.0))
+        self.num_samples += 1
+        spread = self._spread
+        gain = [sum(spread[i][j] * x[j] for j in range(3)) for i in range(3)]
+        total = FORGET * self._noise + sum(g * v for g, v in zip(gain, x, strict=True))
+        for i in range(3):
+            self._theta[i] += gain[i] / total * (measured - predicted)
+        for i in range(3):
+            for j in range(3):
+                spread[i][j] = (spread[i][j] - gain[i] * gain[j] / total) / FORGET
+        limit = max(spread[0][0], spread[1][1], spread[2][2])
+        if limit > _MAX_SPREAD:  # steps of one kind alone teach nothing of the others: do not forget those for that
+            self._spread = [[value * _MAX_SPREAD / limit for value in row] for row in spread]
+        self.coefficients = tuple(max(0.0, t) * s for t, s in zip(self._theta, _SCALES, strict=True))  # type: ignore[assignment]
+
+
+_MAX_SPREAD = 1e20
+
+
+def num_pairs(start: int, count: int) -> int:
+    """Query-key pairs of the positions [start, start + count)."""
+    return count * start + count * (count + 1) // 2
+
+
+def shape_pairs(shape: StepShape) -> int:
+    return sum(map(num_pairs, shape.starts, shape.counts))
