@@ -38,10 +38,12 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     kv_memory: int | None = None  # bytes; auto: a quarter of the available memory, at most 64 contexts
     kv_dtype: Literal["f16", "int8"] = "f16"  # of cached keys and values
     max_rows: int = 32  # sequences computed in one step
-    step_tokens: int = 256  # tokens computed in one step: bounds how long a stream waits for others' prompts
+    step_tokens: int = 256  # tokens computed in one step
+    token_gap_ms: int = 100  # of a step beside a stream: bounds how long it waits for others' prompts; 0: no bound
     threads: int | None = None  # auto: the cores this process may use
     packed_cache: str | None = None  # folder, or "off"; auto: one in the cache folder
     huge_pages: Literal["auto", "on", "off"] = "auto"  # weights in memory of the process's own, in huge pages
+    keep_generated_ids: Literal["on", "off"] = "on"  # of chat answers that clients send back as text
     served_model_name: str | None = None  # auto: the model's name
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
@@ -82,10 +84,12 @@ SERVE_OPTIONS: tuple[Option, ...] = (
     Option("kv_memory", "bytes", "Memory of the KV cache, such as 2GiB, or auto: a quarter of what is available, at most 64 contexts."),
     Option("kv_dtype", "choice", "Keys and values in the KV cache: f16, or int8 with a scale per token and head, about half the memory.", choices=("f16", "int8")),
     Option("max_rows", "int", "Sequences computed in one step.", low=1, high=256),
-    Option("step_tokens", "int", "Tokens computed in one step; bounds how long a stream waits for others' prompts.", low=16, high=8192),
+    Option("step_tokens", "int", "Tokens computed in one step.", low=16, high=8192),
+    Option("token_gap_ms", "int", "Time that a step beside a stream is to take at most: prompts of others are cut to it, 16 tokens a step are always allowed. 0: no bound.", low=0, high=60000),
     Option("threads", "tokens", "Threads that compute, or auto: the cores this process may use.", low=1, high=256),
     Option("packed_cache", "folder", "Folder of packed weights, off to pack at every start, or auto: one in the cache folder."),
     Option("huge_pages", "choice", "Weights in huge pages of the engine's own memory (on: faster answers), or mapped from the packed file (off: shared by processes, given back under pressure). auto: on where the system offers them and half of the memory suffices.", choices=("auto", "on", "off")),
+    Option("keep_generated_ids", "choice", "Whether an earlier answer that a chat sends back as text keeps the ids that were generated, so that the prefix cache holds it: on, or off to cut its text anew.", choices=("on", "off")),
     Option("served_model_name", "text", "Name of the model in the API."),
     Option("log_level", "choice", "How much to log.", choices=("debug", "info", "warning", "error")),
     Option("log_format", "choice", "How to log.", choices=("text", "json")),
@@ -204,9 +208,11 @@ def resolve_serve_config(
 def engine_config(model: str, **given: Any) -> ServeConfig:
     """The config of an engine that is asked for in Python: values of their own types, within the bounds of the flags.
 
+    No stream is waited for unless `token_gap_ms` says so.
+
     Raises ConfigError naming the argument.
     """
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"token_gap_ms": 0}
     for option in SERVE_OPTIONS:
         if option.name not in given:
             continue

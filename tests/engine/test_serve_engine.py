@@ -69,7 +69,7 @@ def test_a_frame_carries_a_steps_events_and_names_the_next():
         for frame in served.steps():
             tokens += [e.token_id for e in frame.events if isinstance(e, TokenEvent)]
             next_ids.append(frame.next_ids)
-            records += [frame.record] if frame.record else []
+            records += frame.records
             if not frame.next_ids:
                 break
         assert tokens == oracle(r)[0] and next_ids == [["a"]] * 3 + [[]]

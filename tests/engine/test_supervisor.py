@@ -16,6 +16,7 @@ import pytest
 from jilju.engine.client import EngineInfo, EngineStatus
 from jilju.engine.events import StepRecord
 from jilju.engine.link import Beat, LinkBroken, Ready, Stepped
+from jilju.engine.process import SupervisedClient
 from jilju.engine.request import (
     PromptScored,
     Request,
@@ -25,7 +26,7 @@ from jilju.engine.request import (
     TokenEvent,
     is_terminal,
 )
-from jilju.engine.supervisor import MAX_RESTARTS, STEP_S_MAX, WATCHDOG_S, SupervisedClient, Supervisor
+from jilju.engine.supervisor import MAX_RESTARTS, NUM_PROBATION_STEPS, STEP_S_MAX, WATCHDOG_S, Supervisor
 from jilju.errors import ContextLengthExceeded, EngineUnavailable, NotReady, Overloaded, StartupError
 
 from .fakes import oracle, oracle_scores, request
@@ -39,7 +40,7 @@ SECOND = 10**9
 
 INFO = EngineInfo(
     kernel_set="fake", invariant=True, num_threads=1, max_context=100, block_size=4, num_blocks=40, max_rows=8, step_tokens=16,
-    weight_bytes=1, kv_bytes=1, workspace_bytes=1, load_ms=500.0,
+    token_gap_ms=100.0, weight_bytes=1, kv_bytes=1, workspace_bytes=1, load_ms=500.0,
 )  # fmt: skip
 STATUS = EngineStatus(
     state="ready", num_running=1, num_waiting=0, num_blocks_free=1, num_blocks_cached=2, num_blocks_held=3,
@@ -52,8 +53,8 @@ def record(**fields) -> StepRecord:
     return StepRecord(**values)
 
 
-def stepped(*events, started=(), **fields) -> Stepped:
-    return Stepped(list(events), list(started), record(**fields), STATUS, [])
+def stepped(*events, started=(), next_ids=(), predicted_ns=0, **fields) -> Stepped:
+    return Stepped(list(events), list(started), [record(**fields)], STATUS, list(next_ids), predicted_ns)
 
 
 def token(request_id: str, index: int, **fields) -> TokenEvent:
@@ -204,10 +205,71 @@ def test_the_watchdog_sees_silence_and_hung_steps_but_not_its_own_sleep():
     core.receive(1, Beat(int(STEP_S_MAX + 1) * SECOND), 100 * SECOND)
     assert "a step is in flight" in core.tick(100 * SECOND)
 
-    core = Supervisor(0)  # a step of 8192 tokens may take longer, and is not killed in each new engine again
-    core.receive(core.launched(0), Ready(msgspec.structs.replace(INFO, step_tokens=8192)), 0)
+    core = ready_core()  # a step that is expected to take long is given its time
+    core.receive(1, stepped(predicted_ns=5 * SECOND), SECOND)
     core.receive(1, Beat(int(STEP_S_MAX + 1) * SECOND), SECOND)
     assert core.tick(SECOND) is None
+    core.receive(1, Beat(51 * SECOND), SECOND)
+    assert "a step is in flight" in core.tick(SECOND)
+
+
+def restarted(core: Supervisor) -> list[Request]:
+    core.receive(core.launched(0), Ready(INFO), 0)
+    return core.resubmissions()
+
+
+def test_who_is_in_two_deaths_the_second_alone_is_quarantined():
+    core = ready_core()
+    for id in ("a", "b", "c"):
+        core.submit(request(id, [1]), 0)
+    core.receive(1, stepped(next_ids=["a", "b"]), 0)
+    assert core.ended(0, "work")[1] == []
+    assert [r.num_probation_steps for r in restarted(core)] == [NUM_PROBATION_STEPS, NUM_PROBATION_STEPS, 0]
+    core.receive(2, stepped(next_ids=["a"]), 0)
+    (event,) = core.ended(0, "work")[1]
+    assert event.request_id == "a" and event.code == "request_quarantined"
+    assert [(r.id, r.num_probation_steps) for r in restarted(core)] == [("b", 0), ("c", 0)]
+    assert core.status(0).num_quarantined == 1
+
+
+def test_deaths_that_no_suspect_repeats_alone_end_nobody():
+    core = ready_core()
+    for id in ("a", "b"):
+        core.submit(request(id, [1]), 0)
+    for epoch in range(1, 6):
+        core.receive(epoch, stepped(next_ids=["a", "b"]), 0)
+        assert core.ended(0, "work")[1] == []
+        assert len(restarted(core)) == 2
+
+
+@pytest.mark.parametrize(("cause", "num_deaths"), [("work", 2), ("pressure", 3), ("other", None)])
+def test_what_a_death_counts_depends_on_its_cause(cause, num_deaths):
+    core = ready_core()
+    core.submit(request("a", [1]), 0)
+    for epoch in range(1, 6):
+        core.receive(epoch, stepped(next_ids=["a"]), 0)
+        events = core.ended(0, cause)[1]
+        assert bool(events) == (epoch == num_deaths)
+        if events:
+            return
+        restarted(core)
+    assert num_deaths is None
+
+
+def test_deadlines_pass_while_the_engine_is_gone():
+    core = ready_core()
+    late = {"deadline_ns": 10}
+    unstarted = {"queue_deadline_ns": 10}
+    for id, fields in {"late": late, "waits": unstarted, "runs": unstarted, "ran": unstarted, "patient": {}}.items():
+        core.submit(msgspec.structs.replace(request(id, [1]), **fields), 0)
+    core.receive(1, stepped(token("runs", 0), next_ids=["ran", "runs"]), 0)
+    assert core.expired(11) == []  # the engine sees to it
+    core.ended(11)
+    assert core.expired(9) == []
+    assert [(e.request_id, e.code) for e in core.expired(11)] == [
+        ("late", "deadline_exceeded"), ("waits", "deadline_exceeded")
+    ]  # fmt: skip
+    assert [(r.id, r.queue_deadline_ns) for r in restarted(core)] == [("runs", 0), ("ran", 0), ("patient", 0)]
 
 
 # ---- with real processes ----------------------------------------------------------------------------------------------
@@ -458,7 +520,7 @@ def test_the_engine_dies_with_its_server(folder, phase):
     server = textwrap.dedent(
         """
         import asyncio, sys
-        from jilju.engine.supervisor import SupervisedClient
+        from jilju.engine.process import SupervisedClient
         from tests.engine.fakes import request
         async def main():
             client = SupervisedClient(sys.argv[1:])

@@ -20,7 +20,7 @@ from jilju.bench.machine import Probes
 from jilju.bench.steps import ProfiledExecutor, Steps
 from jilju.config import ServeConfig, engine_config, huge_pages_offered
 from jilju.engine.events import StepRecord
-from jilju.engine.supervisor import SupervisedClient
+from jilju.engine.process import SupervisedClient
 from jilju.errors import ConfigError
 from jilju.formats.ggml import GgmlType
 from jilju.model.sources import Progress, no_progress

@@ -17,6 +17,8 @@ from jilju.backends.reference import ReferenceExecutor
 from jilju.clock import Clock, WallClock
 from jilju.config import ServeConfig, available_memory_bytes, huge_pages_offered, usable_cores
 from jilju.engine.loop import Engine
+from jilju.engine.request import Request, SamplingParams
+from jilju.engine.step_times import StepTimes
 from jilju.errors import ConfigError, StartupError
 from jilju.formats.gguf import GgufFile
 from jilju.model import sources
@@ -29,6 +31,7 @@ from jilju.plan import Executor, KvDtype, Limits, Plan
 BLOCK_SIZE = 16  # slots of a KV block: small, so that a shared prefix is found to within 15 tokens
 AUTO_KV_SHARE = 4  # --kv-memory auto takes a quarter of the available memory ...
 AUTO_KV_CONTEXTS = 64  # ... but not more than this many full contexts
+WARM_UP_TOKENS = 32  # computed at load, to see how long it takes
 AUTO_HUGE_SHARE = 2  # --huge-pages auto wants all that an engine holds to fit into half of the available memory
 
 Backend = Literal["native", "reference"]
@@ -54,6 +57,7 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int
     step_tokens: int
     num_threads: int
+    token_gap_ms: float = 0.0  # of a step beside a stream; 0: no bound
     packed_cache: str | None = None  # folder of packed weights; None: they are packed into memory
     huge_pages: bool = False  # weights in memory of the process's own instead of mapped
     block_size: int = BLOCK_SIZE
@@ -144,7 +148,7 @@ def resolve_engine(
 
     options = EngineOptions(
         path=model.path, num_blocks=num_blocks, max_context=config.context, max_rows=config.max_rows, step_tokens=config.step_tokens,
-        num_threads=threads, packed_cache=str(folder) if folder is not None else None, backend=backend,
+        token_gap_ms=config.token_gap_ms, num_threads=threads, packed_cache=str(folder) if folder is not None else None, backend=backend,
         kv_dtype=config.kv_dtype,
     )  # fmt: skip
     memory = MemoryPlan(
@@ -194,9 +198,35 @@ def build_engine(options: EngineOptions, clock: Clock | None = None, progress: P
         executor = ReferenceExecutor()
         executor.load(plan, load_weights(gguf, plan), limits)
     gguf.drop_pages()  # of what was checked and packed
+    times = warm_up(plan, executor, limits)
     load_ms = (time.perf_counter() - begin) * 1e3
     # the prefix cache's hash is keyed by a secret of this process, so that nobody can make two prompts collide
-    return Engine(plan, executor, limits, clock or WallClock(), hash_key=os.urandom(16), load_ms=load_ms)
+    return Engine(
+        plan, executor, limits, clock or WallClock(), hash_key=os.urandom(16), load_ms=load_ms, times=times,
+        gap_ms=options.token_gap_ms,
+    )  # fmt: skip
+
+
+def warm_up(plan: Plan, executor: Executor, limits: Limits) -> StepTimes:
+    """Run a short request, so that the first real one meets warm memory and an engine that knows how long its steps take.
+
+    Two of the three figures are learnt here: what a step takes in any case, and what a token adds. Nothing of it stays in
+    the cache that the scheduler knows of.
+    """
+    num_prompt = max(
+        1, min(WARM_UP_TOKENS, limits.max_tokens, limits.max_context - 3, limits.num_blocks * limits.block_size - 3)
+    )
+    engine = Engine(plan, executor, limits, WallClock())
+    params = SamplingParams(
+        seed=0, temperature=0.0, max_tokens=min(3, limits.max_context - num_prompt), ignore_eos=True
+    )
+    engine.submit(Request(id="warm-up", prompt_ids=[0] * num_prompt, params=params))
+    while engine.has_work():
+        engine.step()
+    took_ns = [step.end_ns - step.begin_ns for step in engine.log.steps]
+    prefill_ns, decode_ns = took_ns[0], min(took_ns)
+    token_ns = max(0.0, (prefill_ns - decode_ns) / max(1, num_prompt - 1))
+    return StepTimes((max(0.0, decode_ns - token_ns), token_ns, 0.0))
 
 
 def load_native(

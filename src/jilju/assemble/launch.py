@@ -13,7 +13,7 @@ import msgspec
 from jilju.assemble.engine import EngineOptions, MemoryPlan, ModelFile, resolve_engine
 from jilju.config import ServeConfig
 from jilju.engine.link import LoadProgress
-from jilju.engine.supervisor import SupervisedClient
+from jilju.engine.process import SupervisedClient
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """EngineClient: what the server, the Python API and benchmarks see of an engine, in this process or another.
 
-Owns the protocol only. `engine/supervisor` implements it with a supervised process, `engine/inprocess` with a thread.
+Owns the protocol only. `engine/process` implements it with a supervised process, `engine/inprocess` with a thread.
 Knows nothing of text or HTTP.
 """
 
@@ -26,7 +26,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: int
     max_rows: int
     step_tokens: int
-    token_gap_ms: float  # what a step beside a decoding sequence is to take at most; prefill is cut to it
+    token_gap_ms: float  # what a step beside a stream is to take at most; prefill is cut to it. 0: no bound
     weight_bytes: int
     kv_bytes: int
     workspace_bytes: int

@@ -38,6 +38,9 @@ class StepRecord(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     num_aborted: int
     flops: int
     bytes: int
+    predicted_ns: int  # what it was expected to take
+    bound_ns: int  # what it might be expected to take at most, for the streams that wait for it; 0: none does
+    is_rerun: bool  # part of a step that raised
 
 
 def prefill_share_ns(begin_ns: int, done_ns: int, num_prefill_tokens: int, num_decode_tokens: int) -> int:

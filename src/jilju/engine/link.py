@@ -29,14 +29,16 @@ from jilju.engine.client import EngineInfo, EngineStatus
 from jilju.engine.events import StepRecord
 from jilju.engine.loop import Engine
 from jilju.engine.request import EngineEvent, Request, RequestFailed, RequestTimes, TokenEvent
+from jilju.engine.scheduler import Step
 from jilju.errors import InternalError, JiljuError, StartupError
 
 logger = logging.getLogger(__name__)
 
-LINK_VERSION = 3  # raised with every change of a message: an engine of another installation is refused, not misread
+LINK_VERSION = 4  # raised with every change of a message: an engine of another installation is refused, not misread
 MAX_FRAME_BYTES = 16 * 2**20
 BEAT_S = 0.5  # a side that has said nothing for so long says that it lives
 SILENCE_NS = 5 * 10**9  # a server that is silent for so long is stopped or gone: no step is begun until it speaks
+STUCK_S = 0.5  # between two turns of an engine that has work and no step: it must not burn a core
 EXIT_GRACE_S = 1.0  # for the step in flight when the link ends
 
 _HEADER = struct.Struct("<II")  # length, crc32
@@ -93,9 +95,10 @@ class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
 
     events: list[EngineEvent]
     started: list[tuple[str, RequestTimes]]  # of requests whose first token is among the events and that go on
-    record: StepRecord | None  # None: aborts only
+    records: list[StepRecord]  # none: aborts only; several: the step raised and parts of it were run again
     status: EngineStatus
     next_ids: list[str]  # requests in the step about to run
+    predicted_ns: int  # what it is expected to take
 
 
 ToEngine = Hello | Submit | Abort | Beat
@@ -192,33 +195,60 @@ def serve_engine(engine_factory: Callable[[LoadProgress], Engine], sock: socket.
 
 
 def _run_steps(engine: Engine, server: "_ServerEnd") -> None:
-    records: list[StepRecord] = []
-    engine.log.listen(records.append)
-    engine.log.resize(1)  # the server keeps them
-    events: list[EngineEvent] = []  # of the last step, not sent yet
+    turns = EngineTurns(engine)
     while True:
-        messages = server.receive(wait=not engine.has_work() and not events)
+        messages = server.receive(wait=not turns.has_work, timeout_s=STUCK_S if engine.is_stuck else None)
         if messages is None:
             return
+        told = turns.begin(messages)
+        if told is not None:
+            server.send(told)
+        with server.step_in_flight():
+            turns.run()
+
+
+class EngineTurns:
+    """The engine's half of the conversation, turn by turn: messages in, what there is to tell out, then a step."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._records: list[StepRecord] = []  # not sent yet
+        self._events: list[EngineEvent] = []  # of the last step, not sent yet
+        self._step: Step | None = None  # decided and not run yet
+        engine.log.listen(self._records.append)
+        engine.log.resize(1)  # the server keeps them
+
+    @property
+    def has_work(self) -> bool:
+        return self._engine.has_work() or bool(self._events)
+
+    def begin(self, messages: list[Submit | Abort]) -> Stepped | None:
+        engine = self._engine
+        events, self._events = self._events, []
         for message in messages:
             if isinstance(message, Submit):
                 try:
                     engine.submit(message.request)
                 except JiljuError as error:
                     events.append(_refused(message.request, error))
-            elif isinstance(message, Abort):
+            else:
                 engine.abort(message.request_id)
         step, settled = engine.begin()
+        self._step = step
         events += settled
-        if events or records or step.rows:
-            started = [
-                (e.request_id, t) for e in events if _is_first(e) and (t := engine.times(e.request_id)) is not None
-            ]
-            next_ids = [row.sequence.id for row in step.rows]
-            record = records.pop() if records else None
-            server.send(Stepped(events, started, record, engine.status(), next_ids))
-        with server.step_in_flight():
-            events = engine.run(step)
+        if not (events or self._records or step.rows):
+            return None
+        started = [(e.request_id, t) for e in events if _is_first(e) and (t := engine.times(e.request_id)) is not None]
+        next_ids = [row.sequence.id for row in step.rows]
+        records = list(self._records)
+        self._records.clear()
+        return Stepped(events, started, records, engine.status(), next_ids, step.predicted_ns)
+
+    def run(self) -> None:
+        """Run the step that was decided; what it brings is told with the next turn."""
+        step, self._step = self._step, None
+        assert step is not None, "a turn runs before it begins"
+        self._events = self._engine.run(step)
 
 
 def _refused(request: Request, error: JiljuError) -> RequestFailed:
@@ -265,9 +295,11 @@ class _ServerEnd:
             self._changed.wait_for(lambda: self._writer is not None or self._is_ended)
             return not self._is_ended
 
-    def receive(self, wait: bool) -> list[Submit | Abort] | None:
-        """What came since the last call; None at the end of the link."""
+    def receive(self, wait: bool, timeout_s: float | None = None) -> list[Submit | Abort] | None:
+        """What came since the last call; None at the end of the link. With a timeout it waits so long for something."""
         with self._changed:
+            if timeout_s is not None and not self._inbox:
+                self._changed.wait(timeout_s)
             while not self._is_ended and (self._is_silent() or (wait and not self._inbox)):
                 self._changed.wait()
             if self._is_ended:

@@ -12,17 +12,27 @@ from jilju.engine.cost import StepCost
 from jilju.engine.events import EventLog, StepRecord
 from jilju.engine.pack import pack
 from jilju.engine.request import EngineEvent, Request, RequestAborted, RequestTimes, is_terminal
-from jilju.engine.scheduler import Scheduler, Step, check_fits
+from jilju.engine.scheduler import Row, Scheduler, Step, check_fits
+from jilju.engine.step_times import StepTimes
 from jilju.errors import InternalError, Overloaded
 from jilju.plan import Executor, Limits, Plan
 
 logger = logging.getLogger(__name__)
 
 MAX_REQUESTS = 4096  # live requests of an engine; each holds its prompt, so some bound there must be
+STUCK_TURNS = 8  # with work and without a step
+
+
+class StepRaised(Exception):
+    """Packing or the backend raised in a step; the cause says what."""
 
 
 class Engine:
-    """`executor` has loaded `plan` within `limits`. `hash_key` keys the prefix cache's hash; a secret one where salts matter."""
+    """`executor` has loaded `plan` within `limits`. `hash_key` keys the prefix cache's hash; a secret one where salts matter.
+
+    `times` is the model of step times to begin with, `gap_ms` what a step beside a
+    stream is to take at most; 0: no bound.
+    """
 
     def __init__(
         self,
@@ -35,12 +45,19 @@ class Engine:
         hash_key: bytes = b"",
         max_requests: int = MAX_REQUESTS,
         load_ms: float = 0.0,
+        times: StepTimes | None = None,
+        gap_ms: float = 0.0,
     ):
         self.limits = limits
         self.log = log if log is not None else EventLog()
-        self.info = _info(plan, executor, limits, load_ms)
+        self.info = _info(plan, executor, limits, load_ms, gap_ms)
         self.imbalance = 0
-        self.scheduler = Scheduler(limits, hash_key)
+        self.num_step_faults = 0
+        self.step_times = times if times is not None else StepTimes()
+        self.scheduler = Scheduler(
+            limits, hash_key, vocab_size=plan.vocab_size, times=self.step_times, gap_ns=int(gap_ms * 1e6) or None
+        )
+        self._num_idle_turns = 0  # in a row, with work
         self._executor = executor
         self._vocab_size = plan.vocab_size
         self._clock = clock
@@ -74,29 +91,74 @@ class Engine:
         return events + self.run(step)
 
     def begin(self) -> tuple[Step, list[EngineEvent]]:
-        """The first half: apply aborts, decide what runs. The link tells the server in between."""
+        """The first half: apply aborts and deadlines, decide what runs. The link tells the server in between."""
         begin_ns = self._clock.now_ns()
         events = self.scheduler.settle(begin_ns)
         self._num_aborted += sum(isinstance(event, RequestAborted) for event in events)
         self._audit(events)
-        return self.scheduler.schedule(begin_ns), events
+        step = self.scheduler.schedule(begin_ns)
+        self._num_idle_turns = 0 if step.rows or not self.has_work() else self._num_idle_turns + 1
+        if self._num_idle_turns == STUCK_TURNS:
+            logger.critical("requests wait and none can run, a defect: %s", self.scheduler.describe())
+        return step, events
+
+    @property
+    def is_stuck(self) -> bool:
+        return self._num_idle_turns >= STUCK_TURNS
 
     def run(self, step: Step) -> list[EngineEvent]:
         """The second half: run and commit what was decided."""
         if not step.rows:
             return []
+        try:
+            return self._run_rows(step)
+        except StepRaised as raised:
+            self.num_step_faults += 1
+            logger.error("step %d of %d requests raised", step.id, len(step.rows), exc_info=raised.__cause__)
+            return self._find_culprit(step, raised)
+
+    def _find_culprit(self, step: Step, raised: "StepRaised") -> list[EngineEvent]:
+        """Run halves of a step that raised, at most ceil(log2 B) + 1 of them, until one request fails again alone; it ends.
+
+        Rows that are not run again here are as they were before the step, and so are in the next one. If the last suspect
+        does not fail alone, the fault was not its own and nobody ends.
+        """
+        events: list[EngineEvent] = []
+        suspects, postponed = step.rows, list[Row]()
+        has_failed_alone = False
+        while suspects and not has_failed_alone:
+            middle = (len(suspects) + 1) // 2
+            half, rest = suspects[:middle], suspects[middle:]
+            try:
+                events += self._run_rows(self.scheduler.part(step, half, self._clock.now_ns()))
+                suspects = rest
+            except StepRaised as again:
+                raised, suspects = again, half
+                postponed += rest
+                has_failed_alone = len(half) == 1
+        self.scheduler.give_up(postponed)
+        if has_failed_alone:
+            cause = raised.__cause__
+            error = InternalError(
+                f"the step that computed this request failed, alone too: {type(cause).__name__}: {cause}"
+            )
+            logger.error("request %s ends: %s", suspects[0].sequence.id, error.message)
+            failed = self.scheduler.fail(suspects, error)
+            self._audit(failed)
+            return events + failed
+        logger.warning("the fault of step %d did not come again; nobody ends for it", step.id)
+        return events
+
+    def _run_rows(self, step: Step) -> list[EngineEvent]:
+        """Compute and commit. Raises StepRaised, with nothing committed."""
         scheduled_ns = self._clock.now_ns()
         try:
             batch = pack(step, self._vocab_size)
             packed_ns = self._clock.now_ns()
             self._executor.launch(batch)
             result = self._executor.wait()
-        except Exception as error:  # whatever a backend raises costs the requests of this step and no others
-            logger.exception("step %d failed; its %d requests end", step.id, len(step.rows))
-            message = f"the step that computed this request failed: {type(error).__name__}: {error}"
-            events = self.scheduler.fail(step, InternalError(message))
-            self._audit(events)
-            return events
+        except Exception as error:
+            raise StepRaised from error
         done_ns = self._clock.now_ns()
         events = self.scheduler.commit(step, result, done_ns)
         self._audit(events)
@@ -124,6 +186,9 @@ class Engine:
             last_step_age_s=(self._clock.now_ns() - self._step_end_ns) / 1e9,
             num_restarts=0,
             imbalance=self.imbalance,
+            num_step_faults=self.num_step_faults,
+            is_stuck=self.is_stuck,
+            step_coefficients=self.step_times.coefficients,
         )
 
     def _audit(self, events: list[EngineEvent]) -> None:
@@ -143,6 +208,9 @@ class Engine:
         flops, num_bytes = self._cost.of(step)
         num_aborted, self._num_aborted = self._num_aborted, 0
         self._step_end_ns = self._clock.now_ns()
+        self.step_times.observe(
+            step.num_prefill_tokens + step.num_decode_tokens, step.num_pairs, self._step_end_ns - step.begin_ns
+        )
         self.log.add_step(
             StepRecord(
                 step_id=step.id,
@@ -167,6 +235,9 @@ class Engine:
                 num_aborted=num_aborted,
                 flops=flops,
                 bytes=num_bytes,
+                predicted_ns=step.predicted_ns,
+                bound_ns=step.bound_ns,
+                is_rerun=step.is_rerun,
             )
         )
 
@@ -178,7 +249,7 @@ def check_bound(num_live: int, max_requests: int) -> None:
         )
 
 
-def _info(plan: Plan, executor: Executor, limits: Limits, load_ms: float) -> EngineInfo:
+def _info(plan: Plan, executor: Executor, limits: Limits, load_ms: float, gap_ms: float) -> EngineInfo:
     num_slots = limits.num_blocks * limits.block_size
     return EngineInfo(
         kernel_set=executor.kernel_set,
@@ -189,6 +260,7 @@ def _info(plan: Plan, executor: Executor, limits: Limits, load_ms: float) -> Eng
         num_blocks=limits.num_blocks,
         max_rows=limits.max_rows,
         step_tokens=limits.max_tokens,
+        token_gap_ms=gap_ms,
         weight_bytes=plan.weight_bytes,
         kv_bytes=executor.kv_bytes_per_token(plan, limits.kv_dtype) * num_slots,
         workspace_bytes=executor.workspace_bytes(plan, limits),

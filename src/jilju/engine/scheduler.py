@@ -1,21 +1,27 @@
 """Scheduler: which tokens of which sequences the next step computes, and what its result changes.
 
-Owns the queue, the running sequences and every change of them: `schedule()` decides, `commit()` takes the result, and
-between the two nothing changes, so a step that fails commits nothing. First come, first served. Pure decisions: time comes
-in as an argument; knows nothing of clocks, randomness, threads, backends or the link.
+Owns the running sequences and every change of them: `schedule()` decides, `commit()` takes the result, and between the two
+nothing changes, so a step that fails commits nothing. Pure decisions: time comes in as an argument; knows nothing of clocks,
+randomness, threads, backends or the link.
 
-The token budget of a step (limits.max_tokens) bounds how long a decoding row waits for the prefill of others: every
-sequence that needs one token only is in every step, and what they leave of the budget goes to prefill chunks in order of
-arrival. When blocks run out the youngest sequence is preempted: it loses its blocks, goes back to its place in the queue,
-ahead of all that came later, and is computed again. The oldest is thus never held up, so there is always progress.
+Every sequence that needs one token only is in every step; what the step's budget leaves goes to prefill chunks, the most
+senior first. Beside a decoding sequence a step is cut so that it is predicted to take no more than `gap_ns`, but a chunk of
+MIN_CHUNK tokens is always allowed: a stream waits for others' prompts at most max(gap_ns, its batch + MIN_CHUNK tokens).
+
+Who waits is let in by the turns of `queue`, while all tokens that are known can be held. One that does not fit is passed by
+others of its priority MAX_BYPASSES times, then all wait for it. When blocks run out the most junior sequence is preempted: it
+loses its blocks, goes back to its place in the queue and is computed again, MAX_PREEMPTIONS times, then it is let in for
+good. So each step brings somebody nearer to the end, and everybody's turn comes.
 """
 
-from collections import deque
+import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from jilju.engine.blocks import BlockPool
 from jilju.engine.events import prefill_share_ns
 from jilju.engine.prefix import PrefixIndex
+from jilju.engine.queue import WaitingQueue, due_ns
 from jilju.engine.request import (
     EngineEvent,
     FinishReason,
@@ -27,8 +33,23 @@ from jilju.engine.request import (
     TokenEvent,
 )
 from jilju.engine.sequence import MAX_PREEMPTIONS, Sequence, max_slots
-from jilju.errors import ContextLengthExceeded, EmptyPrompt, JiljuError, KvCapacityExceeded, NanLogits
+from jilju.engine.step_times import StepTimes, num_pairs
+from jilju.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    EmptyPrompt,
+    InternalError,
+    JiljuError,
+    KvCapacityExceeded,
+    NanLogits,
+)
 from jilju.plan import Limits, StepResult
+
+MIN_CHUNK = 16  # prefill tokens that a step may always hold, or a prompt beside many streams would never be done
+MAX_BYPASSES = 16  # of a sequence that does not fit, by later ones of its priority that do
+LOOK_AHEAD = 8  # sequences behind one that does not fit that are tried in a step
+
+_NO_POSITIONS = range(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +80,10 @@ class Step:
     num_cached_tokens: int
     num_recomputed_tokens: int
     num_preempted: int
+    num_pairs: int  # query-key pairs
+    predicted_ns: int
+    bound_ns: int  # what it may be predicted to take; 0: nobody's stream waits for it
+    is_rerun: bool = False  # part of a step that raised
 
 
 @dataclass(slots=True)
@@ -66,7 +91,12 @@ class _Draft:
     """A step while it is being made. Sequences map to the number of their tokens, decoding ones first."""
 
     counts: dict[Sequence, int] = field(default_factory=dict)
-    budget: int = 0
+    budget: int = 0  # tokens left
+    gap_ns: int = 0  # what the step is to take at most; 0: nobody's stream waits for it
+    left_ns: float = 0.0  # of it, for chunks
+    rows_ns: int = 0  # of the rows that need one token
+    smallest_ns: float = 0.0  # of the smallest chunk that is always allowed
+    num_chunk_tokens: int = 0
     num_cached: int = 0
     num_preempted: int = 0
 
@@ -91,17 +121,32 @@ def check_fits(request: Request, limits: Limits) -> None:
 
 
 class Scheduler:
-    def __init__(self, limits: Limits, hash_key: bytes = b""):
+    """`gap_ns`: what a step beside a decoding sequence is to take at most, as `times` predicts it; None: no such bound."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        hash_key: bytes = b"",
+        *,
+        vocab_size: int,
+        times: StepTimes | None = None,
+        gap_ns: int | None = None,
+    ):
         self.limits = limits
+        self.times = times if times is not None else StepTimes()
         self.prefix = PrefixIndex(limits.block_size, hash_key)
         self.pool = BlockPool(limits.num_blocks, limits.block_size, self.prefix)
-        self.waiting: deque[Sequence] = deque()  # in order of arrival
-        self.running: list[Sequence] = []  # in order of arrival
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # the most senior first
+        self._gap_ns = gap_ns
+        self._vocab_size = vocab_size
         # One token of each running sequence must fit in a step.
         self._max_running = min(limits.max_rows, limits.max_tokens)
         self._live: dict[str, Sequence] = {}
         self._to_abort: dict[str, None] = {}
         self._to_end: list[Sequence] = []
+        self._deadlines: list[tuple[int, int, str]] = []  # a heap of (when, 0 of the queue or 1 of all, id)
+        self._num_on_probation = 0
         self._num_submitted = 0
         self._num_steps = 0
 
@@ -126,8 +171,13 @@ class Scheduler:
         sequence = Sequence(self._num_submitted, request, now_ns)
         self._num_submitted += 1
         self._live[request.id] = sequence
+        self._num_on_probation += sequence.num_probation_steps > 0
+        if request.deadline_ns:
+            heapq.heappush(self._deadlines, (request.deadline_ns, 1, request.id))
+        if request.queue_deadline_ns:
+            heapq.heappush(self._deadlines, (request.queue_deadline_ns, 0, request.id))
         if sequence.num_wanted > 0:
-            self.waiting.append(sequence)
+            self.waiting.push(sequence)
         else:
             self._to_end.append(sequence)
 
@@ -137,64 +187,109 @@ class Scheduler:
             self._to_abort[request_id] = None
 
     def settle(self, now_ns: int) -> list[EngineEvent]:
-        """Apply what was asked for since the last step; comes before every schedule()."""
+        """Apply what was asked for since the last step, and deadlines; comes before every schedule()."""
         events: list[EngineEvent] = []
         for sequence in self._to_end:
             if sequence.id not in self._to_abort:
                 self._forget(sequence)
                 events += _scores_event(sequence)
                 events.append(RequestEnded(request_id=sequence.id, finish_reason="length", times=sequence.times()))
-        self._to_end = []
         for request_id in self._to_abort:
             aborted = self._live.get(request_id)
             if aborted is not None:
-                self._forget(aborted)
-                self.pool.release(aborted.block_ids)
-                aborted.block_ids = []
-                events.append(
-                    RequestAborted(request_id=request_id, num_tokens=aborted.num_output, times=aborted.times())
-                )
-        if self._to_abort:
-            self.running = [s for s in self.running if s.id in self._live]
-            self.waiting = deque(s for s in self.waiting if s.id in self._live)
-            self._to_abort = {}
+                self._withdraw(aborted)
+                event = RequestAborted(request_id=request_id, num_tokens=aborted.num_output, times=aborted.times())
+                events.append(event)
+        self._to_end.clear()
+        self._to_abort.clear()
+        while self._deadlines and self._deadlines[0][0] <= now_ns:
+            when_ns, is_of_all, request_id = heapq.heappop(self._deadlines)
+            late = self._live.get(request_id)
+            if late is not None and (is_of_all or late.num_steps == 0):
+                self._withdraw(late)
+                events.append(deadline_event(request_id, when_ns - late.arrival_ns, bool(is_of_all)))
+        if len(self._deadlines) > 4 * len(self._live) + 64:  # most are of requests that have ended
+            self._deadlines = [deadline for deadline in self._deadlines if deadline[2] in self._live]
+            heapq.heapify(self._deadlines)
         return events
+
+    def _withdraw(self, sequence: Sequence) -> None:
+        """Take a live sequence out, from wherever it is."""
+        if sequence.is_running:
+            self.running.remove(sequence)
+        elif sequence.num_wanted > 0:
+            self.waiting.remove(sequence)
+        self._forget(sequence)
+        self.pool.release(sequence.block_ids, sequence.tenant)
+        sequence.block_ids = []
 
     # ---- schedule --------------------------------------------------------------------------------------------------
 
     def schedule(self, now_ns: int) -> Step:
         draft = _Draft(budget=self.limits.max_tokens)
+        if self._num_on_probation and self._plan_probation(draft):
+            return self._make_step(draft, now_ns)
         chunks: list[Sequence] = []
-        for sequence in list(self.running):
+        for sequence in self.running.copy():
             if sequence.num_wanted - sequence.num_computed > 1:
                 chunks.append(sequence)
-            elif sequence.is_running:  # it may have been preempted for an older one
+            elif sequence.is_running:  # it may have been preempted for a more senior one
                 self._plan_newest(draft, sequence)
+        if chunks or self.waiting:
+            self._bound(draft)
         for sequence in chunks:
             if sequence.is_running:
                 self._plan_chunk(draft, sequence)
         if self.waiting and not draft.num_preempted:
             self._admit(draft)
-        assert draft.counts or not self._live, f"{len(self._live)} requests are live and none can run"
         return self._make_step(draft, now_ns)
+
+    def _plan_probation(self, draft: _Draft) -> bool:
+        """The most senior sequence on probation runs alone, if there is one that can."""
+        suspect = next((s for s in self.running if s.num_probation_steps), None)
+        if suspect is not None:
+            count = min(suspect.num_wanted - suspect.num_computed, draft.budget, self._num_fitting(suspect))
+            if count:
+                self._plan(draft, suspect, count)
+        else:
+            waiting = [s for s in self.waiting if s.num_probation_steps]
+            if waiting and len(self.running) < self._max_running:
+                self._let_in(draft, waiting[0], self._num_owed_by_running())
+        return bool(draft.counts)
 
     def _plan_newest(self, draft: _Draft, sequence: Sequence) -> None:
         """The one token that a sequence lacks. If it needs a block for it, that is worth a preemption, even its own."""
         while self._num_fitting(sequence) == 0:
-            victim = self._youngest_unprotected()
+            victim = self._most_junior()
             assert victim is not None, f"{sequence.id} needs a block, and all that run are sure of theirs"
             self._preempt(draft, victim)
             if victim is sequence:
                 return
         self._plan(draft, sequence, 1)
 
+    def _bound(self, draft: _Draft) -> None:
+        """Cut the prefill of this step for the sequences whose streams wait for it."""
+        if self._gap_ns is not None and any(sequence.num_output for sequence in draft.counts):
+            pairs = sum([sequence.num_computed + 1 for sequence in draft.counts])
+            draft.rows_ns = self.times.predict_ns(len(draft.counts), pairs)
+            draft.gap_ns = self._gap_ns
+            draft.left_ns = self._gap_ns - draft.rows_ns
+
+    def _allowed(self, draft: _Draft, start: int, wanted: int) -> int:
+        """Tokens of a chunk that budget and bound allow."""
+        count = min(wanted, draft.budget)
+        if draft.gap_ns:
+            within = self.times.chunk_within(draft.left_ns, start, count)
+            count = max(within, min(count, MIN_CHUNK - draft.num_chunk_tokens))
+        return count
+
     def _plan_chunk(self, draft: _Draft, sequence: Sequence) -> None:
-        """As many of its tokens as the budget and the blocks allow. It preempts younger ones, but never itself: it waits."""
-        count = min(sequence.num_wanted - sequence.num_computed, draft.budget)
+        """As many of its tokens as the step and the blocks allow. It preempts juniors, but never itself: it waits."""
+        count = self._allowed(draft, sequence.num_computed, sequence.num_wanted - sequence.num_computed)
         if count == 0:
             return
         while self._num_fitting(sequence) == 0:
-            victim = self._youngest_unprotected()
+            victim = self._most_junior()
             assert victim is not None, f"{sequence.id} needs a block, and all that run are sure of theirs"
             if victim is sequence:
                 return
@@ -202,22 +297,51 @@ class Scheduler:
         self._plan(draft, sequence, min(count, self._num_fitting(sequence)))
 
     def _admit(self, draft: _Draft) -> None:
-        """Let in who waits, in order, while all tokens that are known can be held beside those of who runs already."""
-        owed = sum(self._num_owed(s) for s in self.running)
-        while self.waiting and draft.budget > 0 and len(self.running) < self._max_running:
-            sequence = self.waiting[0]
-            # The newest token is always computed, its logits are wanted; a prompt that is scored needs all of its own.
-            hits = self.prefix.match(sequence, sequence.num_wanted - 1 if sequence.scores is None else 0)
-            num_new = self.pool.blocks_for(sequence.num_wanted) - len(hits)
-            num_revived = sum(self.pool.is_cached(block_id) for block_id in hits)
-            if num_new + num_revived + owed > self.pool.num_available:
+        """Let in who waits, by turns, while all tokens that are known can be held beside those of who runs already."""
+        num_rows = self._max_running - len(self.running)
+        if num_rows <= 0 or draft.budget == 0:
+            return
+        owed = self._num_owed_by_running()
+        blocked: list[Sequence] = []
+        for sequence in self.waiting.next_turns(num_rows + LOOK_AHEAD):
+            if blocked and sequence.priority != blocked[0].priority:
+                return  # a turn of another priority is not to be had by being small
+            if self._awaits_sibling(sequence):
+                continue
+            if self._allowed(draft, 0, 1) == 0 or len(self.running) == self._max_running:
                 return
-            if sequence.is_protected and self._num_promised() + self._max_blocks(sequence) > self.pool.num_blocks:
+            if not sequence.num_probation_steps and self._let_in(draft, sequence, owed):
+                owed += self._num_owed(sequence)
+                for passed in blocked:
+                    passed.num_bypassed += 1
+            else:
+                blocked.append(sequence)
+            if len(blocked) > LOOK_AHEAD or any(s.num_bypassed >= MAX_BYPASSES for s in blocked):
                 return
-            self.waiting.popleft()
-            self._start(draft, sequence, hits)
-            self._plan(draft, sequence, min(sequence.num_wanted - sequence.num_computed, draft.budget))
-            owed += self._num_owed(sequence)
+
+    def _awaits_sibling(self, sequence: Sequence) -> bool:
+        """Its call's first sequence has the same prompt and is about to compute it, or does so now."""
+        first = self._live.get(sequence.request.sibling_of)
+        return first is not None and first.max_computed < first.num_prompt_tokens - 1
+
+    def _let_in(self, draft: _Draft, sequence: Sequence, owed: int) -> bool:
+        """Start a waiting sequence if all its known tokens fit beside the blocks that others are owed."""
+        # The newest token is always computed, its logits are wanted; a prompt that is scored needs all of its own.
+        hits = self.prefix.match(sequence, sequence.num_wanted - 1 if sequence.scores is None else 0)
+        num_new = self.pool.blocks_for(sequence.num_wanted) - len(hits)
+        num_revived = sum(self.pool.is_cached(block_id) for block_id in hits)
+        if num_new + num_revived + owed > self.pool.num_available:
+            return False
+        if sequence.is_protected and self._num_promised() + self._max_blocks(sequence) > self.pool.num_blocks:
+            return False
+        start = len(hits) * self.pool.block_size
+        count = self._allowed(draft, start, sequence.num_wanted - start)
+        if count == 0:
+            return False
+        self.waiting.take(sequence)
+        self._start(draft, sequence, hits)
+        self._plan(draft, sequence, count)
+        return True
 
     def _start(self, draft: _Draft, sequence: Sequence, hits: list[int]) -> None:
         for block_id in hits:
@@ -228,33 +352,35 @@ class Scheduler:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt_tokens)
             draft.num_cached += sequence.num_cached
         sequence.is_running = True
-        # Only a preempted sequence is older than one that runs, so this walk is short.
-        place = len(self.running)
-        while place > 0 and self.running[place - 1].number > sequence.number:
+        place, seniority = len(self.running), _seniority(sequence)
+        while place > 0 and _seniority(self.running[place - 1]) > seniority:
             place -= 1
         self.running.insert(place, sequence)
 
     def _plan(self, draft: _Draft, sequence: Sequence, count: int) -> None:
-        for _ in range(self.pool.blocks_for(sequence.num_computed + count) - len(sequence.block_ids)):
-            sequence.block_ids.append(self.pool.take())
+        block_ids, end = sequence.block_ids, sequence.num_computed + count
+        while len(block_ids) * self.pool.block_size < end:
+            block_ids.append(self.pool.take(sequence.tenant))
         draft.counts[sequence] = count
         draft.budget -= count
+        if draft.gap_ns:
+            draft.num_chunk_tokens += count
+            draft.left_ns -= self.times.chunk_ns(sequence.num_computed, count)
+            draft.smallest_ns = max(draft.smallest_ns, self.times.chunk_ns(end - MIN_CHUNK, MIN_CHUNK))
 
     def _preempt(self, draft: _Draft, victim: Sequence) -> None:
         draft.budget += draft.counts.pop(victim, 0)
         draft.num_preempted += 1
-        self.pool.release(victim.block_ids)
+        self.pool.release(victim.block_ids, victim.tenant)
         victim.block_ids = []
         victim.num_computed = 0
         victim.num_preemptions += 1
         victim.is_running = False
         self.running.remove(victim)
-        place = 0
-        while place < len(self.waiting) and self.waiting[place].number < victim.number:
-            place += 1
-        self.waiting.insert(place, victim)
+        self.waiting.push(victim)
 
-    def _youngest_unprotected(self) -> Sequence | None:
+    def _most_junior(self) -> Sequence | None:
+        """Who is preempted next."""
         return next((s for s in reversed(self.running) if not s.is_protected), None)
 
     def _num_fitting(self, sequence: Sequence) -> int:
@@ -267,6 +393,9 @@ class Scheduler:
         wanted = self.pool.blocks_for(sequence.num_wanted + sequence.wants_token)
         return max(0, wanted - len(sequence.block_ids))
 
+    def _num_owed_by_running(self) -> int:
+        return sum([self._num_owed(s) for s in self.running])
+
     def _max_blocks(self, sequence: Sequence) -> int:
         return self.pool.blocks_for(max_slots(sequence.request))
 
@@ -276,31 +405,51 @@ class Scheduler:
 
     def _make_step(self, draft: _Draft, now_ns: int) -> Step:
         rows: list[Row] = []
-        num_prefill = num_decode = num_recomputed = 0
         for sequence, count in draft.counts.items():
             start = sequence.num_computed
             end = start + count
-            scored = range(0)
+            scored = _NO_POSITIONS
             if sequence.scores is not None:
                 scored = range(max(start, len(sequence.scores)), min(end, sequence.num_prompt_tokens - 1))
             is_sampled = end == sequence.num_tokens and sequence.wants_token
             rows.append(Row(sequence, start, count, tuple(sequence.block_ids), scored, is_sampled))
-            if count == 1 and is_sampled and sequence.num_output > 0:
+        bound_ns = max(draft.gap_ns, draft.rows_ns + int(draft.smallest_ns) + 1) if draft.gap_ns else 0
+        return self._step_of(tuple(rows), now_ns, bound_ns, draft.num_cached, draft.num_preempted)
+
+    def _step_of(
+        self,
+        rows: tuple[Row, ...],
+        now_ns: int,
+        bound_ns: int,
+        num_cached: int = 0,
+        num_preempted: int = 0,
+        is_rerun: bool = False,
+    ) -> Step:
+        num_prefill = num_decode = num_recomputed = pairs = 0
+        for row in rows:
+            sequence, start, count = row.sequence, row.start, row.count
+            if count == 1 and row.is_sampled and sequence.num_output > 0:
                 num_decode += 1
             else:
                 num_prefill += count
-            num_recomputed += max(0, min(end, sequence.max_computed) - start)
+            pairs += num_pairs(start, count)
+            if start < sequence.max_computed:
+                num_recomputed += min(start + count, sequence.max_computed) - start
         if rows:
             self._num_steps += 1
         return Step(
             id=self._num_steps,
             begin_ns=now_ns,
-            rows=tuple(rows),
+            rows=rows,
             num_prefill_tokens=num_prefill,
             num_decode_tokens=num_decode,
-            num_cached_tokens=draft.num_cached,
+            num_cached_tokens=num_cached,
             num_recomputed_tokens=num_recomputed,
-            num_preempted=draft.num_preempted,
+            num_preempted=num_preempted,
+            num_pairs=pairs,
+            predicted_ns=self.times.predict_ns(num_prefill + num_decode, pairs) if rows else 0,
+            bound_ns=bound_ns,
+            is_rerun=is_rerun,
         )
 
     # ---- commit ----------------------------------------------------------------------------------------------------
@@ -316,22 +465,38 @@ class Scheduler:
             logits = range(logit, logit + row.num_logits)
             logit = logits.stop
             self._note_step(row, step, stalled_ns)
-            if all(finite[logits.start : logits.stop]):
-                self._commit_row(row, logits, token_ids, result, now_ns, events)
-            else:
+            if not all(finite[logits.start : logits.stop]):
                 message = (
                     "the model gave a logit that is NaN or infinite, or no token was allowed; the request ends here,"
                     " others go on"
                 )
                 self._fail(row.sequence, NanLogits(message), events)
+            elif row.is_sampled and not 0 <= token_ids[logits.stop - 1] < self._vocab_size:
+                message = f"the backend chose token {token_ids[logits.stop - 1]} of a vocabulary of {self._vocab_size}"
+                self._fail(row.sequence, InternalError(message), events)
+            else:
+                self._commit_row(row, logits, token_ids, result, now_ns, events)
         if len(self._live) != num_live:
             self.running = [s for s in self.running if s.id in self._live]
         return events
 
-    def fail(self, step: Step, error: JiljuError) -> list[EngineEvent]:
-        """End every request with a row of a step that did not run to its end. Nothing of the step is committed."""
+    def part(self, step: Step, rows: tuple[Row, ...], now_ns: int) -> Step:
+        """A step of some rows of one that raised; nothing of that one is committed, so they are as they were."""
+        return self._step_of(rows, now_ns, step.bound_ns, is_rerun=True)
+
+    def give_up(self, rows: Iterable[Row]) -> None:
+        """Rows of a step that raised are not run now: what was taken for them goes back."""
+        for row in rows:
+            sequence = row.sequence
+            if sequence.is_running:
+                num_needed = self.pool.blocks_for(sequence.num_computed)
+                spare, sequence.block_ids = sequence.block_ids[num_needed:], sequence.block_ids[:num_needed]
+                self.pool.release(spare, sequence.tenant)
+
+    def fail(self, rows: Iterable[Row], error: JiljuError) -> list[EngineEvent]:
+        """End the requests of rows of a step that raised."""
         events: list[EngineEvent] = []
-        for row in step.rows:
+        for row in rows:
             self._fail(row.sequence, error, events)
         self.running = [s for s in self.running if s.id in self._live]
         return events
@@ -341,6 +506,9 @@ class Scheduler:
         if sequence.num_steps == 0:
             sequence.scheduled_ns = step.begin_ns
         sequence.num_steps += 1
+        if sequence.num_probation_steps and len(step.rows) == 1:
+            sequence.num_probation_steps -= 1
+            self._num_on_probation -= not sequence.num_probation_steps
         if row.is_sampled and row.count == 1 and sequence.num_output > len(sequence.request.output_ids):
             sequence.stalled_ns += stalled_ns
 
@@ -395,21 +563,26 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence) -> None:
         self._forget(sequence)
-        self.pool.release(sequence.block_ids)
+        self.pool.release(sequence.block_ids, sequence.tenant)
         sequence.block_ids = []
 
     def _fail(self, sequence: Sequence, error: JiljuError, events: list[EngineEvent]) -> None:
         """End a request whose blocks may hold rubbish."""
         self._forget(sequence)
-        self.pool.discard(sequence.block_ids)
+        self.pool.discard(sequence.block_ids, sequence.tenant)
         sequence.block_ids = []
         events.append(RequestFailed(request_id=sequence.id, code=error.code, message=error.message))
 
     def _forget(self, sequence: Sequence) -> None:
         del self._live[sequence.id]
         sequence.is_running = False
+        self._num_on_probation -= sequence.num_probation_steps > 0
 
     # ---- audit -----------------------------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        head = [f"{s.id}: {s.num_computed} of {s.num_wanted} tokens" for s in self.waiting.next_turns(3)]
+        return f"{len(self.waiting)} wait ({'; '.join(head)}), {len(self.running)} run, blocks {self.pool.describe()}"
 
     def check(self) -> None:
         """Deep audit of what must hold between steps, for tests."""
@@ -422,13 +595,29 @@ class Scheduler:
                 f"{sequence.id} was preempted {sequence.num_preemptions} times"
             )
         assert not any(s.block_ids for s in self.waiting), "a waiting sequence holds blocks"
-        for queue in (list(self.waiting), self.running):
-            numbers = [s.number for s in queue]
-            assert numbers == sorted(numbers), f"not in order of arrival: {numbers}"
+        seniorities = [_seniority(s) for s in self.running]
+        assert seniorities == sorted(seniorities), f"not in order of seniority: {seniorities}"
+        assert all(s.num_bypassed <= MAX_BYPASSES for s in self._live.values()), "somebody was bypassed too often"
+        on_probation = sum(s.num_probation_steps > 0 for s in self._live.values())
+        assert self._num_on_probation == on_probation, f"{self._num_on_probation} on probation, found {on_probation}"
         queued = [*self.running, *self.waiting, *self._to_end]
         assert {s.id for s in queued} == set(self._live) and len(queued) == len(self._live), (
             "live, running and waiting differ"
         )
+
+
+def _seniority(sequence: Sequence) -> tuple[int, int]:
+    """Fixed for its life, so that who is preempted does not depend on the moment. Lower is more senior."""
+    return due_ns(sequence), sequence.number
+
+
+def deadline_event(request_id: str, allowed_ns: int, is_of_all: bool) -> RequestFailed:
+    """The end of a request that was not complete, or if not `is_of_all` not in a step, within `allowed_ns`."""
+    what = "complete" if is_of_all else "begun"
+    message = (
+        f"the answer was not {what} within {allowed_ns / 1e9:g} s; allow more time, or ask again when less is going on"
+    )
+    return RequestFailed(request_id=request_id, code=DeadlineExceeded.code, message=message)
 
 
 def _scores_event(sequence: Sequence) -> list[EngineEvent]:

@@ -56,15 +56,21 @@ class TokenCounts:
 
 class Sequence:
     __slots__ = (
-        "_end_ids", "bias_ids", "biases", "block_ids", "block_keys", "counts", "end_ids", "first_token_ns", "is_running", "last_token_ns",
-        "mask", "max_computed", "num_cached", "num_computed", "num_preemptions", "num_prompt_tokens", "num_steps", "num_tokens", "number",
-        "prefix_ids", "queued_ns", "request", "scheduled_ns", "scores", "stalled_ns", "tokens",
+        "_end_ids", "arrival_ns", "bias_ids", "biases", "block_ids", "block_keys", "counts", "end_ids", "first_token_ns", "id", "is_running",
+        "last_token_ns", "mask", "max_computed", "num_bypassed", "num_cached", "num_computed", "num_preemptions", "num_probation_steps",
+        "num_prompt_tokens", "num_steps", "num_tokens", "number", "prefix_ids", "priority", "queued_ns", "request", "scheduled_ns",
+        "scores", "stalled_ns", "tag", "tenant", "tokens",
     )  # fmt: skip
 
     def __init__(self, number: int, request: Request, queued_ns: int):
         params = request.params
         self.number = number  # order of arrival, unique within the engine
+        self.id = request.id
         self.request = request
+        self.tenant = request.tenant
+        self.priority = request.priority
+        self.arrival_ns = request.arrival_ns or queued_ns
+        self.tag = -1  # its place in the queue of its priority, given when it first waits
         self.end_ids = frozenset(request.end_ids)
         self._end_ids = np.array(sorted(self.end_ids), np.int32)
 
@@ -96,11 +102,14 @@ class Sequence:
         self.num_steps = 0
         self.num_cached = 0
         self.num_preemptions = 0
+        self.num_bypassed = 0  # times that one behind it in the queue had its turn first
+        self.num_probation_steps = request.num_probation_steps
         self.is_running = False
 
     @property
-    def id(self) -> str:
-        return self.request.id
+    def max_tokens(self) -> int:
+        """Tokens that it may come to hold."""
+        return len(self.tokens)
 
     @property
     def num_output(self) -> int:

@@ -11,6 +11,9 @@ from jilju.plan import StepShape
 
 FORGET = 0.995  # weight of a step against the one after it: some 200 steps are remembered
 OUTLIER = 8.0  # a step this much longer than predicted was disturbed from outside: it teaches no more than this
+MAX_SPREAD = (
+    100.0  # of what is known, against the prior: steps of one kind alone teach nothing of others, nor unteach it
+)
 MIN_SAMPLES = 8  # before so many steps there is no talk of outliers
 _SCALES = (1.0, 1e-2, 1e-4)  # brings (1, T, S) to like magnitudes, or the sums lose their digits
 
@@ -25,6 +28,7 @@ class StepTimes:
         self.num_samples = 0
         self._theta = [c / s for c, s in zip(prior, _SCALES, strict=True)]
         weight = max(self._theta[0], self._theta[1], 1.0) ** 2
+        self._max_spread = MAX_SPREAD * weight
         self._spread = [[weight if i == j else 0.0 for j in range(3)] for i in range(3)]  # of theta, relative to noise
         self._noise = weight * 1e-4
 
@@ -38,11 +42,11 @@ class StepTimes:
             return 0
         _, per_token, per_pair = self.coefficients
         linear, square = per_token + per_pair * (start + 0.5), per_pair / 2  # t(q) = linear q + square q^2
-        if square > 0:
-            count = (math.sqrt(linear * linear + 4 * square * left_ns) - linear) / (2 * square)
-        else:
-            count = left_ns / linear if linear > 0 else math.inf
-        return int(min(count, max_count))
+        divisor = linear + math.sqrt(linear * linear + 4 * square * left_ns)  # the form without cancellation
+        count = int(min(2 * left_ns / divisor, max_count)) if divisor > 0 else max_count
+        while count > 0 and self.chunk_ns(start, count) > left_ns:  # rounding
+            count -= 1
+        return count
 
     def chunk_ns(self, start: int, count: int) -> float:
         """What a chunk adds to a step."""
@@ -66,12 +70,9 @@ class StepTimes:
             for j in range(3):
                 spread[i][j] = (spread[i][j] - gain[i] * gain[j] / total) / FORGET
         limit = max(spread[0][0], spread[1][1], spread[2][2])
-        if limit > _MAX_SPREAD:  # steps of one kind alone teach nothing of the others: do not forget those for that
-            self._spread = [[value * _MAX_SPREAD / limit for value in row] for row in spread]
+        if limit > self._max_spread:
+            self._spread = [[value * self._max_spread / limit for value in row] for row in spread]
         self.coefficients = tuple(max(0.0, t) * s for t, s in zip(self._theta, _SCALES, strict=True))  # type: ignore[assignment]
-
-
-_MAX_SPREAD = 1e20
 
 
 def num_pairs(start: int, count: int) -> int:

@@ -1,45 +1,26 @@
-"""The supervisor: keeps an engine process alive and every stream whole.
+"""The supervisor: what must be known when an engine dies, so that every stream stays whole.
 
-`Supervisor` owns what must be known when an engine dies: each live request with the tokens received, the epoch, the
-back-off. It does no input or output and takes time as an argument. `SupervisedClient` owns the process and the socket and
-is an EngineClient. Neither knows what a step computes or what a token means.
+Owns each live request with the tokens received, the epoch, the back-off, and who is suspected of a death. Does no input or
+output and takes time as an argument: `engine.process` wires it to a process, a simulation to a virtual clock. Knows nothing
+of what a step computes or what a token means.
 
 A token is taken only if it is the next of its request and comes from the engine of the current epoch. So what a client has
 is always a prefix of what is held here, and a new engine that is handed prompt and tokens goes on exactly where the old
 one stopped: noise is keyed by (seed, position).
+
+Quarantine: the requests in the step of a death are suspects and come back on probation, their first steps alone in the batch.
+Who was in two deaths that work can cause, the last time alone, is not run again; nor is who was alone in three kills, which
+memory pressure can cause. A death that no suspect repeats alone ends nobody.
 """
 
-import asyncio
-import logging
-import signal
-import socket
-import subprocess
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
-from jilju.clock import Clock, WallClock
 from jilju.engine.client import EngineInfo, EngineState, EngineStatus
-from jilju.engine.events import EventLog, prefill_share_ns
-from jilju.engine.link import (
-    BEAT_S,
-    LINK_VERSION,
-    Abort,
-    Beat,
-    FrameReader,
-    FrameWriter,
-    Hello,
-    LinkBroken,
-    LoadFailed,
-    Loading,
-    LoadProgress,
-    Ready,
-    Stepped,
-    Submit,
-    ToEngine,
-    ToServer,
-)
+from jilju.engine.events import prefill_share_ns
+from jilju.engine.link import Beat, LinkBroken, Ready, Stepped, ToServer
 from jilju.engine.loop import MAX_REQUESTS, check_bound
 from jilju.engine.request import (
     EngineEvent,
@@ -51,21 +32,24 @@ from jilju.engine.request import (
     TokenEvent,
     is_terminal,
 )
-from jilju.engine.scheduler import check_fits
-from jilju.engine.streams import EventStream
-from jilju.errors import EngineUnavailable, NotReady, StartupError
+from jilju.engine.scheduler import check_fits, deadline_event
+from jilju.errors import EngineUnavailable, NotReady, RequestQuarantined
 from jilju.plan import Limits
-
-logger = logging.getLogger(__name__)
 
 MAX_RESTARTS = 5  # in a row without a step between them
 STABLE_NS = 60 * 10**9  # an engine that was ready for so long ends the row too
 BACKOFF_S, BACKOFF_S_MAX = 0.1, 5.0
 WATCHDOG_S = 30.0  # without a sign of life
-STEP_S_MAX = 120.0  # a step in flight for longer hangs, ...
-STEP_S_PER_TOKEN = 0.5  # ... unless it may hold more tokens than even the slowest backend computes by then
+STEP_S_MAX = 30.0  # a step in flight for longer hangs, ...
+STEP_TIMES_MAX = 10  # ... unless it was expected to take more than a tenth of that
 PAUSE_NS = 2 * 10**9  # a gap between two looks at the clock: this process was stopped, the engine is not to blame
-STOP_S = 2.0  # from the end of the link to the end of the process
+NUM_PROBATION_STEPS = 2  # of a suspect, alone
+MAX_DEATHS = 2  # that the work can have caused, the last one alone
+MAX_KILLS = 3  # alone
+
+# "work": what a step computes can bring it about (a fault signal, an abort, a hang); "pressure": the system killed it;
+# "other": anything else, such as a link that cannot be trusted. Only the first two can be held against a request.
+DeathCause = Literal["work", "pressure", "other"]
 
 _NO_STATUS = EngineStatus(
     state="loading", num_running=0, num_waiting=0, num_blocks_free=0, num_blocks_cached=0, num_blocks_held=0,
@@ -82,6 +66,10 @@ class _Live:
     tokens: list[int]  # the whole output so far
     is_scored: bool = False  # the prompt's logprobs were received
     is_aborting: bool = False
+    is_scheduled: bool = False  # it was in a step, so the time to wait for one is over
+    num_deaths: int = 0  # with it in the step, that the work can have caused
+    num_kills: int = 0  # with it alone in the step
+    is_suspect: bool = False
     num_resumes: int = 0
     started: RequestTimes | None = None  # of the engine that made the first token
     stalled_ns: int = 0  # as far as the frames tell
@@ -94,6 +82,9 @@ class _Live:
             self.request,
             output_ids=list(self.tokens),
             score_prompt=self.request.score_prompt and not self.is_scored,
+            arrival_ns=self.request.arrival_ns or self.queued_ns,
+            queue_deadline_ns=0 if self.is_scheduled else self.request.queue_deadline_ns,
+            num_probation_steps=NUM_PROBATION_STEPS if self.is_suspect else 0,
         )
 
     def times(self, of_engine: RequestTimes | None) -> RequestTimes:
@@ -119,11 +110,13 @@ class Supervisor:
         self.epoch = 0
         self.num_restarts = 0
         self.num_resumed = 0
+        self.num_quarantined = 0
         self.suspects: list[str] = []  # requests in the step that was about to run
         self._max_requests = max_requests
         self._live: dict[str, _Live] = {}  # in order of arrival
         self._status = _NO_STATUS
-        self._imbalance = 0  # of engines that died
+        self._imbalance = self._num_step_faults = 0  # of engines that died
+        self._predicted_ns = 0  # of the step in flight
         self._num_failures = 0  # deaths in a row without a step
         self._ready_ns = self._heard_ns = self._ticked_ns = self._stepped_ns = now_ns
         self._step_age_ns = 0
@@ -192,17 +185,21 @@ class Supervisor:
     def resubmissions(self) -> list[Request]:
         """What a new engine is handed, in the old order."""
         self.num_resumed += sum(bool(live.tokens) for live in self._live.values())
-        return [live.resubmission() for live in self._live.values()]
+        requests = [live.resubmission() for live in self._live.values()]
+        for live in self._live.values():
+            live.is_suspect = False
+        return requests
 
-    def ended(self, now_ns: int) -> tuple[float | None, list[EngineEvent]]:
+    def ended(self, now_ns: int, cause: DeathCause = "other") -> tuple[float | None, list[EngineEvent]]:
         """The engine is dead. Seconds to wait before the next one, or None: it is given up, and so is every request."""
         if self.state == "ready" and now_ns - self._ready_ns > STABLE_NS:
             self._num_failures = 0
         self._num_failures += 1
         self._imbalance += self._status.imbalance
+        self._num_step_faults += self._status.num_step_faults
         self._status = _NO_STATUS
         self.state = "restarting"
-        events: list[EngineEvent] = []
+        events: list[EngineEvent] = self._suspect(cause)
         for live in list(self._live.values()):
             live.num_resumes += 1
             live.stalled_before_ns = live.stalled_ns
@@ -215,6 +212,40 @@ class Supervisor:
             return None, events + self.fail_all(EngineUnavailable.code, message)
         return min(BACKOFF_S * 2 ** (self._num_failures - 1), BACKOFF_S_MAX), events
 
+    def _suspect(self, cause: DeathCause) -> list[EngineEvent]:
+        """Hold a death against those in its step; who is to blame for sure ends."""
+        events: list[EngineEvent] = []
+        is_alone = len(self.suspects) == 1
+        for request_id in self.suspects if cause != "other" else ():
+            live = self._live.get(request_id)
+            if live is None:
+                continue
+            live.is_suspect = True
+            live.num_deaths += cause == "work"
+            live.num_kills += cause == "pressure" and is_alone
+            if is_alone and (live.num_deaths >= MAX_DEATHS or live.num_kills >= MAX_KILLS):
+                del self._live[request_id]
+                self.num_quarantined += 1
+                message = (
+                    f"the engine died {live.num_deaths + live.num_kills} times while it computed this request, the last"
+                    " time this request alone; it is not run again; please report it with its prompt and parameters"
+                )
+                events.append(RequestFailed(request_id=request_id, code=RequestQuarantined.code, message=message))
+        self.suspects = []
+        return events
+
+    def expired(self, now_ns: int) -> list[EngineEvent]:
+        """End what is late while no engine is ready to see to it."""
+        events: list[EngineEvent] = []
+        for live in list(self._live.values()) if self.state != "ready" else ():
+            request = live.request
+            is_late = 0 < request.deadline_ns <= now_ns
+            if is_late or (0 < request.queue_deadline_ns <= now_ns and not live.is_scheduled and not live.tokens):
+                del self._live[request.id]
+                when_ns = request.deadline_ns if is_late else request.queue_deadline_ns
+                events.append(deadline_event(request.id, when_ns - (request.arrival_ns or live.queued_ns), is_late))
+        return events
+
     def tick(self, now_ns: int) -> str | None:
         """To be called twice a second while a process lives; the reason to kill it, if there is one."""
         if now_ns - self._ticked_ns > PAUSE_NS:  # its frames lie unread
@@ -223,8 +254,7 @@ class Supervisor:
         silent_s = (now_ns - self._heard_ns) / 1e9
         if silent_s > WATCHDOG_S:
             return f"no sign of life for {silent_s:.0f} s"
-        step_tokens = self.info.step_tokens if self.info is not None else 0
-        if self._step_age_ns > max(STEP_S_MAX, STEP_S_PER_TOKEN * step_tokens) * 1e9:
+        if self._step_age_ns > max(STEP_S_MAX * 1e9, STEP_TIMES_MAX * self._predicted_ns):
             return f"a step is in flight for {self._step_age_ns / 1e9:.0f} s"
         return None
 
@@ -237,6 +267,8 @@ class Supervisor:
             num_restarts=self.num_restarts,
             num_resumed=self.num_resumed,
             imbalance=self._imbalance + self._status.imbalance,
+            num_quarantined=self.num_quarantined,
+            num_step_faults=self._num_step_faults + self._status.num_step_faults,
         )
 
     # ---- events ----------------------------------------------------------------------------------------------------
@@ -245,8 +277,9 @@ class Supervisor:
         self._check(message.events)
         self._status = message.status
         self.suspects = message.next_ids
+        self._predicted_ns = message.predicted_ns
         stalled_ns = 0
-        if (record := message.record) is not None:
+        for record in message.records:
             self._num_failures = 0
             self._stepped_ns = now_ns
             stalled_ns = prefill_share_ns(
@@ -255,7 +288,11 @@ class Supervisor:
         for request_id, times in message.started:
             if request_id in self._live:
                 self._live[request_id].started = times
-        return [self._taken(event, stalled_ns, now_ns) for event in message.events]
+        events = [self._taken(event, stalled_ns, now_ns) for event in message.events]
+        for request_id in message.next_ids:
+            if request_id in self._live:
+                self._live[request_id].is_scheduled = True
+        return events
 
     def _check(self, events: list[EngineEvent]) -> None:
         """Each event must be the next of a live request; a frame counts whole or not at all."""
@@ -303,246 +340,3 @@ def _limits_of(info: EngineInfo) -> Limits:
         num_blocks=info.num_blocks, block_size=info.block_size, max_rows=info.max_rows, max_tokens=info.step_tokens,
         max_context=info.max_context, num_threads=info.num_threads,
     )  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class _Launched:
-    """An engine's process and our end of its link, to which nobody listens yet."""
-
-    epoch: int
-    process: subprocess.Popen[bytes]
-    sock: socket.socket
-    frames: FrameWriter
-
-
-@dataclass(slots=True)
-class _Process:
-    """A running engine process that is spoken to."""
-
-    process: subprocess.Popen[bytes]
-    reader: asyncio.StreamReader
-    writer: asyncio.StreamWriter
-    frames: FrameWriter
-
-    def send(self, message: ToEngine) -> None:
-        if not self.writer.is_closing():
-            self.writer.write(self.frames.frame(message))
-
-    async def end(self, grace_s: float) -> int:
-        """Close the link and see the process out, by force after a while. Returns its exit status."""
-        self.writer.close()
-        return await _see_out(self.process, grace_s)
-
-
-async def _see_out(process: subprocess.Popen[bytes], grace_s: float) -> int:
-    try:
-        return await asyncio.to_thread(process.wait, grace_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return await asyncio.to_thread(process.wait)
-
-
-class SupervisedClient:
-    """An engine in a process of its own. `command` starts it; the number of its link's file descriptor is appended.
-
-    `on_loading` hears how far the first engine's load has come.
-    """
-
-    def __init__(
-        self,
-        command: Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        clock: Clock | None = None,
-        max_requests: int = MAX_REQUESTS,
-        on_loading: LoadProgress | None = None,
-    ):
-        self.log = EventLog()
-        self._on_loading = on_loading
-        self._command = tuple(command)
-        self._env = dict(env) if env is not None else None
-        self._clock = clock or WallClock()
-        self._core = Supervisor(self._clock.now_ns(), max_requests)
-        self._streams: dict[str, EventStream] = {}
-        self._launched: _Launched | None = None  # ahead of `start`
-        self._process: _Process | None = None  # while it can be spoken to
-        self._life: asyncio.Task[None] | None = None
-        self._is_loaded: asyncio.Future[None] | None = None
-
-    @property
-    def info(self) -> EngineInfo | None:
-        return self._core.info
-
-    @property
-    def process_id(self) -> int | None:
-        """Of the engine that runs now."""
-        return self._process.process.pid if self._process is not None else None
-
-    def launch(self) -> None:
-        """Start the engine's process now, without a loop: it loads while the caller makes the rest. `start` waits for it.
-
-        Raises StartupError if there can be no process.
-        """
-        assert self._life is None and self._launched is None, "launched twice"
-        try:
-            self._launched = self._spawn()
-        except OSError as error:
-            raise StartupError(f"the engine's process cannot be started: {error}") from error
-
-    async def start(self) -> None:
-        assert self._life is None, "started twice"
-        self._is_loaded = asyncio.get_running_loop().create_future()
-        self._life = asyncio.create_task(self._supervise(), name="jilju-supervisor")
-        await self._is_loaded
-
-    def submit(self, request: Request) -> EventStream:
-        self._core.submit(request, self._clock.now_ns())
-        stream = EventStream(request.id, self.abort)
-        self._streams[request.id] = stream
-        self._send(Submit(request))
-        return stream
-
-    def abort(self, request_id: str) -> None:
-        tell_engine, events = self._core.abort(request_id)
-        if tell_engine:
-            self._send(Abort(request_id))
-        self._deliver(events)
-
-    def status(self) -> EngineStatus:
-        return self._core.status(self._clock.now_ns())
-
-    async def stop(self) -> None:
-        if self._life is not None:
-            self._life.cancel()
-            await asyncio.gather(self._life, return_exceptions=True)
-        if self._launched is not None:  # and nobody came to listen
-            self._launched.sock.close()
-            await _see_out(self._launched.process, STOP_S)
-            self._launched = None
-        if self._is_loaded is not None and not self._is_loaded.done():
-            self._is_loaded.set_exception(StartupError("the engine was stopped before it was loaded"))
-        self._deliver(self._core.fail_all(NotReady.code, "the engine was stopped"))
-
-    def _send(self, message: ToEngine) -> None:
-        """What cannot be said to a dying engine is said to the next one, in its resubmissions."""
-        if self._process is not None:
-            self._process.send(message)
-
-    def _deliver(self, events: list[EngineEvent]) -> None:
-        for event in events:
-            self._streams[event.request_id].put(event)
-            if is_terminal(event):
-                del self._streams[event.request_id]
-
-    # ---- the process -----------------------------------------------------------------------------------------------
-
-    async def _supervise(self) -> None:
-        """One engine after another, until it is given up or stopped."""
-        assert self._is_loaded is not None, "supervised before start()"
-        try:
-            while True:
-                cause = await self._live_once()
-                wait_s, events = self._core.ended(self._clock.now_ns())
-                if not self._is_loaded.done():
-                    self._core.state = "gone"
-                    self._is_loaded.set_exception(StartupError(cause))
-                    return
-                self._deliver(events)
-                if wait_s is None:
-                    logger.critical("%s; the engine is given up", cause)
-                    return
-                logger.error(
-                    "%s; in its step: %s; %d requests wait, the next engine starts in %.1f s",
-                    cause,
-                    ", ".join(self._core.suspects) or "nothing",
-                    self._core.num_live,
-                    wait_s,
-                )
-                await asyncio.sleep(wait_s)
-        except Exception as error:  # a defect of the supervisor: nobody may wait for ever
-            logger.exception("the supervisor failed")
-            self._deliver(self._core.fail_all("internal", f"the supervisor failed: {error}"))
-            if not self._is_loaded.done():
-                self._is_loaded.set_exception(error)
-
-    async def _live_once(self) -> str:
-        """Start an engine and read what it says until it ends; returns why it did."""
-        try:
-            launched = self._launched = self._launched or self._spawn()
-        except OSError as error:
-            return f"the engine's process cannot be started: {error}"
-        epoch = launched.epoch
-        reader, writer = await asyncio.open_unix_connection(sock=launched.sock)
-        engine, self._launched = _Process(launched.process, reader, writer, launched.frames), None
-        self._process = engine
-        reasons: list[str] = []
-        pulse = asyncio.create_task(self._pulse(engine, reasons))
-        grace_s = STOP_S
-        try:
-            frames: FrameReader[ToServer] = FrameReader(ToServer, epoch)
-            while data := await engine.reader.read(65536):
-                for message in frames.feed(data):
-                    self._take(epoch, message, reasons)
-        except ConnectionError:
-            pass  # it ended before it read all; its exit status says more
-        except LinkBroken as error:
-            reasons.append(f"the link from the engine cannot be trusted: {error}")
-            grace_s = 0.0
-        finally:
-            self._process = None
-            pulse.cancel()
-            status = await engine.end(grace_s)
-        return reasons[0] if reasons else _describe_exit(status)
-
-    def _take(self, epoch: int, message: ToServer, reasons: list[str]) -> None:
-        events = self._core.receive(epoch, message, self._clock.now_ns())
-        if isinstance(message, Stepped) and message.record is not None:
-            self.log.add_step(message.record)
-        self._deliver(events)
-        assert self._is_loaded is not None, "an engine speaks before start()"
-        if isinstance(message, Loading):
-            if self._on_loading is not None and not self._is_loaded.done():
-                self._on_loading(message.done_bytes, message.total_bytes, message.text)
-        elif isinstance(message, LoadFailed):
-            reasons.append(message.message)
-        elif isinstance(message, Ready):
-            for request in self._core.resubmissions():
-                self._send(Submit(request))
-            if not self._is_loaded.done():
-                self._is_loaded.set_result(None)
-
-    def _spawn(self) -> _Launched:
-        """A new process, greeted: it loads from here on."""
-        epoch = self._core.launched(self._clock.now_ns())
-        frames = FrameWriter(epoch)
-        ours, its = socket.socketpair()
-        with its:  # open in the child only, so that each side sees the other's end
-            ours.sendall(frames.frame(Hello(LINK_VERSION)))  # alone in the buffer, it fits
-            try:
-                process = subprocess.Popen(
-                    [*self._command, str(its.fileno())],
-                    pass_fds=(its.fileno(),),
-                    env=self._env,
-                    stdin=subprocess.DEVNULL,
-                    stdout=2,  # standard output belongs to the server
-                )
-            except BaseException:
-                ours.close()
-                raise
-        return _Launched(epoch, process, ours, frames)
-
-    async def _pulse(self, engine: _Process, reasons: list[str]) -> None:
-        while True:
-            engine.send(Beat())
-            reason = self._core.tick(self._clock.now_ns())
-            if reason is not None:
-                reasons.append(f"the engine was killed: {reason}")
-                engine.process.kill()
-                return
-            await asyncio.sleep(BEAT_S)
-
-
-def _describe_exit(status: int) -> str:
-    if status < 0:
-        return f"the engine's process was ended by signal {-status} ({signal.strsignal(-status)})"
-    return f"the engine's process ended with exit status {status}; what it wrote before says why"
