@@ -32,7 +32,9 @@
 Knows nothing of HTTP beyond the numbers. A message says what was given, what is allowed and what to do.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Literal
+
+ShedReason = Literal["queue_requests", "queue_tokens", "predicted_wait"]
 
 
 class JiljuError(Exception):
@@ -142,7 +144,21 @@ class UnsupportedMediaType(InvalidRequest):
 
 
 class Overloaded(JiljuError):
+    """`predicted_wait_ns`: until the first step, had the request been taken; None where nobody predicted it."""
+
     status, type, code = 429, "rate_limit_error", "overloaded"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        retry_after_s: float | None = None,
+        reason: ShedReason = "queue_requests",
+        predicted_wait_ns: int | None = None,
+    ):
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.reason = reason
+        self.predicted_wait_ns = predicted_wait_ns
 
 
 class InternalError(JiljuError):

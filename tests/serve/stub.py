@@ -94,6 +94,7 @@ class StubClient:
     clock: Clock = field(default_factory=WallClock)
     num_cached: int = 3
     fail: Callable[[Request, int], RequestFailed | None] = lambda request, index: None
+    queue_ns: int = 0  # told as the wait for the first step
     hang_at: int | None = None  # gives no token from that index on, until aborted
     load_error: str | None = None
     load_s: float = 0.0
@@ -101,10 +102,12 @@ class StubClient:
     log: EventLog = field(default_factory=EventLog)
     requests: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    num_hanging: int = 0
     live: dict[str, asyncio.Event] = field(default_factory=dict)
     num_restarts: int = 0
     resume_ns: int = 0  # reported with every answer
     step_age_s: float = 0.0
+    step_coefficients: tuple[float, float, float] = (0.0, 0.0, 0.0)
     stopped: bool = False
 
     def __post_init__(self) -> None:
@@ -115,7 +118,7 @@ class StubClient:
         self.state = "ready"
         self.info = EngineInfo(
             kernel_set="stub", invariant=True, num_threads=1, max_context=512, block_size=16, num_blocks=64, max_rows=8,
-            step_tokens=64, weight_bytes=0, kv_bytes=0, workspace_bytes=0, load_ms=10.0,
+            step_tokens=64, token_gap_ms=50.0, weight_bytes=0, kv_bytes=0, workspace_bytes=0, load_ms=10.0,
         )  # fmt: skip
 
     async def start(self) -> None:
@@ -146,7 +149,7 @@ class StubClient:
             )  # fmt: skip
 
         try:
-            scheduled = self.clock.now_ns()
+            scheduled = queued + self.queue_ns
             await asyncio.sleep(self.prefill_delay_s)
             if params.max_tokens == 0:
                 yield RequestEnded(request_id=request.id, finish_reason="length", times=times())
@@ -155,7 +158,9 @@ class StubClient:
             for index in range(params.max_tokens):
                 await asyncio.sleep(self.delay_s)
                 if self.hang_at is not None and index >= self.hang_at:
+                    self.num_hanging += 1
                     await aborted.wait()
+                    self.num_hanging -= 1
                 if aborted.is_set():
                     yield RequestAborted(request_id=request.id, num_tokens=num_made, times=times())
                     return
@@ -197,6 +202,7 @@ class StubClient:
         return EngineStatus(
             state=self.state, num_running=len(self.live), num_waiting=0, num_blocks_free=60, num_blocks_cached=3,
             num_blocks_held=1, last_step_age_s=self.step_age_s, num_restarts=self.num_restarts, imbalance=0,
+            step_coefficients=self.step_coefficients,
         )  # fmt: skip
 
     async def stop(self) -> None:

@@ -228,7 +228,7 @@ async def test_errors_inside_are_logged_and_not_told(connect: Connect, caplog: p
 
 async def test_overload_and_not_ready_say_when_to_come_back(connect: Connect) -> None:
     stub = StubClient()
-    async with connect(stub, limits=ServeLimits(live_requests=2)) as (http, server):
+    async with connect(stub, limits=ServeLimits(queue_requests=2)) as (http, server):
         many = await http.post(COMPLETIONS, json={"prompt": ["a", "b", "c"]})
         assert (many.status_code, many.json()["error"]["code"]) == (429, "overloaded")
         assert many.json()["error"]["type"] == "rate_limit_error"

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from jilju.clock import VirtualClock
 from jilju.serve.openai_chat import CHAT as CHAT_RULES
 from jilju.serve.openai_completions import COMPLETION as COMPLETION_RULES
 from jilju.serve.sampling import LATER, NO_OPS
@@ -35,7 +36,7 @@ VALUES: dict[str, Any] = {
     "null": None, "true": True, "false": False, "empty": "", "one": "1", "huge": HUGE, "nul": "\0", "list": [], "object": {},
     "deep": DEEP, "list of null": [None], "list of list": [[]], "object of null": {"a": None},
     "-1": -1, "-2": -2, "0": 0, "1": 1, "2": 2, "1.0": 1.0, "1.5": 1.5, "2.5": 2.5, "-0.0": -0.0, "1e-30": 1e-30, "1e308": 1e308,
-    "21": 21, "513": 513, "2^31": 2**31, "2^63": 2**63, "2^63-1": 2**63 - 1, "-2^63": -(2**63), "-2^63-1": -(2**63) - 1,
+    "16": 16, "17": 17, "100": 100, "101": 101, "-100": -100, "-101": -101, "600000": 600_000, "600001": 600_001, "21": 21, "513": 513, "2^31": 2**31, "2^63": 2**63, "2^63-1": 2**63 - 1, "-2^63": -(2**63), "-2^63-1": -(2**63) - 1,
     "2^64": 2**64, "ids": [1, 2], "id V": [259], "strings": ["a", "b"], "mixed": ["a", 1], "17 strings": ["a"] * 17,
     "string of 257": ["a" * 257], "65 ids": [1] * 65, "129 prompts": ["a"] * 129,
     "biases": {"0": -100, "258": 0.5}, "bias of V": {"259": 1}, "bias beyond": {"1": -100.5}, "bias of true": {"1": True},
@@ -75,6 +76,11 @@ SHARED_GOOD: dict[str, set[str]] = {
     "stream_options": set(),  # never without stream
     "return_token_ids": BOOLS,
     "timings": BOOLS,
+    "n": in_range(1, 16, integral=True),
+    "cache_salt": {"one", "nul"},
+    "priority": in_range(-100, 100, integral=True),
+    "deadline_ms": in_range(1, 600_000, integral=True),
+    "max_queue_ms": in_range(1, 600_000, integral=True),
     "add_special_tokens": BOOLS,
     "request_id": {"empty", "one", "nul"},
     "session_id": {"empty", "one", "nul"},
@@ -103,7 +109,7 @@ REQUIRED = {"messages", "prompt"}
 async def test_each_field_with_each_class_of_value(connect: Connect, path: str, field: str) -> None:
     rules = {CHAT: CHAT_RULES, COMPLETIONS: COMPLETION_RULES}[path]
     assert rules.fields == set(GOOD[path]), "a field is added to this table when it is served"
-    async with connect() as (http, _):
+    async with connect(clock=VirtualClock(10**9)) as (http, _):  # no deadline passes while it stands still
         for name, value in VALUES.items():
             response = await http.post(path, json=BASE[path] | {field: value})
             expected = name in GOOD[path][field] or (value is None and field not in REQUIRED)
@@ -141,13 +147,14 @@ async def test_fields_of_later_are_refused_unless_off(connect: Connect, path: st
 
 
 def test_true_is_not_one() -> None:
-    assert LATER["n"] == (1,)
+    assert LATER["stream_interval"] == (1,)
 
 
 async def test_unknown_fields_at_every_depth(connect: Connect) -> None:
     user = {"role": "user", "content": "x"}
     cases: list[tuple[dict[str, Any], str, str]] = [
-        (chat_body(n=True), "unsupported_parameter", "n"),
+        (chat_body(n=True), "invalid_value", "n"),
+        (chat_body(stream_interval=True), "unsupported_parameter", "stream_interval"),
         (chat_body(nonsense=1), "unknown_parameter", "nonsense"),
         (chat_body(nonsense=None), "unknown_parameter", "nonsense"),
         (chat_body(**{"x" * 300: 1}), "unknown_parameter", "x" * 200),

@@ -114,7 +114,8 @@ async def test_a_reader_that_takes_nothing_has_left_and_hurts_nobody() -> None:
             other = await http.post(CHAT, json=chat_body(max_tokens=3))
             assert other.status_code == 200
             await until(lambda: stub.requests[0].id in stub.aborted)
-            assert 'state="client_cancelled"} 1.0' in (await http.get("/metrics")).text
+            while 'state="client_cancelled"} 1.0' not in (await http.get("/metrics")).text:
+                await asyncio.sleep(0.005)
         deaf.close()
 
 
@@ -154,7 +155,7 @@ async def test_the_openai_client_maps_our_errors() -> None:
     stub = StubClient(fail=fail)
     message: Any = {"role": "user", "content": "x"}
     async with (
-        running(stub, keys=(ApiKey("k", "secret"),), limits=ServeLimits(live_requests=1)) as (port, _),
+        running(stub, keys=(ApiKey("k", "secret"),), limits=ServeLimits(queue_requests=1)) as (port, _),
         openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="secret", max_retries=0) as client,
     ):
 

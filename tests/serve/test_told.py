@@ -195,6 +195,15 @@ def test_the_two_retry_headers_tell_the_same_wait(wait_s: float | None, byte: by
     headers = dict(retry_headers(Overloaded("x", retry_after_s=wait_s), lambda count: byte))
     seconds, ms = int(headers[b"retry-after"]), int(headers[b"retry-after-ms"])
     assert 1 <= seconds <= 60 and (seconds - 1) * 1000 < ms <= seconds * 1000
+    assert b"x-jilju-predicted-wait-ms" not in headers, "nobody predicted one"
+
+
+@given(wait_ns=st.integers(0, 10**15))
+def test_an_overload_tells_the_predicted_wait_and_spreads_clients_however_long_it_is(wait_ns: int) -> None:
+    error = Overloaded("x", predicted_wait_ns=wait_ns, retry_after_s=wait_ns / 1e9)
+    first, last = (dict(retry_headers(error, lambda count, byte=byte: byte)) for byte in (b"\x00", b"\xff"))
+    assert int(first[b"x-jilju-predicted-wait-ms"]) == wait_ns // 10**6
+    assert 1.24 * int(first[b"retry-after-ms"]) < int(last[b"retry-after-ms"]) <= 60_000
 
 
 @given(

@@ -48,10 +48,6 @@ class Head:
 class Renderer(Protocol):
     """One answer's shape."""
 
-    def opening(self, usage: Usage | None) -> bytes:
-        """Events that go out in the same write as the first token's."""
-        ...
-
     def chunk(self, delta: Delta, usage: Usage | None, timings: Timings | None) -> bytes: ...
 
     def usage_chunk(self, usage: Usage, timings: Timings | None) -> bytes: ...
@@ -62,12 +58,13 @@ class Renderer(Protocol):
 
 
 def usage_so_far(choices: Sequence[Choice]) -> Usage:
-    """Cached tokens are known only at the end of every sequence."""
-    num_prompt_tokens = sum(choice.request.num_prompt_tokens for choice in choices)
+    """A prompt counts once, however many choices it has. Cached tokens are known only at the end of every sequence."""
+    firsts = [choice for choice in choices if not choice.request.sibling_of]
+    num_prompt_tokens = sum(choice.request.num_prompt_tokens for choice in firsts)
     num_tokens = sum(choice.num_tokens for choice in choices)
     details = None
     if all(choice.ended for choice in choices):
-        num_cached = sum(choice.times.num_cached_tokens for choice in choices if choice.times is not None)
+        num_cached = sum(choice.times.num_cached_tokens for choice in firsts if choice.times is not None)
         details = PromptTokensDetails(cached_tokens=num_cached)
     return Usage(
         prompt_tokens=num_prompt_tokens,
@@ -111,7 +108,7 @@ def chunk_event(
 
 def prompt_ids_field(choices: Sequence[Choice]) -> dict[str, Any]:
     """One prompt: its ids; several: a list of them, in the order of the prompts."""
-    ids = [choice.request.prompt_ids for choice in choices]
+    ids = [choice.request.prompt_ids for choice in choices if not choice.request.sibling_of]
     return {"prompt_token_ids": ids[0] if len(ids) == 1 else ids}
 
 

@@ -81,9 +81,12 @@ def match_key(keys: Sequence[ApiKey], presented: Sequence[str]) -> ApiKey | None
     return match
 
 
-def cache_salt(key: ApiKey | None) -> bytes:
-    """Salt of the prefix cache: calls of different keys never share blocks."""
-    return b"" if key is None else hashlib.blake2b(key.secret.encode(), digest_size=16, person=b"jilju-salt").digest()
+def cache_salt(key: ApiKey | None, given: str | None = None) -> bytes:
+    """Salt of the prefix cache: calls of different keys, or with different salts of their own, never share blocks."""
+    salt = b"" if key is None else hashlib.blake2b(key.secret.encode(), digest_size=16, person=b"jilju-salt").digest()
+    if given is None:
+        return salt
+    return hashlib.blake2b(given.encode(), key=salt, digest_size=16, person=b"jilju-given").digest()
 
 
 def _digest(secret: str) -> bytes:

@@ -38,8 +38,10 @@ class ServeLimits(msgspec.Struct, frozen=True, kw_only=True):
     body_bytes: int = 8 << 20
     body_s: float = 30.0  # a body must have arrived by then
     json_depth: int = 64
-    live_requests: int = 1024  # sequences taken and not ended; above: 429
-    total_s: float = 600.0  # from acceptance to the last byte
+    queue_requests: int = 1024  # sequences without a first token; above: 429
+    queue_pools: float = 4.0  # tokens of their prompts, in times of what the KV pool holds; above: 429
+    queue_s: float = 60.0  # from acceptance to the first step, where a call says nothing
+    total_s: float = 600.0  # from acceptance to the last byte, at most
     silence_s: float = 15.0  # an open stream says ": wait" after that
     stall_s: float = 30.0  # a reader that takes nothing for so long has left
     drain_s: float = 30.0  # live requests may end within that after SIGTERM

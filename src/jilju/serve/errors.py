@@ -10,9 +10,11 @@ from types import MappingProxyType
 
 import msgspec
 
-from jilju.errors import InternalError, JiljuError, StartupError
+from jilju.errors import InternalError, JiljuError, Overloaded, StartupError
 
 MAX_ECHO = 200  # characters of a client's input that an error may repeat
+MAX_RETRY_MS = 60_000  # above that some clients give up at once
+MAX_JITTER = 1.25
 NO_RETRY = frozenset({"engine_unavailable", "deadline_exceeded", "request_quarantined"})
 
 
@@ -54,12 +56,16 @@ def error_body(error: JiljuError) -> bytes:
 
 
 def retry_headers(error: JiljuError, random_bytes: Callable[[int], bytes]) -> list[tuple[bytes, bytes]]:
-    """Retry-After in whole seconds and the same wait in ms, jittered upward by at most a quarter so that clients spread."""
+    """Retry-After in whole seconds and the same wait in ms: 1 to 60 s, up to a quarter of it by chance so that clients
+    spread, however long the wait. An overload also says the wait that was predicted.
+    """
     if error.code in NO_RETRY:
         return [(b"x-should-retry", b"false")]
     if error.status == 429 or error.code == "not_ready":
-        jitter = 1 + random_bytes(1)[0] / 1024
-        wait_ms = min(60_000, max(1_000, round((error.retry_after_s or 1.0) * jitter * 1000)))
-        seconds = math.ceil(wait_ms / 1000)
-        return [(b"retry-after", b"%d" % seconds), (b"retry-after-ms", b"%d" % wait_ms)]
+        jitter = 1 + (MAX_JITTER - 1) * random_bytes(1)[0] / 256
+        wait_ms = round(min(MAX_RETRY_MS / MAX_JITTER, max(1_000, (error.retry_after_s or 1.0) * 1000)) * jitter)
+        headers = [(b"retry-after", b"%d" % math.ceil(wait_ms / 1000)), (b"retry-after-ms", b"%d" % wait_ms)]
+        if isinstance(error, Overloaded) and error.predicted_wait_ns is not None:
+            headers.append((b"x-jilju-predicted-wait-ms", b"%d" % (error.predicted_wait_ns // 1_000_000)))
+        return headers
     return []

@@ -9,19 +9,31 @@ import logging
 from collections.abc import Mapping
 from typing import Any, Protocol, TypeVar
 
+import msgspec
+from starlette.datastructures import Headers
 from starlette.requests import Request as HttpRequest
 from starlette.types import Receive, Scope, Send
 
+from jilju.engine.admission import Admission
 from jilju.engine.request import Request
-from jilju.errors import InternalError, JiljuError, NotReady, Overloaded
+from jilju.errors import EngineUnavailable, InternalError, JiljuError, NotReady, Overloaded
 from jilju.serve.answer import Head, Renderer, usage_so_far
 from jilju.serve.auth import cache_salt
 from jilju.serve.body import ClientLeft, read_json_object
 from jilju.serve.context import ServerContext
+from jilju.serve.deadlines import Deadlines, HeaderTimes, header_times, make_deadlines
 from jilju.serve.gate import Arrival, arrival_of
 from jilju.serve.generation import Choice, Generation
 from jilju.serve.ledger import CLIENT_LEFT_STATUS, Call, state_of
-from jilju.serve.sampling import GenerationFields, check_model, end_ids, sampling_params, stops_of
+from jilju.serve.sampling import (
+    GenerationFields,
+    check_model,
+    choice_seed,
+    end_ids,
+    estimated_tokens,
+    sampling_params,
+    stops_of,
+)
 from jilju.serve.server import Server
 from jilju.serve.stream import DONE, WAIT, Writer
 from jilju.serve.timings import Marks, Timings, make_timings
@@ -44,6 +56,14 @@ class Api(Protocol[F]):
     def logprobs(self, fields: F) -> int | None: ...
 
     async def prompts(self, fields: F, context: ServerContext, marks: Marks) -> list[list[int]]: ...
+
+    def estimates(self, fields: F) -> list[int]:
+        """Tokens of each prompt, roughly and at once."""
+        ...
+
+    def asked(self, fields: F) -> int | None:
+        """Tokens of output at most; None: the rest of the context."""
+        ...
 
     def max_tokens(self, fields: F, num_prompt_tokens: int, context: ServerContext) -> int: ...
 
@@ -73,9 +93,11 @@ class GenerateRoute:
         limits = self._server.context.limits
         writer = Writer(send, self._server.context.clock, limits.stall_s, marks.note_send)
         try:
-            self._check_open()
-            body = await read_json_object(HttpRequest(scope, receive), limits)
-            await _unless_left(receive, self._answer(body, arrival, call, marks, writer))
+            http = HttpRequest(scope, receive)
+            times = header_times(http.headers)
+            self._check_door(http.headers, arrival)
+            body = await read_json_object(http, limits)
+            await _unless_left(receive, self._answer(body, times, arrival, call, marks, writer))
         except ClientLeft:
             ledger.end(call, "client_cancelled", CLIENT_LEFT_STATUS)
             if (abort := scope.get(ABORT)) is not None:  # a reader that has stalled is not waited for
@@ -99,37 +121,94 @@ class GenerateRoute:
                 await writer.error(error)
             except ClientLeft:
                 logger.info("call %s: nobody was left to be told of %s", call.id, error.code)
+        call.shed_reason = error.reason if isinstance(error, Overloaded) else None
         self._server.ledger.end(call, state_of(error), error.status, error.code)
         if not writer.started:
             raise error
 
-    def _check_open(self, num_more: int = 1) -> None:
-        """Decided before a body is read."""
+    def _check_open(self) -> None:
         server = self._server
         server.drain.check()
         status = server.context.client.status()
-        if status.state != "ready" and status.state != "gone":  # gone: the client says more when asked
+        if status.state == "gone":
+            raise EngineUnavailable("the engine ended and was given up; start the server again")
+        if status.state != "ready":
             info = server.context.client.info
             raise NotReady(
                 f"the engine is {status.state}; try again when /readyz answers 200",
                 retry_after_s=1.0 if info is None else info.load_ms / 1000,
             )
-        live, most = server.ledger.num_live_sequences, server.context.limits.live_requests
-        if live + num_more > most:
-            raise Overloaded(f"{live} sequences are live and {most} are the most; try again later", retry_after_s=2.0)
+
+    def _check_door(self, headers: Headers, arrival: Arrival) -> None:
+        """Decided before a body is read, whose length says roughly what it brings."""
+        self._check_open()
+        length = headers.get("content-length", "")
+        num_tokens = estimated_tokens(int(length[:20])) if length.isdecimal() else 1
+        self._admission().check_queue(num_prompt_tokens=num_tokens, tenant=_tenant(arrival))
+
+    def _admission(self) -> Admission:
+        """With what the engine says of itself now."""
+        client, admission = self._server.context.client, self._server.admission
+        info = client.info
+        assert info is not None, "an engine that is ready has said what it is"
+        admission.update(client.status().step_coefficients, info.max_rows, info.num_blocks * info.block_size)
+        return admission
 
     async def _answer(
-        self, body: Mapping[str, Any], arrival: Arrival, call: Call, marks: Marks, writer: Writer
+        self, body: Mapping[str, Any], times: HeaderTimes, arrival: Arrival, call: Call, marks: Marks, writer: Writer
     ) -> None:
+        """From the fields to the last byte. The places in the queue are taken before anything is tokenized."""
         context = self._server.context
         fields = self._api.parse(body)
         check_model(fields.model, context)
         call.request_id, call.session_id = fields.request_id, fields.session_id
         marks.parsed_ns = context.clock.now_ns()
-        prompts = await self._api.prompts(fields, context, marks)
-        self._check_open(len(prompts))
-        choices = self._choices(fields, prompts, arrival)
-        call.num_prompt_tokens = sum(len(ids) for ids in prompts)
+        deadlines = make_deadlines(call.received_ns, times, fields, context.limits)
+        self._check_open()
+        admission = self._admission()
+        estimates = self._api.estimates(fields)
+        num_sequences = len(estimates) * fields.n
+        rank = {"priority": fields.priority, "tenant": _tenant(arrival)}
+        now_ns, asked = context.clock.now_ns(), self._api.asked(fields)
+        admission.check(
+            now_ns,
+            num_prompt_tokens=sum(estimates),
+            max_tokens=asked,
+            num_sequences=num_sequences,
+            deadline_ns=deadlines.total_ns,
+            queue_deadline_ns=deadlines.queue_ns,
+            **rank,
+        )
+        ids = [f"{call.id}-{index}" for index in range(num_sequences)]
+        try:
+            for index, request_id in enumerate(ids):
+                count = estimates[index // fields.n] if index % fields.n == 0 else 1
+                admission.admitted(request_id, now_ns, num_prompt_tokens=count, max_tokens=asked, **rank)
+            prompts = await self._api.prompts(fields, context, marks)
+            self._check_open()
+            choices = self._choices(fields, prompts, ids, arrival, deadlines)
+            now_ns = context.clock.now_ns()
+            for choice in choices:
+                request = choice.request
+                count = 1 if request.sibling_of else request.num_prompt_tokens
+                most = request.params.max_tokens
+                admission.admitted(request.id, now_ns, num_prompt_tokens=count, max_tokens=most, **rank)
+            await self._generate(fields, choices, deadlines, call, marks, writer)
+        finally:
+            for request_id in ids:  # those that never reached the engine
+                admission.ended(request_id, context.clock.now_ns(), None)
+
+    async def _generate(
+        self,
+        fields: GenerationFields,
+        choices: list[Choice],
+        deadlines: Deadlines,
+        call: Call,
+        marks: Marks,
+        writer: Writer,
+    ) -> None:
+        context = self._server.context
+        call.num_prompt_tokens = sum(c.request.num_prompt_tokens for c in choices if not c.request.sibling_of)
         options = fields.stream_options
         continuous = options is not None and options.continuous_usage_stats
         head = Head(
@@ -146,11 +225,12 @@ class GenerateRoute:
         generation = Generation(
             client=context.client,
             ledger=self._server.ledger,
+            admission=self._server.admission,
             clock=context.clock,
             call=call,
             marks=marks,
             choices=choices,
-            deadline_ns=call.received_ns + round(context.limits.total_s * 1e9),
+            deadline_ns=deadlines.total_ns,
             hold_last=fields.timings and not head.include_usage,
         )
         renderer = self._api.renderer(head, choices, context)
@@ -163,33 +243,49 @@ class GenerateRoute:
         finally:
             await generation.close()
 
-    def _choices(self, fields: GenerationFields, prompts: list[list[int]], arrival: Arrival) -> list[Choice]:
-        """A given seed holds for every prompt, so that each answer equals that of the prompt alone."""
+    def _choices(
+        self,
+        fields: GenerationFields,
+        prompts: list[list[int]],
+        ids: list[str],
+        arrival: Arrival,
+        deadlines: Deadlines,
+    ) -> list[Choice]:
+        """`n` of each prompt. A given seed holds for every prompt, so that each answer equals that of the prompt alone."""
         context = self._server.context
-        salt = cache_salt(arrival.key)
+        salt = cache_salt(arrival.key, fields.cache_salt)
         choices: list[Choice] = []
-        for index, ids in enumerate(prompts):
+        for prompt_index, prompt_ids in enumerate(prompts):
             params = sampling_params(
                 fields,
                 context,
-                max_tokens=self._api.max_tokens(fields, len(ids), context),
+                max_tokens=self._api.max_tokens(fields, len(prompt_ids), context),
                 logprobs=self._api.logprobs(fields),
                 seed=context.draw_seed() if fields.seed is None else fields.seed,
             )
-            request = Request(
-                id=f"{arrival.id}-{index}",
-                prompt_ids=ids,
-                params=params,
-                end_ids=end_ids(params, context.tokenizer.eos_ids),
-                salt=salt,
-            )
-            text = TextStream(
-                context.tokenizer,
-                stop=stops_of(fields),
-                min_tokens=fields.min_tokens,
-                skip_special_tokens=fields.skip_special_tokens,
-            )
-            choices.append(Choice(index, request, text))
+            assert params.seed is not None, "a seed was given or drawn"
+            first = prompt_index * fields.n
+            for number in range(fields.n):
+                request = Request(
+                    id=ids[first + number],
+                    prompt_ids=prompt_ids,
+                    params=msgspec.structs.replace(params, seed=choice_seed(params.seed, number)),
+                    end_ids=end_ids(params, context.tokenizer.eos_ids),
+                    salt=salt,
+                    tenant=_tenant(arrival),
+                    priority=fields.priority,
+                    arrival_ns=arrival.received_ns,
+                    deadline_ns=deadlines.total_ns,
+                    queue_deadline_ns=deadlines.queue_ns,
+                    sibling_of=ids[first] if number else "",
+                )
+                text = TextStream(
+                    context.tokenizer,
+                    stop=stops_of(fields),
+                    min_tokens=fields.min_tokens,
+                    skip_special_tokens=fields.skip_special_tokens,
+                )
+                choices.append(Choice(first + number, request, text))
         return choices
 
     async def _stream(
@@ -202,7 +298,7 @@ class GenerateRoute:
                 await writer.events(WAIT)
                 continue
             usage = usage_so_far(choices) if head.continuous_usage else None
-            data = [] if writer.started else [renderer.opening(usage)]
+            data = []
             for delta in deltas:
                 last = generation.hold_last and delta is deltas[-1] and all(choice.ended for choice in choices)
                 data.append(renderer.chunk(delta, usage, self._timings(generation) if last else None))
@@ -240,6 +336,10 @@ class GenerateRoute:
             seed=seed,
             now_ns=self._server.context.clock.now_ns(),
         )
+
+
+def _tenant(arrival: Arrival) -> str:
+    return arrival.key.name if arrival.key is not None else ""
 
 
 async def _unless_left(receive: Receive, answer: Any) -> None:

@@ -1,7 +1,7 @@
 """Generation: the one pipeline from requests to pieces of text, under streams and whole answers alike.
 
-Owns a call's sequences from submit to their terminal events: text, stop strings, finish reasons, counts, and the abort of
-whatever is live when the call ends early. Knows nothing of JSON, SSE or HTTP.
+Owns a call's sequences from submit to their terminal events: text, stop strings, finish reasons, counts, what admission
+learns of them, and the abort of whatever is live when the call ends early. Knows nothing of JSON, SSE or HTTP.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
 from jilju.clock import Clock
+from jilju.engine.admission import Admission
 from jilju.engine.client import EngineClient
 from jilju.engine.request import (
     EngineEvent,
@@ -62,6 +63,7 @@ class Generation:
 
     client: EngineClient
     ledger: Ledger
+    admission: Admission
     clock: Clock
     call: Call
     marks: Marks
@@ -145,6 +147,11 @@ class Generation:
             raise event
         assert choice is not None, "only an error comes without a choice"
         delta: Delta | None = None
+        times = None if isinstance(event, PromptScored | RequestFailed) else event.times
+        if times is not None and times.scheduled_ns:
+            error_ns = self.admission.started(choice.request.id, times.scheduled_ns)
+            if error_ns is not None:
+                self.call.eta_errors_ns.append(error_ns)
         if choice.finish_reason is None:
             if isinstance(event, TokenEvent):
                 delta = self._token(choice, event, at_ns)
@@ -160,7 +167,7 @@ class Generation:
             else:
                 assert isinstance(event, PromptScored), f"an unknown event of the engine: {event!r}"
         if is_terminal(event):
-            self._end(choice, None if isinstance(event, RequestFailed) else event.times)  # type: ignore[union-attr]
+            self._end(choice, times)
             self.marks.last_event_ns = at_ns
             self.marks.num_resumes = self.client.status().num_restarts - self._num_restarts
             delta, choice.held = choice.held or delta, None
@@ -173,6 +180,7 @@ class Generation:
     def _token(self, choice: Choice, event: TokenEvent, at_ns: int) -> Delta:
         assert event.index == choice.num_tokens, f"token {event.index} came where {choice.num_tokens} was next"
         choice.num_tokens += 1
+        self.admission.token(choice.request.id)
         self.ledger.token(self.call, at_ns - choice.last_token_ns if choice.last_token_ns else None)
         choice.last_token_ns = at_ns
         self.marks.first_token_ns = self.marks.first_token_ns or at_ns
@@ -195,4 +203,6 @@ class Generation:
     def _end(self, choice: Choice, times: RequestTimes | None) -> None:
         assert not choice.ended, f"{choice.request.id} ended twice"
         choice.ended, choice.times = True, times
-        self.ledger.sequence_ended(self.call, times)
+        self.ledger.sequence_ended(self.call, times, is_sibling=bool(choice.request.sibling_of))
+        num_tokens = choice.num_tokens if choice.finish_reason is not None else None
+        self.admission.ended(choice.request.id, self.clock.now_ns(), num_tokens)

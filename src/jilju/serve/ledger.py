@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from jilju.clock import Clock
 from jilju.engine.request import RequestTimes
-from jilju.errors import JiljuError
+from jilju.errors import JiljuError, ShedReason
 
 CallState = Literal["completed", "client_cancelled", "deadline", "shed", "failed"]
 CLIENT_LEFT_STATUS = 499  # logged only: there is nobody to send it to
@@ -36,9 +36,11 @@ class Call:
     state: CallState | None = None
     status: int = 0
     code: str | None = None
+    shed_reason: ShedReason | None = None
     request_id: str | None = None  # label of the body
     session_id: str | None = None
     times: list[RequestTimes] = field(default_factory=list)  # of its sequences, as they ended
+    eta_errors_ns: list[int] = field(default_factory=list)  # of its sequences: predicted minus actual wait
     cut: Callable[[JiljuError], None] | None = None  # ends it from outside with that error
 
 
@@ -80,12 +82,13 @@ class Ledger:
         call.num_live_sequences += count
         self.num_live_sequences += count
 
-    def sequence_ended(self, call: Call, times: RequestTimes | None) -> None:
+    def sequence_ended(self, call: Call, times: RequestTimes | None, *, is_sibling: bool = False) -> None:
+        """A sibling shares the prompt of another sequence of the call, which is counted once."""
         call.num_live_sequences -= 1
         self.num_live_sequences -= 1
         if times is not None:
             call.times.append(times)
-            call.num_cached_tokens += times.num_cached_tokens
+            call.num_cached_tokens += 0 if is_sibling else times.num_cached_tokens
 
     def token(self, call: Call, gap_ns: int | None) -> None:
         call.num_output_tokens += 1

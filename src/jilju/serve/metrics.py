@@ -6,6 +6,7 @@ the way of a token. Knows nothing of HTTP.
 
 from bisect import bisect_left
 from collections.abc import Iterator
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -13,6 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from jilju.engine.events import StepRecord
+from jilju.errors import ShedReason
 from jilju.serve.context import ServerContext
 from jilju.serve.drain import Drain
 from jilju.serve.ledger import Call, Ledger
@@ -23,6 +25,8 @@ FIRST_TOKEN_S = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 
                  2560)  # fmt: skip
 BETWEEN_TOKENS_S = (.0005, .001, .0025, .005, .01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40,
                     80)  # fmt: skip
+ETA_ERROR_S = (-300, -60, -30, -10, -5, -2, -1, -.5, -.2, -.1, -.05, -.02, 0, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30, 60,
+               300)  # fmt: skip
 STEP_TOKENS = (1, *(8 << shift for shift in range(12)))  # 1, 8, 16 … 16384
 
 
@@ -66,6 +70,9 @@ class Metrics:
         self.prefill_time = Histogram(LATENCY_S)
         self.decode_time = Histogram(LATENCY_S)
         self.inference_time = Histogram(LATENCY_S)
+        self.eta_error = Histogram(ETA_ERROR_S)
+        self.shed_decision = Histogram(LATENCY_S)
+        self.num_shed: dict[str, int] = dict.fromkeys(get_args(ShedReason), 0)
         self.prompt_tokens = Histogram(token_edges(context.max_context))
         self.output_tokens = Histogram(token_edges(context.max_context))
         self.step_seconds = {kind: Histogram(LATENCY_S) for kind in ("prefill", "decode", "mixed")}
@@ -85,6 +92,11 @@ class Metrics:
 
     def on_end(self, call: Call) -> None:
         self.e2e.observe((call.ended_ns - call.received_ns) / 1e9)
+        if call.shed_reason is not None:
+            self.num_shed[call.shed_reason] += 1
+            self.shed_decision.observe((call.ended_ns - call.received_ns) / 1e9)
+        for error_ns in call.eta_errors_ns:
+            self.eta_error.observe(error_ns / 1e9)
         if call.first_token_ns:
             self.ttft.observe((call.first_token_ns - call.received_ns) / 1e9)
         if call.num_sequences:
@@ -179,6 +191,10 @@ class Metrics:
         for code, count in sorted(ledger.num_refused.items()):
             refused.add_metric([*model, code], count)
         yield refused
+        shed = CounterMetricFamily("jilju_requests_shed", "Calls refused by load", labels=["model", "reason"])
+        for reason, count in self.num_shed.items():
+            shed.add_metric([*model, reason], count)
+        yield shed
 
         for name, text, histogram in (
             ("time_to_first_token_seconds", "From the head read to the first token's chunk", self.ttft),
@@ -189,6 +205,8 @@ class Metrics:
             ("request_prefill_time_seconds", "From the first step to the first token", self.prefill_time),
             ("request_decode_time_seconds", "From the first token to the last", self.decode_time),
             ("request_inference_time_seconds", "From the first step to the last token", self.inference_time),
+            ("eta_error_seconds", "Predicted minus actual wait of a sequence for its first step", self.eta_error),
+            ("shed_decision_seconds", "From the head read to a refusal by load", self.shed_decision),
             ("request_prompt_tokens", "Prompt tokens of a call", self.prompt_tokens),
             ("request_generation_tokens", "Output tokens of a call", self.output_tokens),
         ):

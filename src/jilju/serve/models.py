@@ -13,13 +13,13 @@ from jilju.errors import ModelNotFound
 from jilju.serve.errors import shown
 from jilju.serve.health import json_response
 from jilju.serve.openai_completions import MAX_PROMPTS
-from jilju.serve.sampling import MAX_STOP_CHARS, MAX_STOPS
+from jilju.serve.sampling import MAX_CHOICES, MAX_DEADLINE_MS, MAX_SEQUENCES, MAX_STOP_CHARS, MAX_STOPS
 from jilju.serve.server import Server
 
 
 def model_entry(server: Server) -> dict[str, Any]:
     context = server.context
-    info = context.client.info
+    info, limits = context.client.info, context.limits
     context_tokens = context.context_tokens()
     return {
         "id": context.model_name,
@@ -37,10 +37,16 @@ def model_entry(server: Server) -> dict[str, Any]:
         "jilju": {
             "limits": {
                 "prompts": MAX_PROMPTS,
+                "n": MAX_CHOICES,
+                "sequences": MAX_SEQUENCES,
                 "stop": MAX_STOPS,
                 "stop_chars": MAX_STOP_CHARS,
                 "top_logprobs": 20,
-                "live_sequences": context.limits.live_requests,
+                "queue_requests": limits.queue_requests,
+                "queue_tokens": None if info is None else int(limits.queue_pools * info.num_blocks * info.block_size),
+                "max_queue_ms": round(limits.queue_s * 1000),
+                "deadline_ms": min(MAX_DEADLINE_MS, round(limits.total_s * 1000)),
+                "token_gap_ms": None if info is None else info.token_gap_ms,
             },
             "defaults": context.defaults,
             "quantization": context.quantization,

@@ -27,7 +27,15 @@ from jilju.serve.context import ServerContext
 from jilju.serve.errors import shown
 from jilju.serve.fields import ANY, Rules, refuse, take_fields
 from jilju.serve.generation import Choice, Delta
-from jilju.serve.sampling import LATER, NO_OPS, Count, GenerationFields, fit_max_tokens, take_generation_fields
+from jilju.serve.sampling import (
+    LATER,
+    NO_OPS,
+    Count,
+    GenerationFields,
+    estimated_tokens,
+    fit_max_tokens,
+    take_generation_fields,
+)
 from jilju.serve.timings import Marks, Timings
 from jilju.text.template import encode_chat
 from jilju.text.tokenizer import Tokenizer
@@ -244,8 +252,15 @@ class ChatApi:
     async def prompts(self, fields: ChatFields, context: ServerContext, marks: Marks) -> list[list[int]]:
         return [await encode_messages(fields.messages, context, marks, add_special_tokens=fields.add_special_tokens)]
 
+    def estimates(self, fields: ChatFields) -> list[int]:
+        texts = (text_of(message, "messages") for message in fields.messages)
+        return [estimated_tokens(sum(len(text.encode()) for text in texts))]
+
+    def asked(self, fields: ChatFields) -> int | None:
+        return fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+
     def max_tokens(self, fields: ChatFields, num_prompt_tokens: int, context: ServerContext) -> int:
-        asked = fields.max_tokens if fields.max_completion_tokens is None else fields.max_completion_tokens
+        asked = self.asked(fields)
         name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
         return fit_max_tokens(
             num_prompt_tokens, asked, context.context_tokens(), prompt="messages", max_tokens_name=name
@@ -256,20 +271,25 @@ class ChatApi:
 
 
 class ChatRenderer:
-    """One choice, for there is one sequence a chat call."""
-
     def __init__(self, head: Head, choices: Sequence[Choice], texts: TokenTexts):
         self._head, self._choices, self._texts = head, choices, texts
-        self._content: list[str] = []
-        self._entries: list[dict[str, Any]] = []
-        self._token_ids: list[int] = []
-
-    def opening(self, usage: Usage | None) -> bytes:
-        first = prompt_ids_field(self._choices) if self._head.return_token_ids else {}
-        roles = [self._choice(choice.index, {"role": "assistant", "content": ""}) for choice in self._choices]
-        return b"".join(chunk_event(self._head, CHUNK, [role], usage, None, first) for role in roles)
+        self._opened: set[int] = set()  # choices whose role was sent
+        self._content: list[list[str]] = [[] for _ in choices]
+        self._entries: list[list[dict[str, Any]]] = [[] for _ in choices]
+        self._token_ids: list[list[int]] = [[] for _ in choices]
 
     def chunk(self, delta: Delta, usage: Usage | None, timings: Timings | None) -> bytes:
+        """A choice's role goes out with its first token, the ids of the prompt with the first chunk of all."""
+        index = delta.choice.index
+        opening = b""
+        if index not in self._opened:
+            first = prompt_ids_field(self._choices) if self._head.return_token_ids and not self._opened else {}
+            role = self._choice(index, {"role": "assistant", "content": ""})
+            opening = chunk_event(self._head, CHUNK, [role], usage, None, first)
+            self._opened.add(index)
+        return opening + self._token_chunk(delta, usage, timings)
+
+    def _token_chunk(self, delta: Delta, usage: Usage | None, timings: Timings | None) -> bytes:
         ended = delta.finish_reason is not None
         choice = self._choice(delta.choice.index, {} if ended and not delta.text else {"content": delta.text})
         choice |= {
@@ -289,29 +309,32 @@ class ChatRenderer:
         return chunk_event(self._head, CHUNK, [], usage, timings, {})
 
     def add(self, delta: Delta) -> None:
-        self._content.append(delta.text)
+        index = delta.choice.index
+        self._content[index].append(delta.text)
         if delta.token is not None:
-            self._token_ids.append(delta.token.token_id)
+            self._token_ids[index].append(delta.token.token_id)
         if (logprobs := self._logprobs(delta)) is not None:
-            self._entries += logprobs["content"]
+            self._entries[index] += logprobs["content"]
 
     def whole(self, usage: Usage, timings: Timings | None) -> bytes:
-        (choice,) = self._choices
-        rendered: dict[str, Any] = {
-            "index": choice.index,
-            "message": {"role": "assistant", "content": "".join(self._content), "refusal": None},
-            "logprobs": None if self._head.logprobs is None else {"content": self._entries, "refusal": None},
-            "finish_reason": choice.finish_reason,
-            "stop_reason": choice.stop_reason,
-        }
         data = head_fields(self._head, "chat.completion") | {"service_tier": "default"}
         if self._head.return_token_ids:
-            rendered["token_ids"] = self._token_ids
             data |= prompt_ids_field(self._choices)
-        data |= {"choices": [rendered], "usage": usage}
+        data |= {"choices": [self._whole_choice(choice) for choice in self._choices], "usage": usage}
         if timings is not None:
             data["timings"] = timings
         return msgspec.json.encode(data)
+
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+        index = choice.index
+        rendered: dict[str, Any] = {
+            "index": index,
+            "message": {"role": "assistant", "content": "".join(self._content[index]), "refusal": None},
+            "logprobs": None if self._head.logprobs is None else {"content": self._entries[index], "refusal": None},
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+        return rendered | ({"token_ids": self._token_ids[index]} if self._head.return_token_ids else {})
 
     def _logprobs(self, delta: Delta) -> dict[str, Any] | None:
         token = delta.token

@@ -18,10 +18,20 @@ from jilju.serve.context import ServerContext
 from jilju.serve.fields import Rules, refuse
 from jilju.serve.generation import Choice, Delta
 from jilju.serve.openai_chat import OFF_LOOP_CHARS
-from jilju.serve.sampling import LATER, NO_OPS, GenerationFields, TokenId, fit_max_tokens, take_generation_fields
+from jilju.serve.sampling import (
+    LATER,
+    MAX_SEQUENCES,
+    NO_OPS,
+    GenerationFields,
+    TokenId,
+    check_sequences,
+    estimated_tokens,
+    fit_max_tokens,
+    take_generation_fields,
+)
 from jilju.serve.timings import Marks, Timings
 
-MAX_PROMPTS = 128
+MAX_PROMPTS = MAX_SEQUENCES
 DEFAULT_MAX_TOKENS = 16
 
 Prompt = str | list[int]
@@ -43,7 +53,7 @@ COMPLETION = Rules.of(
 
 def parse_completion(body: Mapping[str, Any]) -> CompletionFields:
     fields = take_generation_fields(body, CompletionFields, COMPLETION)
-    prompts_of(fields)
+    check_sequences(len(prompts_of(fields)), fields.n)
     return fields
 
 
@@ -111,9 +121,17 @@ class CompletionApi:
             encoded.append(ids)
         return encoded
 
+    def estimates(self, fields: CompletionFields) -> list[int]:
+        return [
+            estimated_tokens(len(prompt.encode())) if isinstance(prompt, str) else len(prompt)
+            for prompt in prompts_of(fields)
+        ]
+
+    def asked(self, fields: CompletionFields) -> int:
+        return DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
+
     def max_tokens(self, fields: CompletionFields, num_prompt_tokens: int, context: ServerContext) -> int:
-        asked = DEFAULT_MAX_TOKENS if fields.max_tokens is None else fields.max_tokens
-        return fit_max_tokens(num_prompt_tokens, asked, context.context_tokens(), prompt="prompt")
+        return fit_max_tokens(num_prompt_tokens, self.asked(fields), context.context_tokens(), prompt="prompt")
 
     def renderer(self, head: Head, choices: Sequence[Choice], context: ServerContext) -> "CompletionRenderer":
         return CompletionRenderer(head, choices, TokenTexts(context.tokenizer, head.skip_special_tokens))
@@ -127,9 +145,6 @@ class CompletionRenderer:
         self._text: list[list[str]] = [[] for _ in choices]
         self._token_ids: list[list[int]] = [[] for _ in choices]
         self._logprobs = [_no_logprobs() for _ in choices]
-
-    def opening(self, usage: Usage | None) -> bytes:
-        return b""
 
     def chunk(self, delta: Delta, usage: Usage | None, timings: Timings | None) -> bytes:
         choice: dict[str, Any] = {

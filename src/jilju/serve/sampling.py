@@ -4,6 +4,7 @@ Owns their types, ranges and off values, and the way from them to SamplingParams
 leaves out. Knows nothing of messages, prompts or answers.
 """
 
+import hashlib
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -12,7 +13,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
-from jilju.engine.request import MAX_BIAS, SamplingParams
+from jilju.engine.request import MAX_BIAS, MAX_PRIORITY, SamplingParams
 from jilju.errors import ContextLengthExceeded, InvalidValue, ModelNotFound
 from jilju.plan.batch import MAX_BIASES
 from jilju.serve.body import shown_name
@@ -22,6 +23,10 @@ from jilju.serve.fields import ANY, Rules, convert, refuse, take_fields
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
+MAX_CHOICES = 16  # of a prompt
+MAX_SEQUENCES = 128  # of a call: prompts x n
+MAX_DEADLINE_MS = 600_000
+BYTES_PER_TOKEN = 3  # of text, as long as it is not tokenized; few tokenizers stay below that
 TOKEN_KEY = re.compile("0|[1-9][0-9]{0,9}", re.ASCII)
 
 Count = Annotated[int, Meta(ge=0, le=2**53)]
@@ -63,6 +68,11 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     stream_options: StreamOptions | None = None
     return_token_ids: bool = False
     timings: bool = False
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
+    priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    deadline_ms: Annotated[int, Meta(ge=1, le=MAX_DEADLINE_MS)] | None = None
+    max_queue_ms: Annotated[int, Meta(ge=1, le=MAX_DEADLINE_MS)] | None = None
     request_id: Label | None = None
     session_id: Label | None = None
 
@@ -89,7 +99,6 @@ NO_OPS: Mapping[str, Any] = MappingProxyType(
 
 LATER: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
-        "n": (1,),
         "bad_words": ([],),
         "logprob_token_ids": ([],),
         "prompt_logprobs": (),
@@ -104,10 +113,6 @@ LATER: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "return_tokens_as_token_ids": (False,),
         "return_prompt_text": (False,),
         "return_token_offsets": (False,),
-        "cache_salt": (),
-        "priority": (0,),
-        "deadline_ms": (),
-        "max_queue_ms": (),
         "guided_json": (),
         "guided_regex": (),
         "guided_choice": (),
@@ -146,6 +151,24 @@ def take_generation_fields(body: Mapping[str, Any], to: type[F], rules: Rules) -
 def check_model(model: str | None, context: ServerContext) -> None:
     if model is not None and model != context.model_name:
         raise ModelNotFound(f"model is {shown(model)}; this server has {shown(context.model_name)}", param="model")
+
+
+def estimated_tokens(num_bytes: int) -> int:
+    """Of a text that is not tokenized yet."""
+    return max(1, num_bytes // BYTES_PER_TOKEN)
+
+
+def check_sequences(num_prompts: int, n: int) -> None:
+    if num_prompts * n > MAX_SEQUENCES:
+        raise refuse("n", n, f"1..{MAX_SEQUENCES // num_prompts} with {num_prompts} prompts, {MAX_SEQUENCES} in all")
+
+
+def choice_seed(seed: int, choice: int) -> int:
+    """Of a prompt's choice; the first has the seed itself, so that it is the answer that a call with n = 1 gets."""
+    if choice == 0:
+        return seed
+    digest = hashlib.blake2b(b"%d %d" % (seed, choice), digest_size=8, person=b"jilju-seed").digest()
+    return int.from_bytes(digest, "big") >> 11
 
 
 def stops_of(fields: GenerationFields) -> tuple[str, ...]:
