@@ -23,7 +23,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "serve": PLAN | {"text", "engine"},
     "bench": PLAN | {"text", "engine"},
     "view": set(),
-    "assemble": PLAN | {"text", "model", "engine", "backends", "serve", "bench", "view"},
+    "simulation": PLAN | {"text", "engine", "serve"},  # whose ledger and drain it runs
+    "assemble": PLAN | {"text", "model", "engine", "backends", "serve", "bench", "view", "simulation"},
     "llm": PLAN | {"text", "engine", "assemble"},
     "terminal": {"errors", "model"},
     "cli_bench": PLAN | {"text", "model", "engine", "bench", "assemble", "llm", "terminal"},

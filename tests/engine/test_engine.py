@@ -514,7 +514,7 @@ def test_a_request_on_probation_runs_two_steps_alone():
         h.engine.submit(r)
     for _ in range(4):
         h.step()
-    assert [s.num_rows for s in h.engine.log.steps] == [1, 1, 1, 1]
+    assert [(s.num_rows, s.num_prefill_tokens) for s in h.engine.log.steps] == [(1, 16), (1, 4), (1, 0), (1, 4)]
     assert "other" not in h.events
     h.run()
     for r in (other, *suspects):

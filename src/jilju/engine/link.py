@@ -214,7 +214,7 @@ class EngineTurns:
         self._engine = engine
         self._records: list[StepRecord] = []  # not sent yet
         self._events: list[EngineEvent] = []  # of the last step, not sent yet
-        self._step: Step | None = None  # decided and not run yet
+        self.step: Step | None = None  # decided and not run yet
         engine.log.listen(self._records.append)
         engine.log.resize(1)  # the server keeps them
 
@@ -234,7 +234,7 @@ class EngineTurns:
             else:
                 engine.abort(message.request_id)
         step, settled = engine.begin()
-        self._step = step
+        self.step = step
         events += settled
         if not (events or self._records or step.rows):
             return None
@@ -246,7 +246,7 @@ class EngineTurns:
 
     def run(self) -> None:
         """Run the step that was decided; what it brings is told with the next turn."""
-        step, self._step = self._step, None
+        step, self.step = self.step, None
         assert step is not None, "a turn runs before it begins"
         self._events = self._engine.run(step)
 

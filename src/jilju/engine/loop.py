@@ -58,7 +58,7 @@ class Engine:
             limits, hash_key, vocab_size=plan.vocab_size, times=self.step_times, gap_ns=int(gap_ms * 1e6) or None
         )
         self._num_idle_turns = 0  # in a row, with work
-        self._executor = executor
+        self.executor = executor
         self._vocab_size = plan.vocab_size
         self._clock = clock
         self._max_requests = max_requests
@@ -155,8 +155,8 @@ class Engine:
         try:
             batch = pack(step, self._vocab_size)
             packed_ns = self._clock.now_ns()
-            self._executor.launch(batch)
-            result = self._executor.wait()
+            self.executor.launch(batch)
+            result = self.executor.wait()
         except Exception as error:
             raise StepRaised from error
         done_ns = self._clock.now_ns()
@@ -167,7 +167,7 @@ class Engine:
 
     def close(self) -> None:
         """Give back weights and KV cache; the engine is not used after that."""
-        self._executor.free()
+        self.executor.free()
 
     def times(self, request_id: str) -> RequestTimes | None:
         """Where the time of a live request went so far."""

@@ -119,7 +119,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     deadline_ns: int = 0  # of the monotonic clock; not complete by then, it fails. 0: none
     queue_deadline_ns: int = 0  # not in a step by then, it fails. 0: none
     sibling_of: str = ""  # id of a request of the same call and prompt (n > 1), whose prompt's blocks it waits for
-    num_probation_steps: int = 0  # steps that run this request alone: it was in the batch of a crash
+    # It was in the step of a crash: it runs alone until its tokens so far are computed again, in so many steps from there on.
+    num_probation_steps: int = 0
 
     @property
     def num_prompt_tokens(self) -> int:

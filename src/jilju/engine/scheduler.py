@@ -366,7 +366,7 @@ class Scheduler:
         if draft.gap_ns:
             draft.num_chunk_tokens += count
             draft.left_ns -= self.times.chunk_ns(sequence.num_computed, count)
-            draft.smallest_ns = max(draft.smallest_ns, self.times.chunk_ns(end - MIN_CHUNK, MIN_CHUNK))
+            draft.smallest_ns = max(draft.smallest_ns, self.times.chunk_ns(sequence.num_computed, MIN_CHUNK))
 
     def _preempt(self, draft: _Draft, victim: Sequence) -> None:
         draft.budget += draft.counts.pop(victim, 0)
@@ -506,7 +506,8 @@ class Scheduler:
         if sequence.num_steps == 0:
             sequence.scheduled_ns = step.begin_ns
         sequence.num_steps += 1
-        if sequence.num_probation_steps and len(step.rows) == 1:
+        is_caught_up = row.start + row.count >= sequence.num_submitted_tokens
+        if sequence.num_probation_steps and len(step.rows) == 1 and is_caught_up:
             sequence.num_probation_steps -= 1
             self._num_on_probation -= not sequence.num_probation_steps
         if row.is_sampled and row.count == 1 and sequence.num_output > len(sequence.request.output_ids):

@@ -58,7 +58,7 @@ class Sequence:
     __slots__ = (
         "_end_ids", "arrival_ns", "bias_ids", "biases", "block_ids", "block_keys", "counts", "end_ids", "first_token_ns", "id", "is_running",
         "last_token_ns", "mask", "max_computed", "num_bypassed", "num_cached", "num_computed", "num_preemptions", "num_probation_steps",
-        "num_prompt_tokens", "num_steps", "num_tokens", "number", "prefix_ids", "priority", "queued_ns", "request", "scheduled_ns",
+        "num_prompt_tokens", "num_steps", "num_submitted_tokens", "num_tokens", "number", "prefix_ids", "priority", "queued_ns", "request", "scheduled_ns",
         "scores", "stalled_ns", "tag", "tenant", "tokens",
     )  # fmt: skip
 
@@ -76,6 +76,7 @@ class Sequence:
 
         self.num_prompt_tokens = len(request.prompt_ids)
         self.num_tokens = self.num_prompt_tokens + len(request.output_ids)
+        self.num_submitted_tokens = self.num_tokens
         self.tokens = np.empty(max(self.num_prompt_tokens + params.max_tokens, self.num_tokens), np.int32)
         self.tokens[: self.num_prompt_tokens] = request.prompt_ids
         self.tokens[self.num_prompt_tokens : self.num_tokens] = request.output_ids

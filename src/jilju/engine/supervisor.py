@@ -8,7 +8,8 @@ A token is taken only if it is the next of its request and comes from the engine
 is always a prefix of what is held here, and a new engine that is handed prompt and tokens goes on exactly where the old
 one stopped: noise is keyed by (seed, position).
 
-Quarantine: the requests in the step of a death are suspects and come back on probation, their first steps alone in the batch.
+Quarantine: the requests in the step of a death are suspects and come back on probation: each runs alone until it has passed
+the place where it was.
 Who was in two deaths that work can cause, the last time alone, is not run again; nor is who was alone in three kills, which
 memory pressure can cause. A death that no suspect repeats alone ends nobody.
 """
@@ -43,7 +44,7 @@ WATCHDOG_S = 30.0  # without a sign of life
 STEP_S_MAX = 30.0  # a step in flight for longer hangs, ...
 STEP_TIMES_MAX = 10  # ... unless it was expected to take more than a tenth of that
 PAUSE_NS = 2 * 10**9  # a gap between two looks at the clock: this process was stopped, the engine is not to blame
-NUM_PROBATION_STEPS = 2  # of a suspect, alone
+NUM_PROBATION_STEPS = 2  # of a suspect, alone, from its last known token on
 MAX_DEATHS = 2  # that the work can have caused, the last one alone
 MAX_KILLS = 3  # alone
 
