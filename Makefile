@@ -5,6 +5,7 @@
 #   make bench    every measurement, and the bars beside them       make peers          install the engines to compare with, ask their tokenizer
 #   make dev      the environment for work on jilju                 make install-check  what a user's environment holds
 #   make sanitize  the C++ tests under the sanitizers               make test-neon  the C++ tests for AArch64, in an emulator
+#   make soak     100,000 seeds of the simulation   make coverage       branches of the scheduler that the simulation takes
 #   make clean    remove environments and builds
 
 SHELL := /bin/bash
@@ -16,7 +17,7 @@ comma := ,
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
-.PHONY: serve test test-neon check sanitize bench bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-quality
+.PHONY: serve test test-neon check sanitize soak coverage bench bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-quality
 .PHONY: peers oracle oracle-write dev clean install-check
 .DELETE_ON_ERROR:
 
@@ -62,6 +63,18 @@ check: .venv-dev/installed
 	.venv-dev/bin/ruff check src tests benchmarks scripts
 	.venv-dev/bin/mypy
 	.venv-dev/bin/python -m pytest tests/test_tidy.py
+
+# Not those that the suite plays. Scripts that fail are kept, shrunk.
+SEEDS ?= 10000..110000
+soak: .venv-dev/installed
+	@.venv-dev/bin/jilju simulate --seeds $(SEEDS) --keep build/failed-seeds $(ARGS)
+
+# Branches of what decides, taken by the simulation alone.
+DECIDES := src/jilju/engine/scheduler.py,src/jilju/engine/queue.py,src/jilju/engine/blocks.py,src/jilju/engine/prefix.py,src/jilju/engine/admission.py,src/jilju/engine/supervisor.py
+coverage: export COVERAGE_FILE = build/coverage
+coverage: .venv-dev/installed
+	@.venv-dev/bin/python -m coverage run --branch --include='$(DECIDES)' -m jilju simulate --seeds 0..2000 --jobs 1
+	@.venv-dev/bin/python -m coverage report -m
 
 .venv-native/installed:
 	$(call environment,.venv-native,installed,installing cmake and ninja,cmake ninja)

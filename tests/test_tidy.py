@@ -28,7 +28,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llm": PLAN | {"text", "engine", "assemble"},
     "terminal": {"errors", "model"},
     "cli_bench": PLAN | {"text", "model", "engine", "bench", "assemble", "llm", "terminal"},
-    "cli": PLAN | {"text", "model", "engine", "serve", "assemble", "llm", "terminal", "cli_bench"},
+    "cli_simulate": {"config", "errors", "simulation", "assemble"},
+    "cli": PLAN | {"text", "model", "engine", "serve", "assemble", "llm", "terminal", "cli_bench", "cli_simulate"},
     "__init__": {"llm", "engine"},
     "__main__": {"cli"},
 }

@@ -53,8 +53,8 @@ def record(**fields) -> StepRecord:
     return StepRecord(**values)
 
 
-def stepped(*events, started=(), next_ids=(), predicted_ns=0, **fields) -> Stepped:
-    return Stepped(list(events), list(started), [record(**fields)], STATUS, list(next_ids), predicted_ns)
+def stepped(*events, next_ids=(), predicted_ns=0, **fields) -> Stepped:
+    return Stepped(list(events), [record(**fields)], STATUS, list(next_ids), predicted_ns)
 
 
 def token(request_id: str, index: int, **fields) -> TokenEvent:
@@ -103,7 +103,7 @@ def test_times_span_engines_and_resume_is_the_gap():
     core = ready_core()
     core.submit(request("a", [1]), 1)
     first = RequestTimes(queued_ns=2, scheduled_ns=3, first_token_ns=10)
-    core.receive(1, stepped(token("a", 0), started=[("a", first)]), 11)
+    core.receive(1, stepped(token("a", 0, times=first)), 11)
     share = {"begin_ns": 11, "done_ns": 31, "num_prefill_tokens": 3, "num_decode_tokens": 1}
     core.receive(1, stepped(token("a", 1), **share), 32)
     core.ended(40)

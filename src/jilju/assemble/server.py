@@ -17,6 +17,7 @@ from jilju.config import ServeConfig
 from jilju.serve.context import SamplingDefaults, ServerContext
 from jilju.serve.request_log import make_formatter
 from jilju.serve.runner import run_server
+from jilju.text.history import History
 from jilju.view import DIRECTORY as VIEW_DIRECTORY
 
 
@@ -45,7 +46,7 @@ def make_context(launched: Launched, text: ModelText) -> ServerContext:
         model_name=config.served_model_name or model.name, tokenizer=text.tokenizer, template=text.template, client=launched.client,
         max_context=options.max_context, fingerprint=fingerprint(model, options), version=__version__, defaults=defaults,
         quantization=quantization(model), keys=config.api_key, allowed_hosts=frozenset((config.host, *config.allow_host)),
-        view_dir=VIEW_DIRECTORY,
+        view_dir=VIEW_DIRECTORY, history=History() if config.keep_generated_ids == "on" else None,
     )  # fmt: skip
 
 

@@ -75,6 +75,93 @@ class ServedFigures(msgspec.Struct, frozen=True, kw_only=True):
     peer_name: str
 
 
+class OpenLoop(msgspec.Struct, frozen=True, kw_only=True):
+    """Of one rate of arrivals, as the client saw it; rates are a second of arrivals."""
+
+    rate: float
+    goodput: float  # complete answers whose first token and mean gap were in time
+    by_status: dict[str, int]  # answers by HTTP status; 0: none came
+    num_late: int  # complete, but not in time
+    first_token_p50_ms: float
+    first_token_p99_ms: float
+    token_p99_ms: float  # of answers' mean gaps
+    refusal_p50_ms: float  # from the connection's begin to the whole 429
+    refusal_p99_ms: float
+    client_lag_p99_ms: float  # how late the client's own loop was
+    client_lag_max_ms: float
+    others_share: float
+
+
+class OverloadFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """As `benchmarks/overload.py` writes it."""
+
+    model: str
+    num_input: int
+    num_output: int
+    peak_goodput: float  # a second, of a closed loop
+    peak_concurrency: int
+    base: OpenLoop
+    over: OpenLoop
+    after: OpenLoop
+    recovery_s: float | None  # from the end of the overload until the p99 of first tokens is as before; None: it never was
+    num_left: int  # sequences in the engine at the end
+
+    @property
+    def kept(self) -> float:
+        """Goodput under overload, of the peak."""
+        return self.over.goodput / self.peak_goodput
+
+
+class LongPromptFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """As `benchmarks/long_prompt.py` writes it; of the steps and gaps of tokens while the prompt was computed."""
+
+    model: str
+    num_prompt: int
+    num_streams: int
+    token_gap_ms: float
+    first_token_s: float  # of the long prompt, median
+    num_steps: int
+    num_over_bound: int  # steps that were predicted to take more than their bound
+    step_share_p50: float  # of steps: measured of predicted time
+    step_share_p99: float
+    num_gaps: int
+    gap_p50_ms: float
+    gap_p99_ms: float
+    gap_share_p50: float  # of gaps: of the bound, that of token_gap_ms or of the step where that is larger
+    gap_share_p99: float
+    gap_share_max: float
+    others_share: float
+
+
+class CancellationFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """As `benchmarks/cancellations.py` writes it."""
+
+    model: str
+    num_cancelled: int
+    num_before_first_token: int  # of them, in the queue or in prefill
+    num_steps: int
+    num_late_steps: int  # ended with a sequence whose client had left before the step before them began
+    settled_s: float  # from the last cancellation until nobody runs or waits
+    num_left: int  # sequences and held blocks afterwards, broken conservation laws, calls that are not accounted for
+
+
+class MemoryFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """As `benchmarks/memory.py` writes it; growth between two counts of requests, in bytes."""
+
+    model: str
+    first_request: int
+    last_request: int
+    num_steps: int
+    server_anonymous: int
+    server_resident: int
+    engine_anonymous: int
+    engine_resident: int
+
+    @property
+    def resident(self) -> int:
+        return self.server_resident + self.engine_resident
+
+
 class QualityFigures(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     compared: list[Compared]

@@ -28,7 +28,7 @@ from jilju.clock import Clock, WallClock
 from jilju.engine.client import EngineInfo, EngineStatus
 from jilju.engine.events import StepRecord
 from jilju.engine.loop import Engine
-from jilju.engine.request import EngineEvent, Request, RequestFailed, RequestTimes, TokenEvent
+from jilju.engine.request import EngineEvent, Request, RequestFailed
 from jilju.engine.scheduler import Step
 from jilju.errors import InternalError, JiljuError, StartupError
 
@@ -94,7 +94,6 @@ class Stepped(msgspec.Struct, frozen=True, tag="stepped"):
     """What one step brought, sent when the next is decided: its events and record, and who runs next."""
 
     events: list[EngineEvent]
-    started: list[tuple[str, RequestTimes]]  # of requests whose first token is among the events and that go on
     records: list[StepRecord]  # none: aborts only; several: the step raised and parts of it were run again
     status: EngineStatus
     next_ids: list[str]  # requests in the step about to run
@@ -238,11 +237,10 @@ class EngineTurns:
         events += settled
         if not (events or self._records or step.rows):
             return None
-        started = [(e.request_id, t) for e in events if _is_first(e) and (t := engine.times(e.request_id)) is not None]
         next_ids = [row.sequence.id for row in step.rows]
         records = list(self._records)
         self._records.clear()
-        return Stepped(events, started, records, engine.status(), next_ids, step.predicted_ns)
+        return Stepped(events, records, engine.status(), next_ids, step.predicted_ns)
 
     def run(self) -> None:
         """Run the step that was decided; what it brings is told with the next turn."""
@@ -253,10 +251,6 @@ class EngineTurns:
 
 def _refused(request: Request, error: JiljuError) -> RequestFailed:
     return RequestFailed(request_id=request.id, code=error.code, message=error.message)
-
-
-def _is_first(event: EngineEvent) -> bool:
-    return isinstance(event, TokenEvent) and event.index == 0
 
 
 def _belong_to_the_server() -> None:

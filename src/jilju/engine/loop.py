@@ -11,7 +11,7 @@ from jilju.engine.client import EngineInfo, EngineStatus
 from jilju.engine.cost import StepCost
 from jilju.engine.events import EventLog, StepRecord
 from jilju.engine.pack import pack
-from jilju.engine.request import EngineEvent, Request, RequestAborted, RequestTimes, is_terminal
+from jilju.engine.request import EngineEvent, Request, RequestAborted, is_terminal
 from jilju.engine.scheduler import Row, Scheduler, Step, check_fits
 from jilju.engine.step_times import StepTimes
 from jilju.errors import InternalError, Overloaded
@@ -168,11 +168,6 @@ class Engine:
     def close(self) -> None:
         """Give back weights and KV cache; the engine is not used after that."""
         self.executor.free()
-
-    def times(self, request_id: str) -> RequestTimes | None:
-        """Where the time of a live request went so far."""
-        sequence = self.scheduler.find(request_id)
-        return sequence.times() if sequence is not None else None
 
     def status(self) -> EngineStatus:
         pool = self.scheduler.pool

@@ -163,7 +163,7 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="token"):
     logprob: float | None = None
     top: list[tuple[int, float]] | None = None  # most probable first
     finish_reason: FinishReason | None = None  # set on the last token
-    times: RequestTimes | None = None  # set with finish_reason
+    times: RequestTimes | None = None  # so far; set with finish_reason, and at index 0
 
 
 class PromptScored(msgspec.Struct, frozen=True, kw_only=True, tag="scored"):

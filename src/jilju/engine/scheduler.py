@@ -559,7 +559,7 @@ class Scheduler:
             logprob=logprob,
             top=top,
             finish_reason=finish_reason,
-            times=sequence.times() if finish_reason is not None else None,
+            times=sequence.times() if index == 0 or finish_reason is not None else None,
         )
 
     def _finish(self, sequence: Sequence) -> None:

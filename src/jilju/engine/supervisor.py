@@ -286,9 +286,6 @@ class Supervisor:
             stalled_ns = prefill_share_ns(
                 record.begin_ns, record.done_ns, record.num_prefill_tokens, record.num_decode_tokens
             )
-        for request_id, times in message.started:
-            if request_id in self._live:
-                self._live[request_id].started = times
         events = [self._taken(event, stalled_ns, now_ns) for event in message.events]
         for request_id in message.next_ids:
             if request_id in self._live:
@@ -317,6 +314,8 @@ class Supervisor:
     def _taken(self, event: EngineEvent, stalled_ns: int, now_ns: int) -> EngineEvent:
         live = self._live[event.request_id]
         if isinstance(event, TokenEvent):
+            if event.index == 0:
+                live.started = event.times
             live.tokens.append(event.token_id)
             if live.died_ns:
                 live.resume_ns += now_ns - live.died_ns

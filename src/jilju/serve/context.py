@@ -14,6 +14,7 @@ import msgspec
 from jilju.clock import Clock, WallClock
 from jilju.config import ApiKey
 from jilju.engine.client import EngineClient
+from jilju.text.history import History
 from jilju.text.template import ChatTemplate
 from jilju.text.tokenizer import Tokenizer
 
@@ -58,6 +59,7 @@ class ServerContext:
     fingerprint: str  # system_fingerprint: hash of weights, tokenizer, template, kernel set
     version: str
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    history: History | None = None  # None: a chat's earlier answers are tokenized anew
     quantization: str | None = None  # as /v1/models shows it: "Q4_K_M"
     keys: tuple[ApiKey, ...] = ()
     allowed_hosts: frozenset[str] = frozenset()  # besides the loopback names; bind address and --allow-host

@@ -6,7 +6,8 @@ fields and shapes of a family: an `Api` has those.
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -23,7 +24,7 @@ from jilju.serve.body import ClientLeft, read_json_object
 from jilju.serve.context import ServerContext
 from jilju.serve.deadlines import Deadlines, HeaderTimes, header_times, make_deadlines
 from jilju.serve.gate import Arrival, arrival_of
-from jilju.serve.generation import Choice, Generation
+from jilju.serve.generation import Choice, EncodedPrompt, Generation
 from jilju.serve.ledger import CLIENT_LEFT_STATUS, Call, state_of
 from jilju.serve.sampling import (
     GenerationFields,
@@ -38,6 +39,7 @@ from jilju.serve.server import Server
 from jilju.serve.stream import DONE, WAIT, Writer
 from jilju.serve.timings import Marks, Timings, make_timings
 from jilju.serve.transport import ABORT
+from jilju.text.history import RememberedStream
 from jilju.text.stream import TextStream
 
 logger = logging.getLogger("jilju.serve")
@@ -55,7 +57,7 @@ class Api(Protocol[F]):
 
     def logprobs(self, fields: F) -> int | None: ...
 
-    async def prompts(self, fields: F, context: ServerContext, marks: Marks) -> list[list[int]]: ...
+    async def prompts(self, fields: F, context: ServerContext, marks: Marks, salt: bytes) -> list[EncodedPrompt]: ...
 
     def estimates(self, fields: F) -> list[int]:
         """Tokens of each prompt, roughly and at once."""
@@ -184,9 +186,10 @@ class GenerateRoute:
             for index, request_id in enumerate(ids):
                 count = estimates[index // fields.n] if index % fields.n == 0 else 1
                 admission.admitted(request_id, now_ns, num_prompt_tokens=count, max_tokens=asked, **rank)
-            prompts = await self._api.prompts(fields, context, marks)
+            salt = cache_salt(arrival.key, fields.cache_salt)
+            prompts = await self._api.prompts(fields, context, marks, salt)
             self._check_open()
-            choices = self._choices(fields, prompts, ids, arrival, deadlines)
+            choices = self._choices(fields, prompts, ids, salt, arrival, deadlines)
             now_ns = context.clock.now_ns()
             for choice in choices:
                 request = choice.request
@@ -246,20 +249,20 @@ class GenerateRoute:
     def _choices(
         self,
         fields: GenerationFields,
-        prompts: list[list[int]],
+        prompts: list[EncodedPrompt],
         ids: list[str],
+        salt: bytes,
         arrival: Arrival,
         deadlines: Deadlines,
     ) -> list[Choice]:
         """`n` of each prompt. A given seed holds for every prompt, so that each answer equals that of the prompt alone."""
         context = self._server.context
-        salt = cache_salt(arrival.key, fields.cache_salt)
         choices: list[Choice] = []
-        for prompt_index, prompt_ids in enumerate(prompts):
+        for prompt_index, prompt in enumerate(prompts):
             params = sampling_params(
                 fields,
                 context,
-                max_tokens=self._api.max_tokens(fields, len(prompt_ids), context),
+                max_tokens=self._api.max_tokens(fields, len(prompt.ids), context),
                 logprobs=self._api.logprobs(fields),
                 seed=context.draw_seed() if fields.seed is None else fields.seed,
             )
@@ -268,7 +271,7 @@ class GenerateRoute:
             for number in range(fields.n):
                 request = Request(
                     id=ids[first + number],
-                    prompt_ids=prompt_ids,
+                    prompt_ids=prompt.ids,
                     params=msgspec.structs.replace(params, seed=choice_seed(params.seed, number)),
                     end_ids=end_ids(params, context.tokenizer.eos_ids),
                     salt=salt,
@@ -279,14 +282,21 @@ class GenerateRoute:
                     queue_deadline_ns=deadlines.queue_ns,
                     sibling_of=ids[first] if number else "",
                 )
-                text = TextStream(
-                    context.tokenizer,
-                    stop=stops_of(fields),
-                    min_tokens=fields.min_tokens,
-                    skip_special_tokens=fields.skip_special_tokens,
-                )
-                choices.append(Choice(first + number, request, text))
+                choices.append(Choice(first + number, request, self._text(fields, prompt)))
         return choices
+
+    def _text(self, fields: GenerationFields, prompt: EncodedPrompt) -> TextStream:
+        context = self._server.context
+        make: Callable[..., TextStream] = TextStream
+        if prompt.opening is not None:
+            assert context.history is not None, "only a history knows where an answer begins"
+            make = partial(RememberedStream, history=context.history, opening=prompt.opening)
+        return make(
+            context.tokenizer,
+            stop=stops_of(fields),
+            min_tokens=fields.min_tokens,
+            skip_special_tokens=fields.skip_special_tokens,
+        )
 
     async def _stream(
         self, generation: Generation, renderer: Renderer, head: Head, fields: GenerationFields, writer: Writer

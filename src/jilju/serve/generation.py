@@ -7,6 +7,7 @@ learns of them, and the abort of whatever is live when the call ends early. Know
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jilju.clock import Clock
 from jilju.engine.admission import Admission
@@ -27,7 +28,13 @@ from jilju.errors import DeadlineExceeded, InternalError, JiljuError
 from jilju.serve.errors import error_of
 from jilju.serve.ledger import Call, Ledger
 from jilju.serve.timings import Marks
+from jilju.text.history import Opening
 from jilju.text.stream import TextStream
+
+
+class EncodedPrompt(NamedTuple):
+    ids: list[int]
+    opening: Opening | None = None  # None: what answers it is not remembered
 
 
 @dataclass(slots=True, eq=False)

@@ -26,7 +26,7 @@ from jilju.serve.answer import (
 from jilju.serve.context import ServerContext
 from jilju.serve.errors import shown
 from jilju.serve.fields import ANY, Rules, refuse, take_fields
-from jilju.serve.generation import Choice, Delta
+from jilju.serve.generation import Choice, Delta, EncodedPrompt
 from jilju.serve.sampling import (
     LATER,
     NO_OPS,
@@ -37,7 +37,7 @@ from jilju.serve.sampling import (
     take_generation_fields,
 )
 from jilju.serve.timings import Marks, Timings
-from jilju.text.template import encode_chat
+from jilju.text.template import chat_pieces, encode_chat
 from jilju.text.tokenizer import Tokenizer
 
 CHUNK = "chat.completion.chunk"
@@ -211,8 +211,14 @@ class TimedTokenizer:
 
 
 async def encode_messages(
-    messages: Sequence[Message], context: ServerContext, marks: Marks | None = None, *, add_special_tokens: bool = False
-) -> list[int]:
+    messages: Sequence[Message],
+    context: ServerContext,
+    marks: Marks | None = None,
+    *,
+    add_special_tokens: bool = False,
+    salt: bytes | None = None,
+) -> EncodedPrompt:
+    """With a salt, answers that are remembered under it keep their ids; without, all ids are the plain ones."""
     template = context.template
     if template is None:
         raise TemplateFailed(
@@ -222,11 +228,17 @@ async def encode_messages(
         )
     entries = template_messages(messages)
     tokenizer = TimedTokenizer(context.tokenizer, context.clock)
+
+    def encode() -> EncodedPrompt:
+        if salt is None or context.history is None:
+            return EncodedPrompt(encode_chat(template, tokenizer, entries))
+        return EncodedPrompt(*context.history.encode(salt, chat_pieces(template, tokenizer, entries), tokenizer))
+
     begin_ns = context.clock.now_ns()
     if sum(len(entry["content"]) for entry in entries) > OFF_LOOP_CHARS:
-        ids = await asyncio.to_thread(encode_chat, template, tokenizer, entries)
+        ids, opening = await asyncio.to_thread(encode)
     else:
-        ids = encode_chat(template, tokenizer, entries)
+        ids, opening = encode()
     if marks is not None:
         marks.tokenize_ns = tokenizer.encode_ns
         marks.render_ns = context.clock.now_ns() - begin_ns - tokenizer.encode_ns
@@ -234,7 +246,7 @@ async def encode_messages(
         ids = [tokenizer.bos_id, *ids]
     if not ids:
         raise EmptyPrompt("the messages render to no token at all; send some content", param="messages")
-    return ids
+    return EncodedPrompt(ids, opening)
 
 
 class ChatApi:
@@ -249,8 +261,11 @@ class ChatApi:
     def logprobs(self, fields: ChatFields) -> int | None:
         return fields.top_logprobs if fields.logprobs else None
 
-    async def prompts(self, fields: ChatFields, context: ServerContext, marks: Marks) -> list[list[int]]:
-        return [await encode_messages(fields.messages, context, marks, add_special_tokens=fields.add_special_tokens)]
+    async def prompts(
+        self, fields: ChatFields, context: ServerContext, marks: Marks, salt: bytes
+    ) -> list[EncodedPrompt]:
+        add = fields.add_special_tokens
+        return [await encode_messages(fields.messages, context, marks, add_special_tokens=add, salt=salt)]
 
     def estimates(self, fields: ChatFields) -> list[int]:
         texts = (text_of(message, "messages") for message in fields.messages)

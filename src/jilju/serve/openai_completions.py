@@ -16,7 +16,7 @@ from jilju.errors import EmptyPrompt, InvalidValue
 from jilju.serve.answer import Head, TokenTexts, Usage, chunk_event, finite, head_fields, prompt_ids_field
 from jilju.serve.context import ServerContext
 from jilju.serve.fields import Rules, refuse
-from jilju.serve.generation import Choice, Delta
+from jilju.serve.generation import Choice, Delta, EncodedPrompt
 from jilju.serve.openai_chat import OFF_LOOP_CHARS
 from jilju.serve.sampling import (
     LATER,
@@ -95,7 +95,9 @@ class CompletionApi:
     def logprobs(self, fields: CompletionFields) -> int | None:
         return fields.logprobs
 
-    async def prompts(self, fields: CompletionFields, context: ServerContext, marks: Marks) -> list[list[int]]:
+    async def prompts(
+        self, fields: CompletionFields, context: ServerContext, marks: Marks, salt: bytes
+    ) -> list[EncodedPrompt]:
         prompts = prompts_of(fields)
         begin_ns = context.clock.now_ns()
         if sum(len(prompt) for prompt in prompts) > OFF_LOOP_CHARS:
@@ -103,7 +105,7 @@ class CompletionApi:
         else:
             encoded = self._encode(prompts, fields, context)
         marks.tokenize_ns = context.clock.now_ns() - begin_ns
-        return encoded
+        return [EncodedPrompt(ids) for ids in encoded]
 
     def _encode(self, prompts: list[Prompt], fields: CompletionFields, context: ServerContext) -> list[list[int]]:
         encoded: list[list[int]] = []

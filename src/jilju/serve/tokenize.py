@@ -64,7 +64,7 @@ async def tokenize(server: Server, request: Request) -> Response:
     if fields.messages is not None:
         for index, message in enumerate(fields.messages):
             text_of(message, f"messages[{index}]")
-        ids = await encode_messages(fields.messages, context, add_special_tokens=bool(fields.add_special_tokens))
+        ids, _ = await encode_messages(fields.messages, context, add_special_tokens=bool(fields.add_special_tokens))
     elif fields.prompt is not None:
         add = fields.add_special_tokens is not False
         if len(fields.prompt) > OFF_LOOP_CHARS:

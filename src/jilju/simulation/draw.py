@@ -2,12 +2,16 @@
 
 Owns the swarm: every option is drawn for each seed, so that seeds differ in kind and not only in numbers. Knows nothing of how
 a script is played. The same seed draws the same script everywhere: `random.Random` seeded with an int is specified to be so.
+Scripts for a backend that computes a model are drawn by the same hands; what differs is drawn beside and after the rest, so that
+the others stay what they are.
 """
 
 import math
 from collections.abc import Sequence
 from random import Random
 from typing import TypeVar
+
+import msgspec
 
 from jilju.simulation.script import (
     SPECIAL_IDS,
@@ -31,12 +35,18 @@ FAULT_SPACING = (
 BUSY = 0.4  # of the seeds fill the engine
 WORK_US = 1_000_000  # in which most of a script happens
 
+NATIVE_VOCAB = 300  # ids that prompts are drawn from
+NATIVE_SHARED = 48  # tokens of a family's prompts: some blocks of 16
+LARGE_REQUESTS, LARGE_TOKENS = 8, 12  # of a script for a model whose steps take milliseconds
+
 
 def draw(seed: int, *, is_native: bool = False) -> Script:
-    """`is_native`: for a backend that computes a model, which knows no special ids."""
+    """`is_native`: for a backend that computes a model of NATIVE_VOCAB ids or more, which knows no special ids."""
     rng = Random(seed)
     is_busy = rng.random() < BUSY
     settings = _settings(rng, is_busy)
+    if is_native:
+        settings = _native_settings(rng, settings)
     count = rng.randrange(24, 56) if is_busy else rng.choice((2, 4, 8, 16, 32)) + rng.randrange(4)
     tenants = [f"t{i}" for i in range(rng.choice((1, 1, 2, 4, 8)))]
     families = [_tokens(rng, settings, settings.max_context) for _ in range(rng.choice((1, 2, 4)))]
@@ -47,7 +57,28 @@ def draw(seed: int, *, is_native: bool = False) -> Script:
     requests = [
         _request(rng, settings, f"r{i}", at_us, families, tenants, rates, is_native) for i, at_us in enumerate(times)
     ]
-    return Script(seed=seed, settings=settings, requests=requests, faults=_faults(rng, settings, count))
+    faults = _faults(rng, settings, count)
+    if is_native:
+        requests = [_native_request(rng, settings, request) for request in requests]
+        faults += _native_kills(rng)
+    return Script(seed=seed, settings=settings, requests=requests, faults=faults)
+
+
+def draw_native(seed: int) -> Script:
+    return draw(seed, is_native=True)
+
+
+def draw_large(seed: int, vocab_size: int) -> Script:
+    """For a model whose steps take milliseconds: the first few requests of a native script, with short answers."""
+    script = draw(seed, is_native=True)
+    requests = [
+        msgspec.structs.replace(
+            request, max_tokens=min(request.max_tokens, LARGE_TOKENS), min_tokens=min(request.min_tokens, LARGE_TOKENS), n=min(request.n, 2),
+        )
+        for request in script.requests[:LARGE_REQUESTS]
+    ]  # fmt: skip
+    settings = msgspec.structs.replace(script.settings, vocab_size=vocab_size)
+    return msgspec.structs.replace(script, settings=settings, requests=requests)
 
 
 def steady(seed: int) -> Script:
@@ -96,6 +127,16 @@ def _settings(rng: Random, is_busy: bool) -> Settings:
     )
 
 
+def _native_settings(rng: Random, settings: Settings) -> Settings:
+    """Blocks as the kernels take them, of a pool that is mostly too small for all."""
+    block_size = rng.choice((16, 16, 32))
+    num_blocks = max(2, int(2 ** rng.uniform(6, 10.5) / block_size))
+    return msgspec.structs.replace(
+        settings, block_size=block_size, num_blocks=num_blocks, vocab_size=NATIVE_VOCAB,
+        max_context=min(num_blocks * block_size, rng.choice((64, 128, 256))),
+    )  # fmt: skip
+
+
 def _arrivals(rng: Random, count: int, is_busy: bool) -> list[int]:
     kind = rng.choice(("at once", "bursts") if is_busy else ("at once", "bursts", "poisson"))
     if kind == "at once":
@@ -132,7 +173,7 @@ def _request(
 ) -> SimRequest:
     context, vocab_size = settings.max_context, settings.vocab_size
     family = rng.choice(families)
-    shared = min(_length(rng, settings, 16), context - 1)
+    shared = min(_length(rng, settings, NATIVE_SHARED if is_native else 16), context - 1)
     prompt = (family[:shared] + _tokens(rng, settings, _length(rng, settings, 3)))[: context - 1] or [0]
     room = context - len(prompt)
     max_tokens = min(_length(rng, settings, 20), room)
@@ -191,6 +232,31 @@ def _request(
         temperature=rng.choice((0.0, 1.0)),
         **fields,  # type: ignore[arg-type]
     )
+
+
+def _native_request(rng: Random, settings: Settings, request: SimRequest) -> SimRequest:
+    """With what only a model has: a distribution to cut down, and ends that must be made likely among hundreds of ids."""
+    changes: dict[str, object] = {}
+    if rng.random() < 0.9:
+        changes["logprobs"] = rng.choice((0, 1, 5, 20))
+    if request.temperature:
+        changes["temperature"] = rng.choice((0.3, 1.0, 1.7))
+    if rng.random() < 0.3:
+        changes |= rng.choice(({"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 40, "top_p": 0.9}))
+    if rng.random() < 0.2:
+        some = rng.sample(range(settings.vocab_size), 24)
+        changes |= {"allowed_token_ids": tuple(sorted(some)), "end_ids": tuple(sorted(some[:2]))}
+    return msgspec.structs.replace(request, **changes)
+
+
+def _native_kills(rng: Random) -> list[Fault]:
+    """Early, so that the engine has work when it dies."""
+    if rng.random() < 0.5:
+        return []
+    return [
+        Fault(kind=rng.choice(TURN_FAULTS), at=rng.randrange(1, 30), cause=rng.choice(CAUSES))
+        for _ in range(rng.randrange(1, 3))
+    ]
 
 
 def letter(token_id: int) -> str:

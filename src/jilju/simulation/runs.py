@@ -7,7 +7,7 @@ outcomes as they come.
 import logging
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,23 +76,25 @@ def play(script: Script, backend: Backend) -> Outcome:
     return Outcome(script.seed, world.tally, world.digest, time.process_time() - begin, failure, details)
 
 
-def play_seed(seed: int, backend: Backend, is_native: bool = False) -> Outcome:
+def play_seed(seed: int, backend: Backend, draw_script: Callable[[int], Script] = draw) -> Outcome:
     begin = time.process_time()
-    script = draw(seed, is_native=is_native)
+    script = draw_script(seed)
     spent = time.process_time() - begin
     outcome = play(script, backend)
     return Outcome(seed, outcome.tally, outcome.digest, outcome.seconds + spent, outcome.failure, outcome.details)
 
 
-def play_many(seeds: Iterable[int], backend: Backend, jobs: int) -> Iterator[Outcome]:
-    """Outcomes of all seeds, in order. `backend` must be one that can be pickled if there is more than one job."""
+def play_many(
+    seeds: Iterable[int], backend: Backend, jobs: int, draw_script: Callable[[int], Script] = draw
+) -> Iterator[Outcome]:
+    """Outcomes of all seeds, in order. With more than one job `backend` and `draw_script` must be ones that can be pickled."""
     if jobs == 1:
-        yield from (play_seed(seed, backend) for seed in seeds)
+        yield from (play_seed(seed, backend, draw_script) for seed in seeds)
         return
     with ProcessPoolExecutor(jobs, initializer=be_quiet) as pool:
         waiting = iter(seeds)
         while batch := list(islice(waiting, CHUNK * jobs * 16)):
-            yield from pool.map(partial(play_seed, backend=backend), batch, chunksize=CHUNK)
+            yield from pool.map(partial(play_seed, backend=backend, draw_script=draw_script), batch, chunksize=CHUNK)
 
 
 def be_quiet() -> None:

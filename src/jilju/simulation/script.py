@@ -34,6 +34,9 @@ class SimRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     salt: str = ""
     priority: int = 0
     temperature: float = 1.0
+    top_k: int = 0  # this and the next two are for a backend that computes a model: the hash chain has no distribution
+    top_p: float = 1.0
+    min_p: float = 0.0
     min_tokens: int = 0
     end_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()

@@ -118,16 +118,17 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def encode_chat(
+def chat_pieces(
     template: ChatTemplate,
     tokenizer: Tokenizer,
     messages: Sequence[Message],
     *,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
-) -> list[int]:
-    """Ids of a conversation. Control tokens come from the template alone: inside the messages their texts are broken by a
-    mark before rendering, so that none is found there, and the mark is taken out of the plain text before it is encoded.
+) -> list[str]:
+    """A rendered conversation: plain text and control tokens' texts in turn, plain first and last. Control tokens come from
+    the template alone: inside the messages their texts are broken by a mark before rendering, so that none is found there,
+    and the mark is taken out of the plain text afterwards.
 
     A template that deletes characters from a message could still join a control token's parts; none is known that does.
     """
@@ -137,13 +138,32 @@ def encode_chat(
     rendered = template.render(
         guarded, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
     )
-    ids: list[int] = []
-    for index, piece in enumerate(guard.split(rendered)):
-        if index % 2 == 1:
-            ids.append(guard.specials[piece])
-        else:
-            ids += tokenizer.encode(piece.replace(mark, ""))
-    return ids
+    pieces = guard.split(rendered)
+    return [piece if index % 2 == 1 else piece.replace(mark, "") for index, piece in enumerate(pieces)]
+
+
+def encode_piece(tokenizer: Tokenizer, index: int, piece: str) -> list[int]:
+    """Ids of one of a conversation's pieces: each second one is a control token."""
+    return [tokenizer.special_texts[piece]] if index % 2 == 1 else tokenizer.encode(piece)
+
+
+def encode_chat(
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    messages: Sequence[Message],
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+) -> list[int]:
+    """Ids of a conversation, the plain ones of its text."""
+    pieces = chat_pieces(
+        template,
+        tokenizer,
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+    )
+    return [id_ for index, piece in enumerate(pieces) for id_ in encode_piece(tokenizer, index, piece)]
 
 
 def _guarded(message: Message, guard: SpecialGuard, mark: str) -> Message:
