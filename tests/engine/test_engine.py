@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jilju.clock import VirtualClock
-from jilju.engine.loop import Engine
+from jilju.engine.loop import STUCK_TURNS, Engine
 from jilju.engine.queue import AGEING_NS
 from jilju.engine.request import (
     PARAM_RANGES,
@@ -425,6 +425,19 @@ def test_a_culprit_is_found_in_so_many_runs(num_rows):
         first = [s for s in h.engine.log.steps if s.is_rerun]
         assert len(first) <= math.ceil(math.log2(num_rows)) + 1
         assert [r for r, events in h.events.items() if isinstance(events[-1], RequestFailed)] == [f"r{culprit}"]
+
+
+def test_an_engine_that_has_work_and_no_step_says_so(monkeypatch, caplog):
+    h = Harness(make_limits())
+    h.engine.submit(request("a", [1]))
+    monkeypatch.setattr(h.engine.scheduler, "_admit", lambda draft: None)
+    for turn in range(STUCK_TURNS):
+        assert h.engine.status().is_stuck == (turn == STUCK_TURNS)
+        h.step()
+    assert h.engine.status().is_stuck and "1 wait (a: 0 of 1 tokens)" in caplog.text
+    monkeypatch.undo()
+    h.run()
+    assert not h.engine.status().is_stuck
 
 
 # ---- deadlines ------------------------------------------------------------------------------------------------------

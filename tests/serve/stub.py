@@ -105,6 +105,9 @@ class StubClient:
     num_hanging: int = 0
     live: dict[str, asyncio.Event] = field(default_factory=dict)
     num_restarts: int = 0
+    num_step_faults: int = 0
+    num_quarantined: int = 0
+    is_stuck: bool = False
     resume_ns: int = 0  # reported with every answer
     step_age_s: float = 0.0
     step_coefficients: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -202,7 +205,8 @@ class StubClient:
         return EngineStatus(
             state=self.state, num_running=len(self.live), num_waiting=0, num_blocks_free=60, num_blocks_cached=3,
             num_blocks_held=1, last_step_age_s=self.step_age_s, num_restarts=self.num_restarts, imbalance=0,
-            step_coefficients=self.step_coefficients,
+            step_coefficients=self.step_coefficients, is_stuck=self.is_stuck,
+            num_step_faults=self.num_step_faults, num_quarantined=self.num_quarantined,
         )  # fmt: skip
 
     async def stop(self) -> None:

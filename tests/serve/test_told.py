@@ -90,6 +90,16 @@ def test_a_histograms_edge_belongs_below_and_its_buckets_add_up() -> None:
     assert token_edges(300) == (1, 2, 5, 10, 20, 50, 100, 200, 300)
 
 
+async def test_a_scheduler_that_is_stuck_is_not_healthy(connect: Connect) -> None:
+    stub = StubClient(is_stuck=True, num_step_faults=3, num_quarantined=2)
+    async with connect(stub) as (http, _):
+        health = await http.get("/health")
+        assert health.status_code == 503 and health.json()["checks"]["scheduler"] is False
+        text = (await http.get("/metrics")).text
+    assert 'jilju_step_faults_total{model="stub"} 3.0' in text
+    assert 'jilju_quarantined_requests_total{model="stub"} 2.0' in text
+
+
 async def test_health_is_progress(connect: Connect) -> None:
     stub = StubClient(hang_at=0, step_age_s=100.0)
     clock = VirtualClock(1)

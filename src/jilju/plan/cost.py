@@ -86,6 +86,23 @@ class PlanCost:
             ns += num_ops * (compute_ns if compute_ns > memory_ns else memory_ns)
         return round(ns)
 
+    def linear_bound(self, machine: Machine) -> tuple[float, float, float]:
+        """ns of a step in any case, of a token, and of a query-key pair, that together no step of this machine exceeds.
+
+        FLOPs and bytes are linear in tokens, rows, logits, pairs and keys read; no step has more rows or logits than tokens, or
+        more keys than pairs. So steps of single tokens, FLOPs and bytes both counted in full, give the three.
+        """
+        ns_per_flop = 1e9 / (machine.eta_c * machine.flops_per_s)
+        ns_per_byte = 1e9 / (machine.eta_b * machine.bytes_per_s)
+
+        def full_ns(*starts: int) -> float:
+            flops, num_bytes = self.totals(StepShape(starts, (1,) * len(starts), len(starts)))
+            return machine.base_ns + machine.row_ns * len(starts) + flops * ns_per_flop + num_bytes * ns_per_byte
+
+        one, two, far = full_ns(0), full_ns(0, 0), full_ns(1000)
+        pair_ns = (far - one) / 1000
+        return 2 * one - two, two - one - pair_ns, pair_ns
+
     def _tally(self, shape: StepShape) -> tuple[_Tally, ...]:
         if not isinstance(shape, SummedShape):
             shape = SummedShape(shape.starts, shape.counts, shape.num_logits, sum(shape.counts))

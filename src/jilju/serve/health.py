@@ -37,9 +37,12 @@ async def health(server: Server, request: Request) -> Response:
     checks = {
         "steps": min(status.last_step_age_s, pending_s) <= stuck_s,
         "engine": status.state != "gone",
+        "scheduler": not status.is_stuck,  # requests wait, none runs, and turn after turn brings no step: a defect
         "ledger": ledger.imbalance() + status.imbalance == 0,
     }
-    healthy = checks["steps"] and checks["engine"]  # a ledger that does not balance is shown, and serving goes on
+    healthy = (
+        checks["steps"] and checks["engine"] and checks["scheduler"]
+    )  # a ledger that does not balance is shown, and serving goes on
     data = {
         "status": "ok" if healthy else "unhealthy",
         "last_step_age_s": status.last_step_age_s,

@@ -27,6 +27,7 @@ BETWEEN_TOKENS_S = (.0005, .001, .0025, .005, .01, .025, .05, .075, .1, .15, .2,
                     80)  # fmt: skip
 ETA_ERROR_S = (-300, -60, -30, -10, -5, -2, -1, -.5, -.2, -.1, -.05, -.02, 0, .02, .05, .1, .2, .5, 1, 2, 5, 10, 30, 60,
                300)  # fmt: skip
+STEP_ERROR = (-.75, -.5, -.3, -.2, -.1, -.05, 0, .05, .1, .2, .3, .5, 1, 2, 5)  # fmt: skip
 STEP_TOKENS = (1, *(8 << shift for shift in range(12)))  # 1, 8, 16 … 16384
 
 
@@ -76,6 +77,7 @@ class Metrics:
         self.prompt_tokens = Histogram(token_edges(context.max_context))
         self.output_tokens = Histogram(token_edges(context.max_context))
         self.step_seconds = {kind: Histogram(LATENCY_S) for kind in ("prefill", "decode", "mixed")}
+        self.step_error = Histogram(STEP_ERROR)
         self.step_tokens = {kind: Histogram(STEP_TOKENS) for kind in ("prefill", "decode")}
         self.num_computed_tokens = self.num_cached_tokens = self.num_output_tokens = 0
         self.num_preemptions = self.num_recomputed_tokens = 0
@@ -118,7 +120,9 @@ class Metrics:
 
     def on_step(self, step: StepRecord) -> None:
         kind = "decode" if not step.num_prefill_tokens else "mixed" if step.num_decode_tokens else "prefill"
-        self.step_seconds[kind].observe((step.end_ns - step.begin_ns) / 1e9)
+        took_ns = step.end_ns - step.begin_ns
+        self.step_seconds[kind].observe(took_ns / 1e9)
+        self.step_error.observe((step.predicted_ns - took_ns) / max(1, took_ns))
         self.num_recomputed_tokens += step.num_recomputed_tokens
         for name, count in (("prefill", step.num_prefill_tokens), ("decode", step.num_decode_tokens)):
             if count:
@@ -165,6 +169,12 @@ class Metrics:
             ("recomputed_tokens", "Tokens computed again", self.num_recomputed_tokens),
             ("engine_restarts", "Engines started after one died", status.num_restarts),
             ("resumed_streams", "Started sequences that an engine took over from a dead one", status.num_resumed),
+            ("step_faults", "Steps that raised; parts of them were run again", status.num_step_faults),
+            (
+                "quarantined_requests",
+                "Requests that are not run again after deaths of the engine",
+                status.num_quarantined,
+            ),
         ):
             counter = CounterMetricFamily(f"jilju_{name}", text, labels=["model"])
             counter.add_metric(model, value)
@@ -205,6 +215,7 @@ class Metrics:
             ("request_prefill_time_seconds", "From the first step to the first token", self.prefill_time),
             ("request_decode_time_seconds", "From the first token to the last", self.decode_time),
             ("request_inference_time_seconds", "From the first step to the last token", self.inference_time),
+            ("step_prediction_error_ratio", "Predicted minus measured time of a step, over measured", self.step_error),
             ("eta_error_seconds", "Predicted minus actual wait of a sequence for its first step", self.eta_error),
             ("shed_decision_seconds", "From the head read to a refusal by load", self.shed_decision),
             ("request_prompt_tokens", "Prompt tokens of a call", self.prompt_tokens),
