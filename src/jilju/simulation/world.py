@@ -201,7 +201,7 @@ class World:
         self.drain = Drain(self.ledger)
         self._process: _Process | None = None
         self._streams: dict[str, _Stream] = {}
-        self._callers: list[_Caller] = []
+        self.callers: list[_Caller] = []
         self._num_to_come = len(script.requests)
         self._longest_step_ns = 0
         self._tokenizer = Letters(self.settings.vocab_size)
@@ -263,7 +263,7 @@ class World:
         now_ns = self.clock.now_ns()
         record = Call(id=spec.id, route="/v1/completions", key_name=spec.tenant, label=None, received_ns=now_ns)
         caller = _Caller(spec, self.ledger.accept(record))
-        self._callers.append(caller)
+        self.callers.append(caller)
         record.cut = lambda error: self._end_call(caller, state_of(error), error.code)
         try:
             self._take(caller, now_ns)
@@ -735,8 +735,8 @@ class World:
     def _check_end(self) -> None:
         law(
             "I21 every call ends",
-            all(caller.end for caller in self._callers),
-            [c.spec.id for c in self._callers if not c.end],
+            all(caller.end for caller in self.callers),
+            [c.spec.id for c in self.callers if not c.end],
         )
         law("every request gets a terminal event", all(s.is_terminal for s in self._streams.values()), "left")
         law("I32 ledger", not self.ledger.live and self.ledger.imbalance() == 0, self.ledger.live)
@@ -753,7 +753,7 @@ class World:
     def _check_ends(self) -> None:
         """Who did nothing wrong and was not refused, stopped or late has the whole answer."""
         is_gone = self.supervisor.state == "gone"
-        for caller in self._callers:
+        for caller in self.callers:
             spec = caller.spec
             if caller.end == "completed":
                 law("a call that must fail does", not spec.fault or any(s.is_stopped for s in caller.streams), spec.id)
