@@ -37,7 +37,7 @@ WORK_US = 1_000_000  # in which most of a script happens
 
 NATIVE_VOCAB = 300  # ids that prompts are drawn from
 NATIVE_SHARED = 48  # tokens of a family's prompts: some blocks of 16
-LARGE_REQUESTS, LARGE_TOKENS = 8, 12  # of a script for a model whose steps take milliseconds
+LARGE_REQUESTS, LARGE_TOKENS = 12, 32  # of a script for a model whose steps take milliseconds
 
 
 def draw(seed: int, *, is_native: bool = False) -> Script:
@@ -46,7 +46,7 @@ def draw(seed: int, *, is_native: bool = False) -> Script:
     is_busy = rng.random() < BUSY
     settings = _settings(rng, is_busy)
     if is_native:
-        settings = _native_settings(rng, settings)
+        settings = _native_settings(rng, settings, is_busy)
     count = rng.randrange(24, 56) if is_busy else rng.choice((2, 4, 8, 16, 32)) + rng.randrange(4)
     tenants = [f"t{i}" for i in range(rng.choice((1, 1, 2, 4, 8)))]
     families = [_tokens(rng, settings, settings.max_context) for _ in range(rng.choice((1, 2, 4)))]
@@ -69,15 +69,18 @@ def draw_native(seed: int) -> Script:
 
 
 def draw_large(seed: int, vocab_size: int) -> Script:
-    """For a model whose steps take milliseconds: the first few requests of a native script, with short answers."""
+    """For a model whose steps take milliseconds: the first few requests of a native script, with short answers, in a pool that
+    holds little more than one context."""
     script = draw(seed, is_native=True)
+    settings = script.settings
+    num_blocks = min(settings.num_blocks, settings.max_context // settings.block_size + 2)
     requests = [
         msgspec.structs.replace(
             request, max_tokens=min(request.max_tokens, LARGE_TOKENS), min_tokens=min(request.min_tokens, LARGE_TOKENS), n=min(request.n, 2),
         )
         for request in script.requests[:LARGE_REQUESTS]
     ]  # fmt: skip
-    settings = msgspec.structs.replace(script.settings, vocab_size=vocab_size)
+    settings = msgspec.structs.replace(settings, vocab_size=vocab_size, num_blocks=num_blocks)
     return msgspec.structs.replace(script, settings=settings, requests=requests)
 
 
@@ -127,13 +130,14 @@ def _settings(rng: Random, is_busy: bool) -> Settings:
     )
 
 
-def _native_settings(rng: Random, settings: Settings) -> Settings:
-    """Blocks as the kernels take them, of a pool that is mostly too small for all."""
+def _native_settings(rng: Random, settings: Settings, is_busy: bool) -> Settings:
+    """Blocks as the kernels take them, of a pool that is mostly too small for all; few calls are turned away."""
     block_size = rng.choice((16, 16, 32))
-    num_blocks = max(2, int(2 ** rng.uniform(6, 10.5) / block_size))
+    num_blocks = max(2, int(2 ** rng.uniform(7 if is_busy else 6, 10.5) / block_size))
     return msgspec.structs.replace(
         settings, block_size=block_size, num_blocks=num_blocks, vocab_size=NATIVE_VOCAB,
-        max_context=min(num_blocks * block_size, rng.choice((64, 128, 256))),
+        max_context=min(num_blocks * block_size, rng.choice((64, 128, 256))), load_us=rng.choice((0, 1000, 20_000)),
+        max_waiting=1024, max_pools=1000.0,
     )  # fmt: skip
 
 
@@ -282,4 +286,8 @@ def _faults(rng: Random, settings: Settings, count: int) -> list[Fault]:
         faults += [Fault(kind=rng.choice(FRAME_FAULTS), at=rng.randrange(1, 120)) for _ in range(rng.randrange(1, 3))]
     if rng.random() < 0.1:
         faults.append(Fault(kind="stall_at", at=rng.randrange(WORK_US)))
+    if rng.random() < 0.05:
+        faults.append(Fault(kind="forged", at=rng.randrange(1, 120)))
+    if rng.random() < 0.02:
+        faults.append(Fault(kind="doomed_at", at=rng.randrange(WORK_US // 10)))
     return faults

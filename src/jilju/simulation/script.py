@@ -12,8 +12,9 @@ RequestFault = Literal["", "raise", "nan", "bad_id", "crash"]
 FaultKind = Literal[
     "raise_before", "raise_after", "stuck",  # of the backend's call number `at`
     "kill_begun", "kill_told", "kill_ran",  # in the engine's turn number `at`: after it began, told, ran
-    "kill_at", "stall_at",  # at that time: the engine dies, or stops for 2 s
+    "kill_at", "stall_at", "doomed_at",  # at that time: the engine dies, stops for 2 s, or dies and so does every later one
     "drop", "double", "late", "corrupt", "foreign",  # what becomes of frame number `at` from the engine
+    "forged",  # from frame `at` on the first with events tells of something that cannot be
 ]  # fmt: skip
 DeathCause = Literal["work", "pressure", "other"]
 

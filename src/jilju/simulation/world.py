@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Protocol
 
+import msgspec
+
 from jilju.clock import VirtualClock
 from jilju.engine.admission import Admission
 from jilju.engine.link import (
@@ -27,6 +29,7 @@ from jilju.engine.link import (
     FrameWriter,
     LinkBroken,
     Ready,
+    Stepped,
     Submit,
     ToEngine,
     ToServer,
@@ -194,7 +197,9 @@ class World:
         self._frame_faults = {
             f.at: f for f in script.faults if f.kind in ("drop", "double", "late", "corrupt", "foreign")
         }
+        self._forged_from = [f.at for f in script.faults if f.kind == "forged"]
         self._is_wired = self.settings.is_wired
+        self._is_doomed = False
         self.supervisor = Supervisor(1)
         self.admission = Admission(max_requests=self.settings.max_waiting, max_pools=self.settings.max_pools)
         self.ledger = Ledger(self.clock)
@@ -219,6 +224,8 @@ class World:
                 self._at(when_ns, lambda fault=fault: self._kill(self._process, fault.cause))  # type: ignore[misc]
             elif fault.kind == "stall_at":
                 self._at(when_ns, self._pause)
+            elif fault.kind == "doomed_at":
+                self._at(when_ns, self._doom)
         if self.settings.drain_us >= 0:
             self._at(self._begin_ns() + self.settings.drain_us * 1000, self._drain)
         self._at(TICK_NS, self._tick)
@@ -287,7 +294,7 @@ class World:
     def _take(self, caller: _Caller, now_ns: int) -> None:
         spec, settings = caller.spec, self.settings
         self.drain.check()
-        if self.supervisor.state != "ready":
+        if self.supervisor.state not in ("ready", "gone"):
             raise NotReady(f"the engine is {self.supervisor.state}", retry_after_s=1.0)
         status = self.supervisor.status(now_ns)
         self.admission.update(status.step_coefficients, settings.max_rows, settings.num_blocks * settings.block_size)
@@ -509,6 +516,14 @@ class World:
         """To the server: in order, some time later, unless the script has other plans."""
         self._num_frames += 1
         fault = self._frame_faults.get(self._num_frames) if self._is_wired else None
+        if (
+            self._forged_from
+            and self._num_frames >= self._forged_from[0]
+            and isinstance(message, Stepped)
+            and message.events
+        ):
+            self._note("forged", self._num_frames)
+            message = msgspec.structs.replace(message, events=_forged(message.events, self._forged_from.pop(0)))
         packed: ToServer | bytes = message if process.to_server is None else process.to_server.frame(message)
         arrival_ns = max(process.last_arrival_ns, at_ns + self._latency_ns)
         copies = 1
@@ -548,7 +563,9 @@ class World:
                         self._tell(Submit(request))
         except LinkBroken as error:
             self._note("link broken", error.message)
-            law("frames are refused for a reason", self._is_wired and bool(self._frame_faults), error.message)
+            is_bent = self._is_wired and bool(self._frame_faults)
+            is_forged = any(fault.kind == "forged" for fault in self.script.faults)
+            law("frames are refused for a reason", is_bent or is_forged, error.message)
             self._end_process(process, "other")
 
     def _check_resubmission(self, request: Request) -> None:
@@ -586,6 +603,14 @@ class World:
         process.checks = EngineChecks(process.engine, self.settings)
         process.busy_until_ns = self.clock.now_ns()
         self._send(process, Ready(process.engine.info), self.clock.now_ns())
+        if self._is_doomed:
+            self._kill(process, "other")
+
+    def _doom(self) -> None:
+        """From now on no engine lives."""
+        self._note("doomed")
+        self._is_doomed = True
+        self._kill(self._process, "other")
 
     def _turn(self, process: _Process) -> None:
         """One turn of the engine's loop, with all that it computes."""
@@ -788,3 +813,13 @@ class World:
             or (code == "engine_unavailable" and is_gone)
         )
         law("nobody fails for nothing", is_alright, f"{spec.id}: {caller.end}")
+
+
+def _forged(events: list[EngineEvent], choice: int) -> list[EngineEvent]:
+    """Events that cannot be: a token that is not the next, an event of nobody, one after the last."""
+    first = events[0]
+    if choice % 3 == 0 and isinstance(first, TokenEvent):
+        return [msgspec.structs.replace(first, index=first.index + 1), *events[1:]]
+    if choice % 3 == 1:
+        return [*events, msgspec.structs.replace(first, request_id="nobody")]
+    return [*events, next((event for event in events if is_terminal(event)), first)]
