@@ -28,7 +28,7 @@ from jilju.formats.quants import quantize
 from jilju.model.decoder import build_plan
 from jilju.model.spec import FAMILIES, ModelSpec
 from jilju.model.weights import load_weights
-from jilju.plan import Batch, Executor, KvDtype, Limits, Plan, StepResult, WeightTensor
+from jilju.plan import Batch, Executor, KvDtype, Limits, Plan, StepResult, StepShape, WeightTensor
 from jilju.plan.cost import PlanCost
 from jilju.simulation.draw import NATIVE_VOCAB
 from jilju.simulation.script import Script
@@ -37,12 +37,12 @@ from jilju.simulation.world import Solo
 ALONE_CONTEXT = 512  # no script's is longer
 ALONE_BLOCK_SIZE = 16
 POISON_STEPS = 8  # at most, each time that free blocks are overwritten
-PACE = PlanCost(tiny_plan(64), 2)  # steps take what those of the roofline executor take, whatever the model
+PACE_VOCAB = 64  # steps take what those of the tiny plan of so many ids would, whatever the model
 
 
 @dataclass(frozen=True, eq=False)
 class NativeModel:
-    """A model that can be loaded again and again. `source`: its file and where its packed weights are kept, if it has any."""
+    """A model that can be loaded again and again. `cache`: of its packed weights; None: they are so few that each load packs them."""
 
     name: str
     plan: Plan
@@ -111,8 +111,8 @@ def _random_weight(rng: np.random.Generator, name: str, type_: GgmlType, shape: 
         return _random_q4_k(rng, *shape)
     x = rng.standard_normal(shape).astype(np.float32)
     if len(shape) == 1:
-        return quantize(x / 8 + (0 if name.endswith(".bias") else 1), type_)
-    return quantize(x / math.sqrt(shape[-1]), type_)
+        return quantize(x / np.float32(8) + np.float32(not name.endswith(".bias")), type_)
+    return quantize(x / np.float32(math.sqrt(shape[-1])), type_)
 
 
 def _random_q4_k(rng: np.random.Generator, num_outputs: int, num_inputs: int) -> np.ndarray:
@@ -130,11 +130,18 @@ def _random_q4_k(rng: np.random.Generator, num_outputs: int, num_inputs: int) ->
 
 
 class PacedExecutor:
-    """`inner`, whose steps take the time that `step_ns` says of the virtual clock."""
+    """`inner`, whose steps take of the virtual clock what `step_ns` says."""
 
-    def __init__(self, inner: NativeExecutor, plan: Plan, limits: Limits, clock: VirtualClock, noise: Callable[[], float]):
-        self._inner, self._limits, self._vocab_size = inner, limits, plan.vocab_size
-        self._clock, self._noise = clock, noise
+    def __init__(
+        self,
+        inner: NativeExecutor,
+        vocab_size: int,
+        limits: Limits,
+        clock: VirtualClock,
+        step_ns: Callable[[StepShape], int],
+    ):
+        self._inner, self._limits, self._vocab_size = inner, limits, vocab_size
+        self._clock, self._step_ns = clock, step_ns
         self._garbage = np.random.default_rng(0)
         self._batch: Batch | None = None
         self.name, self.kernel_set, self.invariant = inner.name, inner.kernel_set, inner.invariant
@@ -149,7 +156,7 @@ class PacedExecutor:
         batch, self._batch = self._batch, None
         assert batch is not None, "wait before launch"
         result = self._inner.wait()
-        self._clock.advance_ns(round(PACE.step_ns(batch.shape, SLOW_MACHINE) * self._noise()))
+        self._clock.advance_ns(self._step_ns(batch.shape))
         return result
 
     def poison(self, block_ids: Sequence[int]) -> None:
@@ -180,6 +187,7 @@ class NativeBackend:
 
     models: Sequence[NativeModel]
     num_threads: int = 0  # 0: one or two
+    _pace: PlanCost = field(default_factory=lambda: PlanCost(tiny_plan(PACE_VOCAB), 2))
     _seed: int | None = None  # of the script whose requests alone are kept
     _solos: dict[bytes, Solo] = field(default_factory=dict)
     _alone: dict[tuple[str, KvDtype], NativeExecutor] = field(default_factory=dict)
@@ -188,8 +196,12 @@ class NativeBackend:
         model, num_threads, kv_dtype = self.choice(script)
         settings, noise = script.settings, Random(script.seed)
         limits = replace(limits_of(settings), num_threads=num_threads, kv_dtype=kv_dtype)
-        factor = lambda: noise.uniform(1 - settings.noise, 1 + settings.noise)  # noqa: E731
-        executor = wrap(PacedExecutor(model.load(limits), model.plan, limits, clock, factor))
+
+        def step_ns(shape: StepShape) -> int:
+            factor = noise.uniform(1 - settings.noise, 1 + settings.noise)
+            return round(factor * self._pace.step_ns(shape, SLOW_MACHINE))
+
+        executor = wrap(PacedExecutor(model.load(limits), model.plan.vocab_size, limits, clock, step_ns))
         return Engine(
             model.plan, executor, limits, clock, hash_key=b"simulation", times=StepTimes(PRIOR), gap_ms=settings.gap_us / 1e3,
         )  # fmt: skip

@@ -47,7 +47,7 @@ class Total:
     def add(self, outcome: Outcome) -> None:
         self.num_runs += 1
         self.seconds += outcome.seconds
-        for name in ("num_turns", "num_steps", "num_rows", "num_tokens", "num_deaths", "num_preemptions", "num_cached_tokens", "num_step_faults", "virtual_ns"):  # fmt: skip
+        for name in ("num_turns", "num_steps", "num_rows", "num_tokens", "num_deaths", "num_preemptions", "num_cached_tokens", "num_step_faults", "num_compared_tokens", "num_compared_requests", "virtual_ns"):  # fmt: skip
             setattr(self.tally, name, getattr(self.tally, name) + getattr(outcome.tally, name))
         self.tally.ends += outcome.tally.ends
         if outcome.failure:
