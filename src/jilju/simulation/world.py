@@ -629,7 +629,7 @@ class World:
         assert step is not None, "a turn that has begun has a step"
         for message in messages:
             if isinstance(message, Submit):
-                checks.submitted(message.request.id)
+                checks.submitted(message.request)
             else:
                 law("I22 aborted by the next step", engine.scheduler.find(message.request_id) is None, message)
         if told is not None:
