@@ -519,6 +519,74 @@ def test_siblings_wait_for_the_prompt_and_share_its_blocks():
     assert sum(s.num_prefill_tokens for s in h.engine.log.steps) == 21 + 3 + 1
 
 
+def test_the_preempted_have_their_turn_before_all_that_came_later():
+    h = Harness(make_limits(num_blocks=12, block_size=2, max_rows=8, max_tokens=64))
+    early = [request(f"early{i}", [i], 12) for i in range(4)]
+    for r in early:
+        h.engine.submit(r)
+    h.step()  # all of them have had their turn: nobody waits
+    late = [request(f"late{i}", [i], 4) for i in range(4)]
+    h.run(*late)
+    preempted = [r.id for r in early if h.events[r.id][-1].times.num_preemptions]
+    assert preempted
+    first_late = min(h.events[r.id][-1].times.scheduled_ns for r in late)
+    assert all(h.events[r].__len__() and first_late > h.events[r][-1].times.first_token_ns for r in preempted)
+
+
+def test_a_tenant_is_charged_for_what_it_used():
+    """One that may take the whole context and takes little is not behind a flood of small ones."""
+    h = Harness(make_limits(num_blocks=2000, max_rows=1))
+    flood = [msgspec.structs.replace(request(f"a{i}", [1], 2), tenant="a") for i in range(40)]
+    calm = [
+        msgspec.structs.replace(request(f"b{i}", [1], 3000, end_ids=tuple(range(VOCAB))), tenant="b") for i in range(4)
+    ]
+    for r in flood:
+        h.engine.submit(r)
+    for r in calm:
+        h.engine.submit(r)
+        while r.id not in h.events:
+            h.step()
+    h.run()
+    order = turns(h, [r.id for r in flood + calm])
+    assert [order.index(r.id) for r in calm] < [5, 10, 15, 20]
+
+
+def test_what_a_failing_request_found_in_the_cache_stays_there():
+    h = Harness(make_limits(num_blocks=64, block_size=4, max_tokens=64))
+    shared = list(range(16))
+    h.run(request("a", [*shared, 20, 21, 22, 23, 24], 1))
+    h.run(request("bad", [*shared[:8], NAN_TOKEN], 1))
+    h.run(request("b", [*shared, 20, 21, 22, 23, 24], 1))
+    assert h.events["b"][-1].times.num_cached_tokens == 20
+
+
+def test_blocks_whose_parent_is_gone_do_not_bar_their_content():
+    h = Harness(make_limits(num_blocks=64, block_size=4, max_tokens=64))
+    prompt = list(range(21))
+    h.run(request("a", prompt, 1))
+    pool, prefix = h.engine.scheduler.pool, h.engine.scheduler.prefix
+    root = next(b for b in range(64) if b in prefix and isinstance(prefix._entry_of[b].parent, bytes))
+    pool.forget(root)
+    for id, num_cached in (("b", 0), ("c", 20)):
+        h.run(request(id, prompt, 1))
+        assert h.events[id][-1].times.num_cached_tokens == num_cached
+
+
+def test_long_prompts_that_do_not_fit_are_not_looked_up_in_every_step():
+    h = Harness(make_limits(num_blocks=64, block_size=1, max_rows=8, max_tokens=64))
+    looked = []
+    match = h.engine.scheduler.prefix.match
+    h.engine.scheduler.prefix.match = lambda s, n: (looked.append(s.id), match(s, n))[1]
+    h.engine.submit(request("long", [1] * 20, 30))
+    h.step()
+    for i in range(4):
+        h.engine.submit(request(f"wait{i}", [2] * 50, 4))
+    while len(h.tokens("long")) < 28:
+        h.step()
+    assert len([id for id in looked if id.startswith("wait")]) < 28
+    h.run()
+
+
 def test_a_request_on_probation_runs_two_steps_alone():
     h = Harness(make_limits(num_blocks=64, max_rows=4, max_tokens=16))
     suspects = [msgspec.structs.replace(request(f"s{i}", [1] * 20, 4), num_probation_steps=2) for i in range(2)]

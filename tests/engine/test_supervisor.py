@@ -200,10 +200,17 @@ def test_the_watchdog_sees_silence_and_hung_steps_but_not_its_own_sleep():
 
     core = ready_core()
     assert core.tick(0) is None and core.tick(100 * SECOND) is None  # it was we who stood still
-    core.receive(1, Beat(int(STEP_S_MAX - 1) * SECOND), 100 * SECOND)
+    core.receive(1, Beat(int(100 + STEP_S_MAX - 1) * SECOND), 100 * SECOND)  # perhaps the engine stood still too
     assert core.tick(100 * SECOND) is None
+    core.receive(1, Beat(int(100 + STEP_S_MAX + 1) * SECOND), 100 * SECOND)
+    assert "a step is in flight" in core.tick(100 * SECOND)
+    core.receive(1, stepped(), 100 * SECOND)
     core.receive(1, Beat(int(STEP_S_MAX + 1) * SECOND), 100 * SECOND)
     assert "a step is in flight" in core.tick(100 * SECOND)
+
+    core = ready_core()
+    core.receive(1, msgspec.structs.replace(stepped(), status=msgspec.structs.replace(STATUS, is_stuck=True)), SECOND)
+    assert "it runs none" in core.tick(SECOND)
 
     core = ready_core()  # a step that is expected to take long is given its time
     core.receive(1, stepped(predicted_ns=5 * SECOND), SECOND)
@@ -228,7 +235,7 @@ def test_who_is_in_two_deaths_the_second_alone_is_quarantined():
     core.receive(2, stepped(next_ids=["a"]), 0)
     (event,) = core.ended(0, "work")[1]
     assert event.request_id == "a" and event.code == "request_quarantined"
-    assert [(r.id, r.num_probation_steps) for r in restarted(core)] == [("b", 0), ("c", 0)]
+    assert [(r.id, r.num_probation_steps) for r in restarted(core)] == [("b", NUM_PROBATION_STEPS), ("c", 0)]
     assert core.status(0).num_quarantined == 1
 
 
@@ -254,6 +261,58 @@ def test_what_a_death_counts_depends_on_its_cause(cause, num_deaths):
             return
         restarted(core)
     assert num_deaths is None
+
+
+def test_crashes_whose_culprits_are_found_do_not_give_the_engine_up():
+    core = ready_core()
+    for index in range(2 * MAX_RESTARTS):
+        core.submit(request(f"bad{index}", [1]), 0)
+    for index in range(2 * MAX_RESTARTS):
+        for _ in range(2):
+            core.receive(core.epoch, msgspec.structs.replace(stepped(next_ids=[f"bad{index}"]), records=[]), 0)
+            assert core.ended(0, "work")[0] is not None
+            restarted(core)
+    assert core.num_live == 0 and core.status(0).num_quarantined == 2 * MAX_RESTARTS
+
+
+def test_a_kill_alone_is_not_held_against_who_was_in_deaths_of_others():
+    core = ready_core()
+    for id in ("a", "b"):
+        core.submit(request(id, [1]), 0)
+    for _ in range(2):
+        core.receive(core.epoch, stepped(next_ids=["a", "b"]), 0)
+        core.ended(0, "work")
+        restarted(core)
+    core.receive(core.epoch, stepped(next_ids=["a"]), 0)
+    assert core.ended(0, "pressure")[1] == []
+
+
+def test_a_suspect_stays_one_until_it_has_made_a_token():
+    core = ready_core()
+    for id in ("a", "b"):
+        core.submit(request(id, [1]), 0)
+    core.receive(1, stepped(next_ids=["a", "b"]), 0)
+    core.ended(0, "work")
+    restarted(core)
+    core.receive(2, stepped(next_ids=["a"]), 0)
+    core.ended(0, "other")  # b had no turn yet
+    assert [r.num_probation_steps for r in restarted(core)] == [NUM_PROBATION_STEPS, NUM_PROBATION_STEPS]
+    core.receive(3, stepped(token("a", 0), next_ids=["b"]), 0)
+    core.ended(0, "other")
+    assert [r.num_probation_steps for r in restarted(core)] == [0, NUM_PROBATION_STEPS]
+
+
+def test_a_hung_engine_does_not_keep_who_waits_from_a_deadline():
+    core = ready_core()
+    core.submit(msgspec.structs.replace(request("a", [1]), queue_deadline_ns=10), 0)
+    core.submit(msgspec.structs.replace(request("b", [1]), queue_deadline_ns=10), 0)
+    assert core.expired(SECOND) == []  # the engine has its time to say so
+    assert [e.request_id for e in core.expired(2 * SECOND)] == ["a", "b"]
+    assert core.expired(3 * SECOND) == [], "once"
+    late = RequestFailed(request_id="a", code="deadline_exceeded", message="")
+    assert core.receive(1, stepped(token("a", 0), late), 0) == [], "what it says when it wakes is dropped"
+    core.ended(0)
+    assert restarted(core) == [] and core.num_live == 0
 
 
 def test_deadlines_pass_while_the_engine_is_gone():

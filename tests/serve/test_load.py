@@ -17,7 +17,7 @@ from jilju.serve.sampling import choice_seed
 from jilju.serve.server import Server
 
 from .conftest import Connect
-from .stub import ByteTokenizer, StubClient
+from .stub import EOT, ByteTokenizer, StubClient
 from .test_answers import CHAT, COMPLETIONS, chat_body, events_of, joined, whole_choice
 from .test_told import samples_of, value
 
@@ -219,17 +219,21 @@ async def test_a_call_has_its_places_while_it_is_tokenized(connect: Connect) -> 
 
 async def test_answers_teach_the_length_of_outputs_and_waits_the_prediction(connect: Connect) -> None:
     clock = VirtualClock(S)
-    stub = StubClient(clock=clock, queue_ns=300 * MS, step_coefficients=(0.0, MS, 0.0))
+    stub = StubClient(
+        clock=clock, queue_ns=300 * MS, step_coefficients=(0.0, MS, 0.0), answer=lambda r: [97] * 4 + [EOT]
+    )
     async with connect(stub, clock=clock) as (http, server):
         mean = server.admission.mean_output
-        await http.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 5, "ignore_eos": True})
+        await http.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 4})
+        assert server.admission.mean_output == mean, "what its own max_tokens cut off was not at its end"
+        await http.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 400})
         assert server.admission.mean_output == mean + (5 - mean) / 32
         async with waiting(http, stub, 1):
             await http.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 1})  # behind 23 ms
             assert server.admission.correction == pytest.approx(1 + (4 - 1) / 32)
             samples = samples_of((await http.get("/metrics")).text)
     assert value(samples, "jilju_eta_error_seconds_bucket", le="-0.5") == 0
-    assert value(samples, "jilju_eta_error_seconds_bucket", le="-0.2") == 2, "promised 0 and 23 ms, it took 300"
+    assert value(samples, "jilju_eta_error_seconds_bucket", le="-0.2") == 3, "promised 0, 0 and 23 ms, it took 300"
 
 
 # ---- what reaches the engine -----------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ Owns the list of bars and how each is read from the files that the benchmarks wr
 says so; one without a limit is told for orientation. Knows nothing of how anything is measured.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -39,6 +40,8 @@ MAX_KL, MAX_PERPLEXITY_CHANGE = 1e-3, 0.005
 IDLE_SHARE = 0.005  # of a core: what rounds to 0 %
 # Output tokens/s beside the other server's, at least, and the time to first token, at most.
 SERVED, SERVED_SHARED = (3.0, 1 / 3), (4.0, 1 / 5)
+# Under load: of the peak at ten times the peak, ms of a refusal, s until first tokens are as before, of the bound of a step, MiB.
+KEPT, REFUSAL_MS, RECOVERY_S, GAP_SHARE, GROWTH_MIB = 0.80, 50.0, 10.0, 1.25, 2.0
 
 T = TypeVar("T")
 
@@ -103,7 +106,9 @@ class OverloadFigures(msgspec.Struct, frozen=True, kw_only=True):
     base: OpenLoop
     over: OpenLoop
     after: OpenLoop
-    recovery_s: float | None  # from the end of the overload until the p99 of first tokens is as before; None: it never was
+    recovery_s: (
+        float | None
+    )  # from the end of the overload until the p99 of first tokens is as before; None: it never was
     num_left: int  # sequences in the engine at the end
 
     @property
@@ -158,8 +163,9 @@ class MemoryFigures(msgspec.Struct, frozen=True, kw_only=True):
     engine_resident: int
 
     @property
-    def resident(self) -> int:
-        return self.server_resident + self.engine_resident
+    def anonymous(self) -> int:
+        """Without pages of files, such as the table of embeddings, which come in as words are used and can go again."""
+        return self.server_anonymous + self.engine_anonymous
 
 
 class QualityFigures(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,6 +181,10 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     contentions: list[Contention]
     starts: list[StartFigures]
     served: list[ServedFigures]
+    overload: OverloadFigures | None
+    long_prompt: LongPromptFigures | None
+    cancellations: CancellationFigures | None
+    memory: MemoryFigures | None
     qualities: list[QualityFigures]
 
 
@@ -198,6 +208,10 @@ def read_results(folder: Path) -> Results:
         contentions=read("contention", Contention),
         starts=[figures for file in read("start", list[StartFigures]) for figures in file],
         served=[figures for file in read("served", list[ServedFigures]) for figures in file],
+        overload=next(iter(read("overload", OverloadFigures)), None),
+        long_prompt=next(iter(read("long-prompt", LongPromptFigures)), None),
+        cancellations=next(iter(read("cancellations", CancellationFigures)), None),
+        memory=next(iter(read("memory", MemoryFigures)), None),
         qualities=read("quality-", QualityFigures),
     )
 
@@ -210,6 +224,7 @@ def bars_of(results: Results) -> list[Bar]:
         *_quality(results),
         *_process(results),
         *_served(results),
+        *_loads(results),
     ]
 
 
@@ -326,3 +341,25 @@ def _served(results: Results) -> Iterator[Bar]:
                 limits[1],
                 "{:.2f}x",
             )
+
+
+def _loads(results: Results) -> Iterator[Bar]:
+    over, long, left, memory = results.overload, results.long_prompt, results.cancellations, results.memory
+    text = "ten times the peak's arrivals: "
+    yield at_least("load", text + "goodput, of the peak", over.kept if over else None, KEPT, "{:.0%}")
+    refusal = over.over.refusal_p99_ms if over else None
+    yield at_most("load", text + "p99 of a refusal, ms", refusal, REFUSAL_MS, "{:.0f}")
+    recovery = (math.inf if over.recovery_s is None else over.recovery_s) if over else None
+    yield at_most("load", text + "s until first tokens are as before", recovery, RECOVERY_S, "{:.0f}")
+    yield at_most("load", text + "sequences left over", over.num_left if over else None, 0, "{:.0f}")
+    text = "a long prompt beside streams: "
+    num_over = long.num_over_bound if long else None
+    yield at_most("load", text + "steps predicted above their bound", num_over, 0, "{:.0f}")
+    share = long.gap_share_p99 if long else None
+    yield at_most("load", text + "p99 gap of a stream, of the bound", share, GAP_SHARE, "{:.2f}")
+    text = "clients that leave: "
+    num_late = left.num_late_steps if left else None
+    yield at_most("load", text + "steps that still hold one a step later", num_late, 0, "{:.0f}")
+    yield at_most("load", text + "sequences, blocks, calls left over", left.num_left if left else None, 0, "{:.0f}")
+    growth = memory.anonymous / (1 << 20) if memory else None
+    yield at_most("load", "growth of both processes over 8,000 requests, MiB", growth, GROWTH_MIB, "{:.1f}")

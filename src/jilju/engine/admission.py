@@ -228,7 +228,9 @@ class Admission:
         waited_ns = now_ns - live.admitted_ns
         if not live.is_running and waited_ns > live.predicted_ns:
             self._learn(live, 2 * waited_ns)
-        if num_output_tokens is not None:
+        # One that was cut by its own max_tokens says only that it would have been at least so long.
+        is_cut = num_output_tokens is not None and live.max_tokens is not None and num_output_tokens >= live.max_tokens
+        if num_output_tokens is not None and (not is_cut or num_output_tokens > self.mean_output):
             self.mean_output += OUTPUT_WEIGHT * (num_output_tokens - self.mean_output)
             if abs(self.mean_output - self._counted_mean) > RECOUNT_ABOVE * self._counted_mean:
                 self._recount()

@@ -6,7 +6,7 @@ Invariant after every commit: num_free + num_cached + num_held == num_blocks.
 
 Eviction takes the block that was released first, with two exceptions. A block whose content was found again is hot and
 outlives those that were not, so that a crowd of prompts seen once does not flush a shared one; hot blocks are at most half of
-the pool, then the oldest of them is like any other. And no tenant loses its last cached blocks to another: half of the pool,
+the pool, then a tenant's oldest is like any other. And no tenant loses its last cached blocks to another: half of the pool,
 shared out evenly, is each one's floor, as long as anything else can be evicted.
 """
 
@@ -23,10 +23,6 @@ class _Cached:
     def __len__(self) -> int:
         return len(self.seen) + len(self.hot)
 
-    def remove(self, block_id: int) -> None:
-        if self.seen.pop(block_id, None) is None:
-            del self.hot[block_id]
-
 
 class BlockPool:
     def __init__(self, num_blocks: int, block_size: int, prefix: PrefixIndex):
@@ -40,6 +36,7 @@ class BlockPool:
         self._cached: dict[str, _Cached] = {}  # by tenant, none of them empty
         self._tenant_of: dict[int, str] = {}  # of each cached block
         self._is_hot = [False] * num_blocks  # its content was found again
+        self._num_hot = 0  # of those that are cached
         self._num_releases = 0
 
     @property
@@ -99,11 +96,19 @@ class BlockPool:
                 else:
                     self._free.append(block_id)
 
-    def discard(self, block_ids: list[int], tenant: str = "") -> None:
-        """As release, for blocks whose content is not to be trusted: they leave the prefix index first."""
-        for block_id in block_ids:
+    def discard(self, block_ids: list[int], num_trusted: int = 0, tenant: str = "") -> None:
+        """As release, for blocks whose content, but for the first `num_trusted`, is not to be trusted: they leave the prefix
+        index first."""
+        for block_id in block_ids[num_trusted:]:
             self._prefix.remove(block_id)
         self.release(block_ids, tenant)
+
+    def forget(self, block_id: int) -> None:
+        """The content of a block is of no use to anybody: it leaves the index, and is free unless somebody holds it."""
+        self._prefix.remove(block_id)
+        if block_id in self._tenant_of:
+            self._uncache(block_id)
+            self._free.append(block_id)
 
     def tenant_floor(self) -> int:
         """Cached blocks that a tenant keeps while others have more."""
@@ -122,19 +127,26 @@ class BlockPool:
     def _cache(self, block_id: int, tenant: str) -> None:
         cached = self._cached.setdefault(tenant, _Cached())
         self._num_releases += 1
-        (cached.hot if self._is_hot[block_id] else cached.seen)[block_id] = self._num_releases
         self._tenant_of[block_id] = tenant
         self.num_cached += 1
-        if 2 * len(cached.hot) > self.num_blocks:
+        if not self._is_hot[block_id]:
+            cached.seen[block_id] = self._num_releases
+            return
+        cached.hot[block_id] = self._num_releases
+        self._num_hot += 1
+        if 2 * self._num_hot > self.num_blocks:
             oldest = next(iter(cached.hot))
             del cached.hot[oldest]
+            self._num_hot -= 1
             self._is_hot[oldest] = False
             cached.seen[oldest] = self._num_releases
 
     def _uncache(self, block_id: int) -> None:
         tenant = self._tenant_of.pop(block_id)
         cached = self._cached[tenant]
-        cached.remove(block_id)
+        if cached.seen.pop(block_id, None) is None:
+            del cached.hot[block_id]
+            self._num_hot -= 1
         if not cached:
             del self._cached[tenant]
         self.num_cached -= 1
@@ -157,6 +169,8 @@ class BlockPool:
         assert self.num_held == num_held, f"{self.num_held} held, tables say {num_held}"
         assert self.is_balanced(), self.describe()
         cached = [b for c in self._cached.values() for queue in (c.seen, c.hot) for b in queue]
+        num_hot = sum(len(c.hot) for c in self._cached.values())
+        assert num_hot == self._num_hot and 2 * num_hot <= self.num_blocks, f"{num_hot} hot, counted {self._num_hot}"
         assert len(cached) == self.num_cached and set(cached) == set(self._tenant_of), "cached blocks are miscounted"
         assert sorted(self._free + cached) == [b for b in range(self.num_blocks) if not refs[b]], (
             "a block is idle twice, or idle and held"

@@ -28,7 +28,7 @@ from jilju.clock import Clock, WallClock
 from jilju.engine.client import EngineInfo, EngineStatus
 from jilju.engine.events import StepRecord
 from jilju.engine.loop import Engine
-from jilju.engine.request import EngineEvent, Request, RequestFailed
+from jilju.engine.request import EngineEvent, Request, RequestAborted, RequestFailed, RequestTimes
 from jilju.engine.scheduler import Step
 from jilju.errors import InternalError, JiljuError, StartupError
 
@@ -38,10 +38,11 @@ LINK_VERSION = 4  # raised with every change of a message: an engine of another 
 MAX_FRAME_BYTES = 16 * 2**20
 BEAT_S = 0.5  # a side that has said nothing for so long says that it lives
 SILENCE_NS = 5 * 10**9  # a server that is silent for so long is stopped or gone: no step is begun until it speaks
+MAX_SUBMITS = 16  # requests taken in a turn: each costs some time, and streams wait for it
 STUCK_S = 0.5  # between two turns of an engine that has work and no step: it must not burn a core
 EXIT_GRACE_S = 1.0  # for the step in flight when the link ends
 
-_HEADER = struct.Struct("<II")  # length, crc32
+FRAME_HEADER = struct.Struct("<II")  # length, crc32
 _PR_SET_PDEATHSIG = 1
 
 
@@ -120,7 +121,7 @@ class FrameWriter:
         body = self._encoder.encode((self._epoch, self._number, message))
         assert len(body) <= MAX_FRAME_BYTES, f"a frame of {len(body)} bytes; at most {MAX_FRAME_BYTES} are read"
         self._number += 1
-        return _HEADER.pack(len(body), zlib.crc32(body)) + body
+        return FRAME_HEADER.pack(len(body), zlib.crc32(body)) + body
 
 
 class FrameReader(Generic[Message]):
@@ -137,14 +138,14 @@ class FrameReader(Generic[Message]):
         self._bytes += data
         messages: list[Message] = []
         start = 0
-        while len(self._bytes) - start >= _HEADER.size:
-            length, crc = _HEADER.unpack_from(self._bytes, start)
+        while len(self._bytes) - start >= FRAME_HEADER.size:
+            length, crc = FRAME_HEADER.unpack_from(self._bytes, start)
             if length > MAX_FRAME_BYTES:
                 raise LinkBroken(f"a frame of {length} bytes was announced; at most {MAX_FRAME_BYTES} are read")
-            end = start + _HEADER.size + length
+            end = start + FRAME_HEADER.size + length
             if end > len(self._bytes):
                 break
-            messages.append(self._message(bytes(self._bytes[start + _HEADER.size : end]), crc))
+            messages.append(self._message(bytes(self._bytes[start + FRAME_HEADER.size : end]), crc))
             start = end
         del self._bytes[:start]
         return messages
@@ -199,10 +200,10 @@ def _run_steps(engine: Engine, server: "_ServerEnd") -> None:
         messages = server.receive(wait=not turns.has_work, timeout_s=STUCK_S if engine.is_stuck else None)
         if messages is None:
             return
-        told = turns.begin(messages)
-        if told is not None:
-            server.send(told)
         with server.step_in_flight():
+            told = turns.begin(messages)
+            if told is not None:
+                server.send(told)
             turns.run()
 
 
@@ -212,41 +213,61 @@ class EngineTurns:
     def __init__(self, engine: Engine):
         self._engine = engine
         self._records: list[StepRecord] = []  # not sent yet
-        self._events: list[EngineEvent] = []  # of the last step, not sent yet
+        self._submits: deque[Request] = deque()  # not taken yet
+        self._is_stuck = False  # as it was told
+        self.events: list[EngineEvent] = []  # of the last step, not sent yet
         self.step: Step | None = None  # decided and not run yet
         engine.log.listen(self._records.append)
         engine.log.resize(1)  # the server keeps them
 
     @property
     def has_work(self) -> bool:
-        return self._engine.has_work() or bool(self._events)
+        return self._engine.has_work() or bool(self.events or self._submits)
 
     def begin(self, messages: list[Submit | Abort]) -> Stepped | None:
         engine = self._engine
-        events, self._events = self._events, []
-        for message in messages:
-            if isinstance(message, Submit):
-                try:
-                    engine.submit(message.request)
-                except JiljuError as error:
-                    events.append(_refused(message.request, error))
-            else:
-                engine.abort(message.request_id)
+        events, self.events = self.events, []
+        self._submits.extend(message.request for message in messages if isinstance(message, Submit))
+        for _ in range(min(MAX_SUBMITS, len(self._submits))):
+            request = self._submits.popleft()
+            try:
+                engine.submit(request)
+            except JiljuError as error:
+                events.append(_refused(request, error))
+            except Exception as error:  # a defect, which must not cost the others their engine
+                logger.exception("request %s could not be taken", request.id)
+                events.append(_refused(request, InternalError(f"the engine could not take this request: {error}")))
+        aborted = [message.request_id for message in messages if isinstance(message, Abort)]
+        events += self._abort(aborted)
         step, settled = engine.begin()
         self.step = step
         events += settled
-        if not (events or self._records or step.rows):
+        if not (events or self._records or step.rows) and engine.is_stuck == self._is_stuck:
             return None
+        self._is_stuck = engine.is_stuck
         next_ids = [row.sequence.id for row in step.rows]
         records = list(self._records)
         self._records.clear()
         return Stepped(events, records, engine.status(), next_ids, step.predicted_ns)
 
+    def _abort(self, request_ids: list[str]) -> list[EngineEvent]:
+        """Those that were not taken yet end here, all others with the next step."""
+        events: list[EngineEvent] = []
+        for request_id in request_ids:
+            request = next((request for request in self._submits if request.id == request_id), None)
+            if request is None:
+                self._engine.abort(request_id)
+            else:
+                self._submits.remove(request)
+                times = RequestTimes(queued_ns=request.arrival_ns)
+                events.append(RequestAborted(request_id=request_id, num_tokens=len(request.output_ids), times=times))
+        return events
+
     def run(self) -> None:
         """Run the step that was decided; what it brings is told with the next turn."""
         step, self.step = self.step, None
         assert step is not None, "a turn runs before it begins"
-        self._events = self._engine.run(step)
+        self.events = self._engine.run(step)
 
 
 def _refused(request: Request, error: JiljuError) -> RequestFailed:

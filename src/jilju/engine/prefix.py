@@ -30,6 +30,7 @@ class PrefixIndex:
         self._block_of: dict[bytes, int] = {}
         self._entry_of: dict[int, _Entry] = {}
         self._num_entered = 0
+        self._ids: set[int] = set()  # of entries that are in the index
 
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._entry_of
@@ -49,12 +50,25 @@ class PrefixIndex:
             sequence.prefix_ids.append(self._entry_of[block_id].id)
         return block_ids
 
+    def orphan(self, sequence: Sequence, index: int) -> int | None:
+        """The block, if there is one, that has the key of block `index` of the sequence and continues an entry that is gone.
+
+        Nothing can hit it any more, and it keeps the content from being entered anew: the caller removes it before it adds.
+        """
+        if len(sequence.prefix_ids) < index:
+            return None
+        block_id = self._block_of.get(self._key(sequence, index))
+        if block_id is None:
+            return None
+        parent = self._entry_of[block_id].parent
+        return block_id if isinstance(parent, int) and parent not in self._ids else None
+
     def add(self, sequence: Sequence, index: int) -> None:
         """Enter block `index` of the sequence, which is full and computed. A content that is known keeps its first block.
 
-        After a block that could not be entered, because another content has its key, no later one can be.
+        After a block that could not be entered, because another content has its key or its parent is gone, no later one can be.
         """
-        if len(sequence.prefix_ids) < index:
+        if len(sequence.prefix_ids) < index or (index and sequence.prefix_ids[index - 1] not in self._ids):
             return
         known = self._find(sequence, index)
         if known is not None:
@@ -66,16 +80,19 @@ class PrefixIndex:
             self._num_entered += 1
             self._block_of[key] = block_id
             self._entry_of[block_id] = entry
+            self._ids.add(entry.id)
             sequence.prefix_ids.append(entry.id)
 
     def remove(self, block_id: int) -> None:
         entry = self._entry_of.pop(block_id, None)
         if entry is not None:
             del self._block_of[entry.key]
+            self._ids.remove(entry.id)
 
     def check(self) -> None:
         """Deep audit, for tests."""
         assert len(self._block_of) == len(self._entry_of), f"{len(self._block_of)} keys, {len(self._entry_of)} entries"
+        assert self._ids == {entry.id for entry in self._entry_of.values()}, "ids of entries differ from the entries"
         for block_id, entry in self._entry_of.items():
             assert self._block_of[entry.key] == block_id, f"block {block_id} is not the one of its key"
             assert len(entry.tokens) == 4 * self._block_size, f"block {block_id} is entered but not full"

@@ -184,7 +184,10 @@ class SupervisedClient:
         """Deadlines pass while no engine is there to see to them, too."""
         while True:
             await asyncio.sleep(BEAT_S / 2)
-            self._deliver(self._core.expired(self._clock.now_ns()))
+            events = self._core.expired(self._clock.now_ns())
+            self._deliver(events)
+            for event in events:  # an engine that hangs is told when it wakes
+                self._send(Abort(event.request_id))
 
     # ---- the process -----------------------------------------------------------------------------------------------
 

@@ -8,21 +8,25 @@ is due first has the turn. So one unit of priority is worth a second of waiting,
 
 Fair shares are those of start-time fair queueing (Goyal, Vin and Cheng, 1996): a sequence that comes is tagged with the
 priority's virtual time or the end of its tenant's last tag, whichever is later; turns go by tags, and the virtual time is the
-tag of who had the last turn. The tag is as long as the tokens that the sequence may come to hold. With one tenant that is
-the order of arrival.
+tag of who had the last turn. A tag is as long as the sequence's prompt and what is expected of its output; at its end what it
+did not use is given back to its tenant. With one tenant that is the order of arrival.
 """
 
+import heapq
 from bisect import bisect_left, insort
+from collections.abc import Iterator
+from itertools import islice
 
 from jilju.engine.sequence import Sequence
 
 AGEING_NS = 10**9  # of waiting are worth one unit of priority
+CHARGED_OUTPUT = 256  # tokens at most: most answers end before their max_tokens, which may be all the context
 
 _Entry = tuple[int, int, Sequence]  # tag, number, who
 
 
 class _Class:
-    """The sequences of one priority, in the order of their turns."""
+    """The sequences of one priority, in the order of their turns, and what tenants were charged."""
 
     def __init__(self) -> None:
         self.entries: list[_Entry] = []
@@ -31,19 +35,19 @@ class _Class:
 
     def tag(self, sequence: Sequence) -> int:
         tag = max(self.virtual_time, self.tag_ends.get(sequence.tenant, 0))
-        self.tag_ends[sequence.tenant] = tag + sequence.max_tokens
+        self.tag_ends[sequence.tenant] = tag + charge(sequence)
         return tag
 
 
 class WaitingQueue:
     def __init__(self) -> None:
-        self._classes: dict[int, _Class] = {}  # by priority, none of them empty
+        self._classes: dict[int, _Class] = {}  # by priority; there are 201 at most, and they remember
         self._num = 0
 
     def __len__(self) -> int:
         return self._num
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Sequence]:
         for priority in sorted(self._classes):
             for _, _, sequence in self._classes[priority].entries:
                 yield sequence
@@ -62,8 +66,6 @@ class WaitingQueue:
         assert members.entries[index][2] is sequence, f"{sequence.id} is not where its tag says"
         del members.entries[index]
         self._num -= 1
-        if not members.entries:
-            del self._classes[sequence.priority]
 
     def take(self, sequence: Sequence) -> None:
         """It has its turn now."""
@@ -71,21 +73,25 @@ class WaitingQueue:
         members.virtual_time = max(members.virtual_time, sequence.tag)
         self.remove(sequence)
 
+    def ended(self, sequence: Sequence) -> None:
+        """It is no more: its tenant gets back what it was charged and did not use, or pays what it used beyond that."""
+        if sequence.tag >= 0:
+            used = sequence.num_tokens if sequence.num_steps else 0
+            self._classes[sequence.priority].tag_ends[sequence.tenant] += used - charge(sequence)
+
     def next_turns(self, count: int) -> list[Sequence]:
         """The first `count` in the order of their turns."""
-        if len(self._classes) == 1:
-            (members,) = self._classes.values()
-            return [entry[2] for entry in members.entries[:count]]
-        turns: list[Sequence] = []
-        places = dict.fromkeys(sorted(self._classes), 0)
-        while places and len(turns) < count:
-            priority = min(places, key=lambda p: due_ns(self._classes[p].entries[places[p]][2]))
-            entries = self._classes[priority].entries
-            turns.append(entries[places[priority]][2])
-            places[priority] += 1
-            if places[priority] == len(entries):
-                del places[priority]
-        return turns
+        waiting = [self._classes[priority].entries for priority in sorted(self._classes)]
+        waiting = [entries for entries in waiting if entries]
+        if len(waiting) == 1:
+            return [entry[2] for entry in waiting[0][:count]]
+        merged = heapq.merge(*waiting, key=lambda entry: due_ns(entry[2]))  # compares the heads
+        return [entry[2] for entry in islice(merged, count)]
+
+
+def charge(sequence: Sequence) -> int:
+    """Tokens that its tenant is charged when it comes."""
+    return sequence.num_prompt_tokens + min(sequence.request.params.max_tokens, CHARGED_OUTPUT)
 
 
 def due_ns(sequence: Sequence) -> int:

@@ -47,6 +47,9 @@ from jilju.plan import Limits, StepResult
 
 MIN_CHUNK = 16  # prefill tokens that a step may always hold, or a prompt beside many streams would never be done
 MAX_BYPASSES = 16  # of a sequence that does not fit, by later ones of its priority that do
+RETRY_STEPS = (
+    16  # until one that did not fit is tried again though no more room is to be had: the cache may have more of it
+)
 LOOK_AHEAD = 8  # sequences behind one that does not fit that are tried in a step
 
 _NO_POSITIONS = range(0)
@@ -247,15 +250,19 @@ class Scheduler:
     def _plan_probation(self, draft: _Draft) -> bool:
         """The most senior sequence on probation runs alone, if there is one that can."""
         suspect = next((s for s in self.running if s.num_probation_steps), None)
-        if suspect is not None:
-            count = min(suspect.num_wanted - suspect.num_computed, draft.budget, self._num_fitting(suspect))
-            if count:
-                self._plan(draft, suspect, count)
-        else:
-            waiting = [s for s in self.waiting if s.num_probation_steps]
-            if waiting and len(self.running) < self._max_running:
-                self._let_in(draft, waiting[0], self._num_owed_by_running())
-        return bool(draft.counts)
+        if suspect is None:
+            waiting = next((s for s in self.waiting if s.num_probation_steps), None)
+            if waiting is not None and len(self.running) < self._max_running:
+                self._let_in(draft, waiting, self._num_owed_by_running())
+            return bool(draft.counts)
+        while self._num_fitting(suspect) == 0:
+            victim = next((s for s in reversed(self.running) if not s.is_protected and s is not suspect), None)
+            if victim is None:
+                return False
+            self._preempt(draft, victim)
+        count = min(suspect.num_wanted - suspect.num_computed, draft.budget, self._num_fitting(suspect))
+        self._plan(draft, suspect, count)
+        return True
 
     def _plan_newest(self, draft: _Draft, sequence: Sequence) -> None:
         """The one token that a sequence lacks. If it needs a block for it, that is worth a preemption, even its own."""
@@ -326,11 +333,16 @@ class Scheduler:
 
     def _let_in(self, draft: _Draft, sequence: Sequence, owed: int) -> bool:
         """Start a waiting sequence if all its known tokens fit beside the blocks that others are owed."""
+        room = self.pool.num_available - owed
+        is_early = self._num_steps < sequence.refused_step + RETRY_STEPS
+        if self.running and is_early and room <= sequence.refused_room:
+            return False  # looking for its prompt in the cache anew would cost time in every step
         # The newest token is always computed, its logits are wanted; a prompt that is scored needs all of its own.
         hits = self.prefix.match(sequence, sequence.num_wanted - 1 if sequence.scores is None else 0)
         num_new = self.pool.blocks_for(sequence.num_wanted) - len(hits)
         num_revived = sum(self.pool.is_cached(block_id) for block_id in hits)
-        if num_new + num_revived + owed > self.pool.num_available:
+        if num_new + num_revived > room:
+            sequence.refused_room, sequence.refused_step = room, self._num_steps
             return False
         if sequence.is_protected and self._num_promised() + self._max_blocks(sequence) > self.pool.num_blocks:
             return False
@@ -338,6 +350,7 @@ class Scheduler:
         count = self._allowed(draft, start, sequence.num_wanted - start)
         if count == 0:
             return False
+        sequence.refused_room = -1
         self.waiting.take(sequence)
         self._start(draft, sequence, hits)
         self._plan(draft, sequence, count)
@@ -347,6 +360,7 @@ class Scheduler:
         for block_id in hits:
             self.pool.share(block_id)
         sequence.block_ids = hits
+        sequence.num_hit_blocks = len(hits)
         sequence.num_computed = len(hits) * self.pool.block_size
         if sequence.num_preemptions == 0:
             sequence.num_cached = min(sequence.num_computed, sequence.num_prompt_tokens)
@@ -521,6 +535,8 @@ class Scheduler:
         sequence.num_computed = end
         sequence.max_computed = max(sequence.max_computed, end)
         for index in range(row.start // self.pool.block_size, end // self.pool.block_size):
+            if (orphan := self.prefix.orphan(sequence, index)) is not None:
+                self.pool.forget(orphan)
             self.prefix.add(sequence, index)
         if sequence.scores is not None:
             sequence.scores += result.logprobs[logits.start : logits.start + len(row.scored)].tolist()
@@ -570,12 +586,13 @@ class Scheduler:
     def _fail(self, sequence: Sequence, error: JiljuError, events: list[EngineEvent]) -> None:
         """End a request whose blocks may hold rubbish."""
         self._forget(sequence)
-        self.pool.discard(sequence.block_ids, sequence.tenant)
+        self.pool.discard(sequence.block_ids, sequence.num_hit_blocks, sequence.tenant)
         sequence.block_ids = []
         events.append(RequestFailed(request_id=sequence.id, code=error.code, message=error.message))
 
     def _forget(self, sequence: Sequence) -> None:
         del self._live[sequence.id]
+        self.waiting.ended(sequence)
         sequence.is_running = False
         self._num_on_probation -= sequence.num_probation_steps > 0
 

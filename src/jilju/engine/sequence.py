@@ -57,8 +57,8 @@ class TokenCounts:
 class Sequence:
     __slots__ = (
         "_end_ids", "arrival_ns", "bias_ids", "biases", "block_ids", "block_keys", "counts", "end_ids", "first_token_ns", "id", "is_running",
-        "last_token_ns", "mask", "max_computed", "num_bypassed", "num_cached", "num_computed", "num_preemptions", "num_probation_steps",
-        "num_prompt_tokens", "num_steps", "num_submitted_tokens", "num_tokens", "number", "prefix_ids", "priority", "queued_ns", "request", "scheduled_ns",
+        "last_token_ns", "mask", "max_computed", "num_bypassed", "num_cached", "num_computed", "num_hit_blocks", "num_preemptions", "num_probation_steps",
+        "num_prompt_tokens", "num_steps", "num_submitted_tokens", "num_tokens", "number", "prefix_ids", "priority", "queued_ns", "refused_room", "refused_step", "request", "scheduled_ns",
         "scores", "stalled_ns", "tag", "tenant", "tokens",
     )  # fmt: skip
 
@@ -89,6 +89,7 @@ class Sequence:
         self.num_computed = 0
         self.max_computed = self.num_tokens - 1 if request.output_ids else 0  # below it, computing is computing again
         self.block_ids: list[int] = []
+        self.num_hit_blocks = 0  # leading ones that others computed
         self.block_keys: list[bytes] = []  # chained hashes of the leading full blocks, as far as they were needed
         self.prefix_ids: list[int] = []  # entries of the prefix index with the content of its leading full blocks
         # Logprobs of prompt tokens 1, 2, ... until the last is known; None: none asked for, or sent already. An earlier
@@ -104,13 +105,10 @@ class Sequence:
         self.num_cached = 0
         self.num_preemptions = 0
         self.num_bypassed = 0  # times that one behind it in the queue had its turn first
+        self.refused_room = -1  # blocks that were to be had when it last did not fit; -1: it was not tried
+        self.refused_step = 0
         self.num_probation_steps = request.num_probation_steps
         self.is_running = False
-
-    @property
-    def max_tokens(self) -> int:
-        """Tokens that it may come to hold."""
-        return len(self.tokens)
 
     @property
     def num_output(self) -> int:

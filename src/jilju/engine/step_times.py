@@ -1,8 +1,9 @@
 """Step times: how long a step will take, learnt from the steps that were measured.
 
 Owns one linear model, t = base + per_token * T + per_pair * S, of T tokens and S query-key pairs (the query at position p
-sees p + 1 keys), fitted by recursive least squares that forgets slowly. The budget of a step, the wait that admission
-predicts and the watchdog all ask it. Knows nothing of rows, requests or kernels. Times are ns.
+sees p + 1 keys), fitted by recursive least squares that forgets slowly, times the pace of the machine: the running mean of
+measured over fitted time, which forgets fast, for neighbours come and go within seconds and change all three alike. The budget
+of a step, the wait that admission predicts and the watchdog all ask it. Knows nothing of rows, requests or kernels. Times are ns.
 """
 
 import math
@@ -14,18 +15,24 @@ OUTLIER = 8.0  # a step this much longer than predicted was disturbed from outsi
 MAX_SPREAD = (
     100.0  # of what is known, against the prior: steps of one kind alone teach nothing of others, nor unteach it
 )
-MIN_SAMPLES = 8  # before so many steps there is no talk of outliers
+MAX_OUTLIERS = 8  # in a row: then they are what steps take now
+LEAST_NS = 1000.0  # no step takes less
+MIN_SAMPLES = 8  # before so many steps there is no talk of outliers or of a pace
+PACE_WEIGHT = 1 / 8  # of the newest step in the pace: a neighbour is noticed within a second of 100 ms steps
+MAX_PACE = 3.0  # of a single step, up or down: what is more was no neighbour
 _SCALES = (1.0, 1e-2, 1e-4)  # brings (1, T, S) to like magnitudes, or the sums lose their digits
 
 Coefficients = tuple[float, float, float]  # ns: base, a token, a query-key pair
 
 
 class StepTimes:
-    """A model of the time of a step. `prior` holds until steps were measured."""
+    """A model of the time of a step. `prior` holds until steps were measured; `is_measured`: it was made of some."""
 
-    def __init__(self, prior: Coefficients = (1e6, 1e6, 0.0)):
-        self.coefficients = prior
-        self.num_samples = 0
+    def __init__(self, prior: Coefficients = (1e6, 1e6, 0.0), *, is_measured: bool = False):
+        self.coefficients = prior  # pace included
+        self.num_samples = MIN_SAMPLES if is_measured else 0
+        self._num_outliers = 0  # in a row
+        self._pace = 1.0
         self._theta = [c / s for c, s in zip(prior, _SCALES, strict=True)]
         weight = max(self._theta[0], self._theta[1], 1.0) ** 2
         self._max_spread = MAX_SPREAD * weight
@@ -59,7 +66,11 @@ class StepTimes:
         predicted = sum(t * v for t, v in zip(self._theta, x, strict=True))
         measured = float(measured_ns)
         if self.num_samples >= MIN_SAMPLES:
-            measured = min(measured, OUTLIER * max(predicted, 1.0))
+            expected = sum(max(0.0, t) * v for t, v in zip(self._theta, x, strict=True))
+            most = OUTLIER * max(expected, LEAST_NS)
+            self._num_outliers = self._num_outliers + 1 if measured > most else 0
+            if self._num_outliers < MAX_OUTLIERS:
+                measured = min(measured, most)
         self.num_samples += 1
         spread = self._spread
         gain = [sum(spread[i][j] * x[j] for j in range(3)) for i in range(3)]
@@ -72,7 +83,12 @@ class StepTimes:
         limit = max(spread[0][0], spread[1][1], spread[2][2])
         if limit > self._max_spread:
             self._spread = [[value * self._max_spread / limit for value in row] for row in spread]
-        self.coefficients = tuple(max(0.0, t) * s for t, s in zip(self._theta, _SCALES, strict=True))  # type: ignore[assignment]
+        fitted = [max(0.0, t) * s for t, s in zip(self._theta, _SCALES, strict=True)]
+        if self.num_samples > MIN_SAMPLES:
+            fitted_ns = max(fitted[0] + fitted[1] * num_tokens + fitted[2] * num_pairs, 1.0)
+            share = min(max(measured_ns / fitted_ns, 1 / MAX_PACE), MAX_PACE)
+            self._pace += PACE_WEIGHT * (share - self._pace)
+        self.coefficients = (self._pace * fitted[0], self._pace * fitted[1], self._pace * fitted[2])
 
 
 def num_pairs(start: int, count: int) -> int:

@@ -43,6 +43,7 @@ BACKOFF_S, BACKOFF_S_MAX = 0.1, 5.0
 WATCHDOG_S = 30.0  # without a sign of life
 STEP_S_MAX = 30.0  # a step in flight for longer hangs, ...
 STEP_TIMES_MAX = 10  # ... unless it was expected to take more than a tenth of that
+LATE_NS = 10**9  # after a deadline that an engine that is ready should have seen to
 PAUSE_NS = 2 * 10**9  # a gap between two looks at the clock: this process was stopped, the engine is not to blame
 NUM_PROBATION_STEPS = 2  # of a suspect, alone, from its last known token on
 MAX_DEATHS = 2  # that the work can have caused, the last one alone
@@ -69,8 +70,9 @@ class _Live:
     is_aborting: bool = False
     is_scheduled: bool = False  # it was in a step, so the time to wait for one is over
     num_deaths: int = 0  # with it in the step, that the work can have caused
-    num_kills: int = 0  # with it alone in the step
-    is_suspect: bool = False
+    num_kills_alone: int = 0  # with it alone in the step
+    is_suspect: bool = False  # it was in the step of a death, and has made no token since
+    is_over: bool = False  # its end was told; what the engine still says of it is dropped
     num_resumes: int = 0
     started: RequestTimes | None = None  # of the engine that made the first token
     stalled_ns: int = 0  # as far as the frames tell
@@ -120,7 +122,8 @@ class Supervisor:
         self._predicted_ns = 0  # of the step in flight
         self._num_failures = 0  # deaths in a row without a step
         self._ready_ns = self._heard_ns = self._ticked_ns = self._stepped_ns = now_ns
-        self._step_age_ns = 0
+        self._step_age_ns = 0  # of the step in flight
+        self._paused_ns = 0  # of it this process was stopped
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -153,7 +156,8 @@ class Supervisor:
     def fail_all(self, code: str, message: str) -> list[EngineEvent]:
         self.state = "gone"
         live, self._live = self._live, {}
-        return [RequestFailed(request_id=request_id, code=code, message=message) for request_id in live]
+        waiting = [request_id for request_id, of in live.items() if not of.is_over]
+        return [RequestFailed(request_id=request_id, code=code, message=message) for request_id in waiting]
 
     # ---- an engine's life ------------------------------------------------------------------------------------------
 
@@ -165,7 +169,7 @@ class Supervisor:
         self.epoch += 1
         self.suspects = []
         self._heard_ns = self._ticked_ns = now_ns
-        self._step_age_ns = 0
+        self._step_age_ns = self._paused_ns = 0
         return self.epoch
 
     def receive(self, epoch: int, message: ToServer, now_ns: int) -> list[EngineEvent]:
@@ -174,7 +178,7 @@ class Supervisor:
             return []
         self._heard_ns = now_ns
         if isinstance(message, Stepped):
-            self._step_age_ns = 0
+            self._step_age_ns = self._paused_ns = 0
             return self._stepped(message, now_ns)
         if isinstance(message, Ready):
             self.state, self.info = "ready", message.info
@@ -186,21 +190,22 @@ class Supervisor:
     def resubmissions(self) -> list[Request]:
         """What a new engine is handed, in the old order."""
         self.num_resumed += sum(bool(live.tokens) for live in self._live.values())
-        requests = [live.resubmission() for live in self._live.values()]
-        for live in self._live.values():
-            live.is_suspect = False
-        return requests
+        return [live.resubmission() for live in self._live.values()]
 
     def ended(self, now_ns: int, cause: DeathCause = "other") -> tuple[float | None, list[EngineEvent]]:
         """The engine is dead. Seconds to wait before the next one, or None: it is given up, and so is every request."""
         if self.state == "ready" and now_ns - self._ready_ns > STABLE_NS:
             self._num_failures = 0
         self._num_failures += 1
+        for request_id in [request_id for request_id, live in self._live.items() if live.is_over]:
+            del self._live[request_id]
         self._imbalance += self._status.imbalance
         self._num_step_faults += self._status.num_step_faults
         self._status = _NO_STATUS
         self.state = "restarting"
         events: list[EngineEvent] = self._suspect(cause)
+        if events:  # who was to blame is gone, so this death comes no more
+            self._num_failures = 0
         for live in list(self._live.values()):
             live.num_resumes += 1
             live.stalled_before_ns = live.stalled_ns
@@ -223,39 +228,51 @@ class Supervisor:
                 continue
             live.is_suspect = True
             live.num_deaths += cause == "work"
-            live.num_kills += cause == "pressure" and is_alone
-            if is_alone and (live.num_deaths >= MAX_DEATHS or live.num_kills >= MAX_KILLS):
+            live.num_kills_alone += cause == "pressure" and is_alone
+            is_guilty = live.num_deaths >= MAX_DEATHS if cause == "work" else live.num_kills_alone >= MAX_KILLS
+            if is_alone and is_guilty:
                 del self._live[request_id]
                 self.num_quarantined += 1
                 message = (
-                    f"the engine died {live.num_deaths + live.num_kills} times while it computed this request, the last"
-                    " time this request alone; it is not run again; please report it with its prompt and parameters"
+                    f"the engine died {live.num_deaths + live.num_kills_alone} times while it computed this request, the"
+                    " last time this request alone; it is not run again; please report it with its prompt and parameters"
                 )
                 events.append(RequestFailed(request_id=request_id, code=RequestQuarantined.code, message=message))
         self.suspects = []
         return events
 
     def expired(self, now_ns: int) -> list[EngineEvent]:
-        """End what is late while no engine is ready to see to it."""
+        """End what is late while no engine sees to it: none is ready, or it has not done so for LATE_NS.
+
+        Of an engine that is ready the caller asks for an abort; what it still says of these requests is dropped.
+        """
         events: list[EngineEvent] = []
-        for live in list(self._live.values()) if self.state != "ready" else ():
+        is_ready = self.state == "ready"
+        by_ns = now_ns - LATE_NS if is_ready else now_ns
+        for live in list(self._live.values()):
             request = live.request
-            is_late = 0 < request.deadline_ns <= now_ns
-            if is_late or (0 < request.queue_deadline_ns <= now_ns and not live.is_scheduled and not live.tokens):
-                del self._live[request.id]
+            is_late = 0 < request.deadline_ns <= by_ns
+            is_waiting = not live.is_scheduled and not live.tokens
+            if not live.is_over and (is_late or (is_waiting and 0 < request.queue_deadline_ns <= by_ns)):
                 when_ns = request.deadline_ns if is_late else request.queue_deadline_ns
                 events.append(deadline_event(request.id, when_ns - (request.arrival_ns or live.queued_ns), is_late))
+                live.is_over = True
+                if not is_ready:
+                    del self._live[request.id]
         return events
 
     def tick(self, now_ns: int) -> str | None:
         """To be called twice a second while a process lives; the reason to kill it, if there is one."""
-        if now_ns - self._ticked_ns > PAUSE_NS:  # its frames lie unread
+        if now_ns - self._ticked_ns > PAUSE_NS:  # its frames lie unread, and it may have stood still as we did
             self._heard_ns = now_ns
+            self._paused_ns += now_ns - self._ticked_ns
         self._ticked_ns = now_ns
         silent_s = (now_ns - self._heard_ns) / 1e9
         if silent_s > WATCHDOG_S:
             return f"no sign of life for {silent_s:.0f} s"
-        if self._step_age_ns > max(STEP_S_MAX * 1e9, STEP_TIMES_MAX * self._predicted_ns):
+        if self._status.is_stuck:
+            return "requests wait and it runs none"
+        if self._step_age_ns - self._paused_ns > max(STEP_S_MAX * 1e9, STEP_TIMES_MAX * self._predicted_ns):
             return f"a step is in flight for {self._step_age_ns / 1e9:.0f} s"
         return None
 
@@ -283,10 +300,10 @@ class Supervisor:
         for record in message.records:
             self._num_failures = 0
             self._stepped_ns = now_ns
-            stalled_ns = prefill_share_ns(
+            stalled_ns += prefill_share_ns(
                 record.begin_ns, record.done_ns, record.num_prefill_tokens, record.num_decode_tokens
             )
-        events = [self._taken(event, stalled_ns, now_ns) for event in message.events]
+        events = [taken for event in message.events if (taken := self._taken(event, stalled_ns, now_ns)) is not None]
         for request_id in message.next_ids:
             if request_id in self._live:
                 self._live[request_id].is_scheduled = True
@@ -311,11 +328,13 @@ class Supervisor:
             if is_terminal(event):
                 ended.add(request_id)
 
-    def _taken(self, event: EngineEvent, stalled_ns: int, now_ns: int) -> EngineEvent:
+    def _taken(self, event: EngineEvent, stalled_ns: int, now_ns: int) -> EngineEvent | None:
+        """The event as it goes on to the client, if there is one."""
         live = self._live[event.request_id]
         if isinstance(event, TokenEvent):
             if event.index == 0:
                 live.started = event.times
+            live.is_suspect = False  # it has passed the place where it was
             live.tokens.append(event.token_id)
             if live.died_ns:
                 live.resume_ns += now_ns - live.died_ns
@@ -328,7 +347,7 @@ class Supervisor:
             del self._live[event.request_id]
             if live.num_resumes and not isinstance(event, RequestFailed | PromptScored):
                 event = msgspec.structs.replace(event, times=live.times(event.times))
-        return event
+        return None if live.is_over else event
 
     def _aborted(self, live: _Live) -> EngineEvent:
         del self._live[live.request.id]

@@ -105,9 +105,9 @@ class Metrics:
             self.prompt_tokens.observe(call.num_prompt_tokens)
             self.output_tokens.observe(call.num_output_tokens)
             self.num_cached_tokens += call.num_cached_tokens
-            self.num_computed_tokens += call.num_prompt_tokens - call.num_cached_tokens
+            if call.num_output_tokens or any(times.scheduled_ns for times in call.times):  # else it never ran
+                self.num_computed_tokens += call.num_prompt_tokens - call.num_cached_tokens
         for times in call.times:
-            self.num_preemptions += times.num_preemptions
             if times.scheduled_ns:
                 self.queue_time.observe((times.scheduled_ns - times.queued_ns) / 1e9)
             if times.first_token_ns:
@@ -124,6 +124,7 @@ class Metrics:
         self.step_seconds[kind].observe(took_ns / 1e9)
         self.step_error.observe((step.predicted_ns - took_ns) / max(1, took_ns))
         self.num_recomputed_tokens += step.num_recomputed_tokens
+        self.num_preemptions += step.num_preempted
         for name, count in (("prefill", step.num_prefill_tokens), ("decode", step.num_decode_tokens)):
             if count:
                 self.step_tokens[name].observe(count)

@@ -8,7 +8,7 @@ I13 name the invariants of the project's reliability contract.
 from dataclasses import dataclass, field
 
 from jilju.engine.loop import Engine
-from jilju.engine.queue import AGEING_NS
+from jilju.engine.queue import AGEING_NS, CHARGED_OUTPUT
 from jilju.engine.request import Request
 from jilju.engine.scheduler import MAX_BYPASSES, MIN_CHUNK, Row, Step
 from jilju.engine.sequence import MAX_PREEMPTIONS, Sequence
@@ -36,11 +36,10 @@ class _Waiting:
 
 @dataclass(slots=True)
 class _Shares:
-    """The tags of one priority while somebody waits there, made once more."""
+    """The tags of one priority, made once more."""
 
     virtual_time: int = 0
     tag_ends: dict[str, int] = field(default_factory=dict)  # by tenant
-    num_waiting: int = 0
 
 
 class EngineChecks:
@@ -51,7 +50,8 @@ class EngineChecks:
         self._num_submitted = 0
         self._num_step_faults = 0
         self._waiting: dict[str, _Waiting] = {}
-        self._shares: dict[int, _Shares] = {}  # by priority, only of those where somebody waits
+        self._shares: dict[int, _Shares] = {}  # by priority
+        self._charged: dict[str, Sequence | None] = {}  # who is live and had a tag
         self._tags: dict[str, tuple[int, int]] = {}  # places of those who are live
         self._salts: dict[int, bytes] = {}  # of who computed into a block last
         self._computed: dict[str, int] = {}  # tokens of each live sequence that were ever computed by this engine
@@ -65,28 +65,23 @@ class EngineChecks:
         if params.max_tokens > num_output or is_scored:
             shares = self._shares.setdefault(request.priority, _Shares())
             tag = max(shares.virtual_time, shares.tag_ends.get(request.tenant, 0))
-            shares.tag_ends[request.tenant] = tag + len(request.prompt_ids) + params.max_tokens
+            shares.tag_ends[request.tenant] = tag + _charge(request)
             sequence = self._engine.scheduler.find(request.id)
+            self._charged[request.id] = sequence
             self._waits(request.id, _Waiting(sequence, request.priority, (tag, number)))
 
     def ended(self, request_id: str) -> None:
-        if request_id in self._waiting:
-            self._leaves(request_id)
+        self._waiting.pop(request_id, None)
+        sequence = self._charged.pop(request_id, None)
+        if sequence is not None:  # it pays for what it used
+            request, used = sequence.request, sequence.num_tokens if sequence.num_steps else 0
+            self._shares[request.priority].tag_ends[request.tenant] += used - _charge(request)
         self._computed.pop(request_id, None)
         self._tags.pop(request_id, None)
 
     def _waits(self, request_id: str, waiting: _Waiting) -> None:
         self._waiting[request_id] = waiting
         self._tags[request_id] = waiting.place
-        self._shares.setdefault(waiting.priority, _Shares()).num_waiting += 1
-
-    def _leaves(self, request_id: str) -> _Waiting:
-        waiting = self._waiting.pop(request_id)
-        shares = self._shares[waiting.priority]
-        shares.num_waiting -= 1
-        if not shares.num_waiting:
-            del self._shares[waiting.priority]
-        return waiting
 
     # ---- after a decision ------------------------------------------------------------------------------------------
 
@@ -150,10 +145,9 @@ class EngineChecks:
 
     def _turn(self, sequence: Sequence) -> None:
         """I15, I16, I17: nobody is passed by one behind it but when it did not fit, nor by another priority out of turn."""
-        mine = self._leaves(sequence.id)
-        if mine.priority in self._shares:
-            shares = self._shares[mine.priority]
-            shares.virtual_time = max(shares.virtual_time, mine.place[0])
+        mine = self._waiting.pop(sequence.id)
+        shares = self._shares[mine.priority]
+        shares.virtual_time = max(shares.virtual_time, mine.place[0])
         if sequence.num_probation_steps:
             return
         latest: dict[int, int] = {}  # due times of those who wait in other priorities
@@ -182,7 +176,9 @@ class EngineChecks:
         law("preempted sequences are counted", len(victims) == step.num_preempted, (victims, step.num_preempted))
         for sequence in victims:
             law("I15 preemptions", sequence.num_preemptions <= MAX_PREEMPTIONS, sequence.id)
-            self._waits(sequence.id, _Waiting(sequence, sequence.priority, self._tags[sequence.id], sequence.num_bypassed))
+            self._waits(
+                sequence.id, _Waiting(sequence, sequence.priority, self._tags[sequence.id], sequence.num_bypassed)
+            )
         most_senior = min((_due_ns(s), s.number) for s in victims)
         for sequence in scheduler.running:
             is_senior = (_due_ns(sequence), sequence.number) < most_senior
@@ -239,6 +235,11 @@ class EngineChecks:
         law("I32 blocks", scheduler.pool.num_held == 0, scheduler.pool.describe())
         law("I32 sequences", not scheduler.has_work and not scheduler.running and not len(scheduler.waiting), "left")
         law("I32 counts", not self._waiting and not self._computed and not self._tags, (self._waiting, self._computed))
+        law("I32 charges", not self._charged, self._charged)
+
+
+def _charge(request: Request) -> int:
+    return len(request.prompt_ids) + min(request.params.max_tokens, CHARGED_OUTPUT)
 
 
 def _due_ns(sequence: Sequence) -> int:

@@ -27,12 +27,13 @@ from jilju.simulation.script import (
 T = TypeVar("T")
 TURN_FAULTS: tuple[FaultKind, ...] = ("kill_begun", "kill_told", "kill_ran")
 FRAME_FAULTS: tuple[FaultKind, ...] = ("drop", "double", "late", "corrupt", "foreign")
-REQUEST_FAULTS: tuple[RequestFault, ...] = ("raise", "nan", "bad_id", "crash")
+REQUEST_FAULTS: tuple[RequestFault, ...] = ("raise", "nan", "bad_id", "crash", "oom")
 CAUSES: tuple[DeathCause, ...] = ("work", "pressure", "other")
 FAULT_SPACING = (
     24  # calls between two that raise: else the halves of one are hit by the next, and that is the request's end
 )
 BUSY = 0.4  # of the seeds fill the engine
+SLOW = 0.12  # of those have one row, so that who waits grows old
 WORK_US = 1_000_000  # in which most of a script happens
 
 NATIVE_VOCAB = 300  # ids that prompts are drawn from
@@ -54,6 +55,10 @@ def draw(seed: int, *, is_native: bool = False) -> Script:
     rates = {
         name: rng.choice((0.0, 0.0, 0.1, 0.4)) for name in ("cancel", "deadline", "stall", "n", "priority", "fault")
     }
+    if is_busy and not is_native and rng.random() < SLOW:
+        settings = msgspec.structs.replace(settings, max_rows=1)
+        times = [at_us * 4 for at_us in times]
+        rates["priority"] = 0.4
     requests = [
         _request(rng, settings, f"r{i}", at_us, families, tenants, rates, is_native) for i, at_us in enumerate(times)
     ]
@@ -146,7 +151,7 @@ def _arrivals(rng: Random, count: int, is_busy: bool) -> list[int]:
     if kind == "at once":
         return [rng.randrange(100) for _ in range(count)]
     if kind == "bursts":
-        starts = [rng.randrange(WORK_US) for _ in range(3)]
+        starts = [rng.randrange(rng.choice((WORK_US // 10, WORK_US))) for _ in range(3)]
         return [rng.choice(starts) + rng.randrange(1000) for _ in range(count)]
     mean_us = rng.choice((100, 500, 2000, 20_000))
     times, now = [], 0.0
@@ -283,9 +288,17 @@ def _faults(rng: Random, settings: Settings, count: int) -> list[Fault]:
             else:
                 faults.append(Fault(kind="kill_at", at=rng.randrange(2 * WORK_US), cause=rng.choice(CAUSES)))
     if settings.is_wired and rng.random() < 0.5:
-        faults += [Fault(kind=rng.choice(FRAME_FAULTS), at=rng.randrange(1, 120)) for _ in range(rng.randrange(1, 3))]
+        faults += [
+            Fault(kind=rng.choice(FRAME_FAULTS), at=rng.randrange(1, rng.choice((4, 30, 120))))
+            for _ in range(rng.randrange(1, 3))
+        ]
     if rng.random() < 0.1:
         faults.append(Fault(kind="stall_at", at=rng.randrange(WORK_US)))
+    if rng.random() < 0.05:  # one death after another, with a few steps in between
+        at = rng.randrange(1, 20)
+        for _ in range(8):
+            faults.append(Fault(kind="kill_ran", at=at, cause="other"))
+            at += rng.randrange(1, 4)
     if rng.random() < 0.05:
         faults.append(Fault(kind="forged", at=rng.randrange(1, 120)))
     if rng.random() < 0.02:

@@ -11,13 +11,17 @@ import numpy as np
 
 from jilju.clock import VirtualClock
 from jilju.plan import Batch, Executor, StepResult
-from jilju.simulation.script import SPECIAL_IDS, Script
+from jilju.simulation.script import SPECIAL_IDS, DeathCause, Script
 
 STUCK_NS = 3600 * 10**9
 
 
 class EngineDied(BaseException):
     """The process is gone in the middle of a step. Nothing catches it on the way."""
+
+    def __init__(self, cause: DeathCause):
+        super().__init__(cause)
+        self.cause = cause
 
 
 class BackendFault(Exception):
@@ -68,7 +72,9 @@ class FaultyExecutor:
         if not special.any():
             return result
         if (batch.token_ids == self._special["crash"]).any():
-            raise EngineDied
+            raise EngineDied("work")
+        if (batch.token_ids == self._special["oom"]).any():
+            raise EngineDied("pressure")
         if (batch.token_ids == self._special["raise"]).any():
             raise BackendFault("a token of this step")
         ids = batch.token_ids[batch.logit_tokens]

@@ -8,7 +8,7 @@ from typing import Literal
 
 import msgspec
 
-RequestFault = Literal["", "raise", "nan", "bad_id", "crash"]
+RequestFault = Literal["", "raise", "nan", "bad_id", "crash", "oom"]
 FaultKind = Literal[
     "raise_before", "raise_after", "stuck",  # of the backend's call number `at`
     "kill_begun", "kill_told", "kill_ran",  # in the engine's turn number `at`: after it began, told, ran
@@ -19,7 +19,7 @@ FaultKind = Literal[
 DeathCause = Literal["work", "pressure", "other"]
 
 # Above the vocabulary: ids of a prompt that make the backend do as their name says when it computes them.
-SPECIAL_IDS: dict[str, int] = {"raise": 0, "nan": 1, "bad_id": 2, "crash": 3}
+SPECIAL_IDS: dict[str, int] = {"raise": 0, "nan": 1, "bad_id": 2, "crash": 3, "oom": 4}
 
 
 class SimRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
