@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jilju.errors import InvalidValue
 from jilju.text.detokenizer import Detokenizer
-from jilju.text.stops import StopMatcher
+from jilju.text.stops import StopMatcher, StopStrings
 from jilju.text.stream import Piece, TextStream
 
 NUM_IDS = 272  # of the small vocabulary; the last seven are the marked tokens
@@ -107,19 +107,20 @@ def test_an_empty_stop_string_is_refused():
 
 def test_many_long_overlapping_stop_strings_take_few_steps():
     """16 stops of 256 characters over a text that almost matches each: steps are counted, not timed."""
-    matcher = StopMatcher(["a" * (240 + index) + "b" for index in range(16)])
+    strings = StopStrings(["a" * (240 + index) + "b" for index in range(16)])
+    matcher = StopMatcher(strings)
     steps = 0
-    follow = matcher._step
+    follow = strings.step
 
     def counted(state, char):
         nonlocal steps
-        while state and char not in matcher._next[state]:
+        while state and char not in strings._next[state]:
             steps += 1
-            state = matcher._fallback[state]
+            state = strings._fallback[state]
         steps += 1
         return follow(state, char)
 
-    matcher._step = counted
+    strings.step = counted
     text = ("a" * 239 + "c") * 100
     assert matcher.push(text) == text
     assert steps <= 3 * len(text)

@@ -38,7 +38,7 @@ LINK_VERSION = 4  # raised with every change of a message: an engine of another 
 MAX_FRAME_BYTES = 16 * 2**20
 BEAT_S = 0.5  # a side that has said nothing for so long says that it lives
 SILENCE_NS = 5 * 10**9  # a server that is silent for so long is stopped or gone: no step is begun until it speaks
-MAX_SUBMITS = 16  # requests taken in a turn: each costs some time, and streams wait for it
+MAX_SUBMITS = 8  # requests taken in a turn: each costs some time, and streams wait for it
 STUCK_S = 0.5  # between two turns of an engine that has work and no step: it must not burn a core
 EXIT_GRACE_S = 1.0  # for the step in flight when the link ends
 

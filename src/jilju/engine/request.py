@@ -129,7 +129,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     def check(self) -> None:
         """Raise NoAllowedToken if there is no token that the first of the answer could be."""
         allowed = self.params.allowed_token_ids
-        if allowed is not None and not set(allowed).difference(self.end_ids if self.params.min_tokens else ()):
+        banned = self.end_ids if self.params.min_tokens else ()
+        if allowed is not None and all(token_id in banned for token_id in allowed):
             which = "that does not end the answer before min_tokens" if allowed else "at all"
             raise NoAllowedToken(
                 f"allowed_token_ids has no id {which}, so no token can be made; name at least one, or leave it out",

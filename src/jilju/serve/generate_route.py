@@ -40,6 +40,7 @@ from jilju.serve.stream import DONE, WAIT, Writer
 from jilju.serve.timings import Marks, Timings, make_timings
 from jilju.serve.transport import ABORT
 from jilju.text.history import RememberedStream
+from jilju.text.stops import StopStrings
 from jilju.text.stream import TextStream
 
 logger = logging.getLogger("jilju.serve")
@@ -258,22 +259,21 @@ class GenerateRoute:
         """`n` of each prompt. A given seed holds for every prompt, so that each answer equals that of the prompt alone."""
         context = self._server.context
         choices: list[Choice] = []
-        for prompt_index, prompt in enumerate(prompts):
-            params = sampling_params(
-                fields,
-                context,
-                max_tokens=self._api.max_tokens(fields, len(prompt.ids), context),
-                logprobs=self._api.logprobs(fields),
-                seed=context.draw_seed() if fields.seed is None else fields.seed,
-            )
-            assert params.seed is not None, "a seed was given or drawn"
+        lengths = [self._api.max_tokens(fields, len(prompt.ids), context) for prompt in prompts]
+        # what all sequences share is checked and made once: there may be many, and lists may be long
+        shared = sampling_params(
+            fields, context, max_tokens=min(lengths), logprobs=self._api.logprobs(fields), seed=fields.seed or 0
+        )
+        ends, stops = end_ids(shared, context.tokenizer.eos_ids), StopStrings(stops_of(fields))
+        for prompt_index, (prompt, max_tokens) in enumerate(zip(prompts, lengths, strict=True)):
+            seed = context.draw_seed() if fields.seed is None else fields.seed
             first = prompt_index * fields.n
             for number in range(fields.n):
                 request = Request(
                     id=ids[first + number],
                     prompt_ids=prompt.ids,
-                    params=msgspec.structs.replace(params, seed=choice_seed(params.seed, number)),
-                    end_ids=end_ids(params, context.tokenizer.eos_ids),
+                    params=msgspec.structs.replace(shared, max_tokens=max_tokens, seed=choice_seed(seed, number)),
+                    end_ids=ends,
                     salt=salt,
                     tenant=_tenant(arrival),
                     priority=fields.priority,
@@ -282,10 +282,10 @@ class GenerateRoute:
                     queue_deadline_ns=deadlines.queue_ns,
                     sibling_of=ids[first] if number else "",
                 )
-                choices.append(Choice(first + number, request, self._text(fields, prompt)))
+                choices.append(Choice(first + number, request, self._text(fields, stops, prompt)))
         return choices
 
-    def _text(self, fields: GenerationFields, prompt: EncodedPrompt) -> TextStream:
+    def _text(self, fields: GenerationFields, stops: StopStrings, prompt: EncodedPrompt) -> TextStream:
         context = self._server.context
         make: Callable[..., TextStream] = TextStream
         if prompt.opening is not None:
@@ -293,7 +293,7 @@ class GenerateRoute:
             make = partial(RememberedStream, history=context.history, opening=prompt.opening)
         return make(
             context.tokenizer,
-            stop=stops_of(fields),
+            stop=stops,
             min_tokens=fields.min_tokens,
             skip_special_tokens=fields.skip_special_tokens,
         )

@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jilju.text.stops import StopStrings
 from jilju.text.stream import Piece, TextStream
 from jilju.text.template import encode_piece
 from jilju.text.tokenizer import Tokenizer
@@ -105,7 +106,7 @@ class RememberedStream(TextStream):
         history: History,
         opening: Opening,
         *,
-        stop: tuple[str, ...] = (),
+        stop: StopStrings | tuple[str, ...] = (),
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
     ):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 import msgspec
 
 from jilju.text.detokenizer import Detokenizer
-from jilju.text.stops import StopMatcher
+from jilju.text.stops import StopMatcher, StopStrings
 from jilju.text.tokenizer import Tokenizer
 
 
@@ -26,7 +26,7 @@ class TextStream:
         self,
         tokenizer: Tokenizer,
         *,
-        stop: tuple[str, ...] = (),
+        stop: StopStrings | tuple[str, ...] = (),
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
     ):
