@@ -44,7 +44,7 @@ def test_every_bit_of_a_real_model_is_as_alone(tmp_path):
     model = file_model("smollm2-135m", tmp_path)
     outcome = play(draw_large(4, model.plan.vocab_size), NativeBackend([model]))
     assert not outcome.failure, f"{outcome.failure}\n{outcome.details}"
-    assert outcome.tally.num_deaths and outcome.tally.num_cached_tokens and outcome.tally.num_compared_tokens > 50
+    assert outcome.tally.num_deaths and outcome.tally.num_cached_tokens and outcome.tally.num_compared_tokens > 30
 
 
 def test_threads_change_nothing_at_all(models):

@@ -199,6 +199,7 @@ def _request(
         )
     if rng.random() < 0.1:
         fields |= {"min_tokens": rng.randrange(max_tokens + 1)}
+        fields.setdefault("end_ids", (rng.randrange(vocab_size),))
     if rng.random() < 0.2:
         fields["logprobs"] = rng.choice((0, 2))
     if rng.random() < 0.1:

@@ -167,6 +167,8 @@ class _Process:
     from_server: "FrameReader[ToEngine] | None" = None
     to_server: FrameWriter | None = None
     from_engine: "FrameReader[ToServer] | None" = None
+    aborted: set[str] = field(default_factory=set)  # ids that it was told to abort
+    taken_too_late: list[str] = field(default_factory=list)  # of those, what it took all the same
     last_arrival_ns: int = 0  # at the server, of a frame
     step_begin_ns: int = 0
     busy_until_ns: int = 0
@@ -603,10 +605,10 @@ class World:
                 messages = [packed]
             law("a frame that is bent is refused", not is_bad or not messages, f"frame {self._num_frames}")
             for message in messages:
+                events = self.supervisor.receive(process.epoch, message, self.clock.now_ns())
                 if isinstance(message, Stepped) and message.records:
                     self._num_deaths_in_row = 0
                     self._last_stepped = process.epoch, message
-                events = self.supervisor.receive(process.epoch, message, self.clock.now_ns())
                 self._deliver(events)
                 if isinstance(message, Ready):
                     requests = self.supervisor.resubmissions()
@@ -664,6 +666,8 @@ class World:
 
         def watched(request: Request) -> None:
             submit(request)
+            if request.id in process.aborted:
+                process.taken_too_late.append(request.id)
             checks.submitted(request)
 
         process.engine.submit = watched  # type: ignore[method-assign]
@@ -711,9 +715,11 @@ class World:
         told = turns.begin(messages)
         step = turns.step
         assert step is not None, "a turn that has begun has a step"
+        law("I22 who was aborted is not taken", not process.taken_too_late, process.taken_too_late)
         for message in messages:
             if isinstance(message, Abort):
                 law("I22 aborted by the next step", engine.scheduler.find(message.request_id) is None, message)
+                process.aborted.add(message.request_id)
         if told is not None:
             for event in told.events:
                 if is_terminal(event):
