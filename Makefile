@@ -6,7 +6,7 @@
 #   make dev      the environment for work on jilju                 make install-check  what a user's environment holds
 #   make sanitize  the C++ tests under the sanitizers               make test-neon  the C++ tests for AArch64, in an emulator
 #   make soak     100,000 seeds of the simulation   make coverage       branches of the scheduler that the simulation takes
-#   make clean    remove environments and builds
+#   make clean    remove environments and builds    make soak-native    the simulation's seeds on the native backend
 
 SHELL := /bin/bash
 MODEL ?=
@@ -17,7 +17,7 @@ comma := ,
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
-.PHONY: serve test test-neon check sanitize soak coverage bench bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-quality
+.PHONY: serve test test-neon check sanitize soak soak-native coverage bench bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-quality
 .PHONY: peers oracle oracle-write dev clean install-check
 .DELETE_ON_ERROR:
 
@@ -91,6 +91,11 @@ sanitize: .venv-native/installed
 	$(call sanitize,address$(comma)undefined,sanitize-address)
 	$(call sanitize,thread,sanitize-thread,-DJILJU_X86=OFF)
 
+# 500 seeds on small random models, 30 on smollm2-135m, 60 kills of an engine's process: ARGS="--small 50 --large 0" for less
+soak-native: .venv-dev/installed
+	@.venv-dev/bin/jilju pull smollm2-135m
+	@.venv-dev/bin/python benchmarks/soak_native.py $(ARGS)
+
 test-neon: .venv-native/installed
 	@PATH="$(CURDIR)/.venv-native/bin:$$PATH" scripts/test_neon
 
@@ -116,7 +121,7 @@ JILJU := .venv-dev/bin/jilju
 NAMED := smollm2-135m gemma3-270m qwen2.5-coder-0.5b
 LOADS := --prefill 512 --contexts 128,512
 
-bench: bench-machine bench-models bench-engine bench-start bench-serve bench-quality bench-bars
+bench: bench-machine bench-models bench-engine bench-start bench-serve bench-load bench-quality bench-bars
 
 bench-bars: .venv-dev/installed
 	@$(JILJU) bench bars $(RESULTS)
@@ -150,6 +155,14 @@ bench-start: .venv-dev/installed
 bench-serve: .venv-dev/installed .venv-llama-cpp/bin/llama-server
 	@mkdir -p $(RESULTS)
 	@.venv-dev/bin/python benchmarks/served.py --llama-server .venv-llama-cpp/bin/llama-server --json $(RESULTS)/served.json $(ARGS)
+
+# overload, a long prompt beside streams, clients that leave, memory over 10,000 requests: a quarter of an hour
+bench-load: .venv-dev/installed
+	@mkdir -p $(RESULTS) && .venv-dev/bin/jilju pull smollm2-135m
+	@.venv-dev/bin/python benchmarks/overload.py --json $(RESULTS)/overload.json $(ARGS)
+	@.venv-dev/bin/python benchmarks/long_prompt.py --json $(RESULTS)/long-prompt.json --chart $(RESULTS)/long-prompt.svg $(ARGS)
+	@.venv-dev/bin/python benchmarks/cancellations.py --json $(RESULTS)/cancellations.json
+	@.venv-dev/bin/python benchmarks/memory.py --json $(RESULTS)/memory.json
 
 # of the named models, and of one in every other number format
 bench-quality: .venv-dev/installed .venv-llama-cpp/installed

@@ -10,6 +10,11 @@ from jilju.bench.bars import (
     ONE,
     PREFILL,
     SIXTEEN,
+    CancellationFigures,
+    LongPromptFigures,
+    MemoryFigures,
+    OpenLoop,
+    OverloadFigures,
     QualityFigures,
     ServedFigures,
     StartFigures,
@@ -53,6 +58,41 @@ def served(shares_prefix: bool, times: float) -> ServedFigures:
     )
 
 
+def overload(goodput: float, refusal_ms: float, recovery_s: float | None, num_left: int = 0) -> OverloadFigures:
+    """Of a peak of 10/s."""
+    loop = OpenLoop(
+        rate=100.0, goodput=goodput, by_status={"200": 80, "429": 920}, num_late=0, first_token_p50_ms=1.0, first_token_p99_ms=1.0,
+        token_p99_ms=1.0, refusal_p50_ms=1.0, refusal_p99_ms=refusal_ms, client_lag_p99_ms=1.0, client_lag_max_ms=1.0, others_share=0.0,
+    )  # fmt: skip
+    return OverloadFigures(
+        model="m", num_input=64, num_output=32, peak_goodput=10.0, peak_concurrency=16, base=loop, over=loop, after=loop,
+        recovery_s=recovery_s, num_left=num_left,
+    )  # fmt: skip
+
+
+def long_prompt(num_over_bound: int, gap_share_p99: float) -> LongPromptFigures:
+    return LongPromptFigures(
+        model="m", num_prompt=6000, num_streams=8, token_gap_ms=100.0, first_token_s=10.0, num_steps=100, num_over_bound=num_over_bound,
+        step_share_p50=1.0, step_share_p99=1.0, num_gaps=800, gap_p50_ms=90.0, gap_p99_ms=110.0, gap_share_p50=0.9,
+        gap_share_p99=gap_share_p99, gap_share_max=2.0, others_share=0.0,
+    )  # fmt: skip
+
+
+def cancellations(num_late_steps: int, num_left: int) -> CancellationFigures:
+    return CancellationFigures(
+        model="m", num_cancelled=1000, num_before_first_token=600, num_steps=2000, num_late_steps=num_late_steps, settled_s=0.1,
+        num_left=num_left,
+    )  # fmt: skip
+
+
+def memory(growth_mib: float) -> MemoryFigures:
+    half = int(growth_mib / 2 * 2**20)
+    return MemoryFigures(
+        model="m", first_request=2000, last_request=10_000, num_steps=5000, server_anonymous=half, server_resident=9 << 20,
+        engine_anonymous=half, engine_resident=9 << 20,
+    )  # fmt: skip
+
+
 def write(folder, good: bool) -> None:
     def put(name: str, value: object) -> None:
         (folder / name).write_bytes(msgspec.json.encode(value))
@@ -81,6 +121,10 @@ def write(folder, good: bool) -> None:
         Compared("native", 10.04 if good else 9.9, 2e-3 if good else 4e-3, 1e-4),
     ]
     put("served.json", [served(shares_prefix, 6.0 if good else 2.0) for shares_prefix in (False, True)])
+    put("overload.json", overload(8.5, 20.0, 3.0) if good else overload(7.5, 80.0, None, num_left=1))
+    put("long-prompt.json", long_prompt(0, 1.1) if good else long_prompt(2, 1.4))
+    put("cancellations.json", cancellations(0, 0) if good else cancellations(1, 3))
+    put("memory.json", memory(1.5 if good else 2.5))
     put("quality-m.json", {"extra": 1, **msgspec.to_builtins(QualityFigures(
         model="m", compared=[*compared, Compared("llama.cpp", 10.1, 3e-3, 1e-4)]))})  # fmt: skip
 
@@ -126,6 +170,28 @@ def test_a_served_load_has_limits_beside_the_other_server(tmp_path, shares_prefi
     assert (rate.is_met, first.is_met) == (good, good)
     assert rate.measured == f"{times:.1f}x" and first.measured == f"{1 / times:.2f}x"
     assert ("p95" in first.text) == shares_prefix
+
+
+def test_loads_are_measured_against_their_own_limits(tmp_path):
+    (tmp_path / "overload.json").write_bytes(msgspec.json.encode(overload(8.0, 50.0, 10.0)))
+    (tmp_path / "long-prompt.json").write_bytes(msgspec.json.encode(long_prompt(0, 1.26)))
+    (tmp_path / "memory.json").write_bytes(msgspec.json.encode(memory(-4.0)))
+    found = {
+        bar.text.rpartition(": ")[2]: (bar.measured, bar.is_met)
+        for bar in bars_of(read_results(tmp_path))
+        if bar.part == "load"
+    }
+    assert found == {
+        "goodput, of the peak": ("80%", True),
+        "p99 of a refusal, ms": ("50", True),
+        "s until first tokens are as before": ("10", True),
+        "sequences left over": ("0", True),
+        "steps predicted above their bound": ("0", True),
+        "p99 gap of a stream, of the bound": ("1.26", False),
+        "steps that still hold one a step later": ("not measured", None),
+        "sequences, blocks, calls left over": ("not measured", None),
+        "growth of both processes over 8,000 requests, MiB": ("-4.0", True),
+    }
 
 
 def test_a_file_that_is_no_result_is_named(tmp_path):

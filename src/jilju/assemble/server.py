@@ -3,6 +3,7 @@
 Owns what a server's start does while the engine loads. Knows nothing of flags; it is handed the resolved config.
 """
 
+import gc
 import hashlib
 import logging
 import sys
@@ -26,6 +27,8 @@ def serve_model(launched: Launched, *, on_ready: Callable[[str], None]) -> int:
     set_up_logging(launched.config)
     config = launched.config
     context = make_context(launched, load_text(launched.model))
+    gc.collect()
+    gc.freeze()  # what was loaded stays: a full collection would walk over all of it while streams and callers wait
     return run_server(context, host=config.host, port=config.port, on_ready=on_ready)
 
 

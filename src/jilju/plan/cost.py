@@ -16,7 +16,7 @@ from jilju.plan.batch import StepShape
 from jilju.plan.ops import Attention, Op, Value, WeightSpec
 from jilju.plan.plan import Plan
 
-MAX_TALLIES = 4096  # numbers of rows whose costs are kept; some bound there must be
+MAX_TALLIES = 512  # numbers of rows whose costs are kept; some bound there must be
 
 
 @dataclass(frozen=True, slots=True)
