@@ -54,6 +54,9 @@ class BlockPool:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
+    def num_holders(self, block_id: int) -> int:
+        return self._refs[block_id]
+
     def is_cached(self, block_id: int) -> bool:
         return block_id in self._tenant_of
 

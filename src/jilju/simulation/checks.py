@@ -191,9 +191,17 @@ class EngineChecks:
             law("I12 salts", self._salts.get(block_id) == salt, f"{row.sequence.id} hits block {block_id}")
 
     def _writes(self, row: Row) -> None:
+        """I5; and notes whose the content is."""
         size, block_ids, salt = self._settings.block_size, row.block_ids, row.sequence.request.salt
+        pool = self._engine.scheduler.pool
         for index in range(row.start // size, (row.start + row.count - 1) // size + 1):
-            self._salts[block_ids[index]] = salt
+            block_id = block_ids[index]
+            law(
+                "I5 nobody else holds a block that is written",
+                pool.num_holders(block_id) == 1,
+                (row.sequence.id, block_id),
+            )
+            self._salts[block_id] = salt
 
     def _owed(self) -> None:
         """I10: whoever is let in leaves room for what those who run are owed."""

@@ -473,6 +473,18 @@ class World:
             self.tally.num_compared_requests += 1
             self.tally.num_cached_tokens += times.num_cached_tokens
             self.tally.num_preemptions += times.num_preemptions
+            law(
+                "stalls lie between tokens",
+                times.stalled_ns <= max(0, times.last_token_ns - times.first_token_ns),
+                times,
+            )
+            if request.queue_deadline_ns and not self.tally.num_deaths and times.scheduled_ns:
+                late_ns = times.scheduled_ns - request.queue_deadline_ns
+                law(
+                    "I23 no first step after the queue's deadline",
+                    late_ns <= self._late_ns(),
+                    f"{request.id}: {late_ns} ns",
+                )
             if request.deadline_ns:
                 late_ns = times.last_token_ns - request.deadline_ns
                 law(
@@ -634,6 +646,8 @@ class World:
             request.output_ids == solo.tokens[: stream.num_tokens],
             request.id,
         )
+        is_suspected = request.num_probation_steps == 0 or stream.deaths["work"] + stream.deaths["pressure"] > 0
+        law("only suspects are on probation", is_suspected, request.id)
         law("I22 who was aborted is not resumed", not stream.was_aborted, request.id)
         is_on_probation = request.num_probation_steps > 0
         law("suspects come back on probation", is_on_probation == stream.is_suspect, request.id)
