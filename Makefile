@@ -6,6 +6,7 @@
 #   make dev      the environment for work on jilju                 make install-check  what a user's environment holds
 #   make sanitize  the C++ tests under the sanitizers               make test-neon  the C++ tests for AArch64, in an emulator
 #   make soak     100,000 seeds of the simulation   make coverage       branches of the scheduler that the simulation takes
+#   make bugs     how soon the simulation sees planted bugs
 #   make clean    remove environments and builds    make soak-native    the simulation's seeds on the native backend
 
 SHELL := /bin/bash
@@ -17,7 +18,7 @@ comma := ,
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
-.PHONY: serve test test-neon check sanitize soak soak-native coverage bench bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-quality
+.PHONY: serve test test-neon check sanitize soak soak-native bugs coverage bench bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-quality
 .PHONY: peers oracle oracle-write dev clean install-check
 .DELETE_ON_ERROR:
 
@@ -68,6 +69,10 @@ check: .venv-dev/installed
 SEEDS ?= 10000..110000
 soak: .venv-dev/installed
 	@.venv-dev/bin/jilju simulate --seeds $(SEEDS) --keep build/failed-seeds $(ARGS)
+
+# Seeds until each planted bug is seen, from three starts; writes the seeds that the suite plays: ARGS="--cap 500 NAME" for less
+bugs: .venv-dev/installed
+	@.venv-dev/bin/python -m tests.simulation.measure_bugs $(ARGS)
 
 # Branches of what decides, taken by the simulation alone.
 DECIDES := src/jilju/engine/scheduler.py,src/jilju/engine/queue.py,src/jilju/engine/blocks.py,src/jilju/engine/prefix.py,src/jilju/engine/admission.py,src/jilju/engine/supervisor.py

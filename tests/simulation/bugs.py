@@ -105,6 +105,10 @@ BUGS = (
         (Edit(BlockPool.take, "self._prefix.remove(block_id)", "pass"),),
     ),
     Bug(
+        "hot_blocks_miscounted", "blocks", "A hot block that leaves the cache is still counted as hot.",
+        (Edit(BlockPool._uncache, "self._num_hot -= 1", "pass"),),
+    ),
+    Bug(
         "one_block_too_many", "blocks", "Tokens that fill their last block get another one.",
         (Edit(BlockPool.blocks_for, "-(-num_tokens // self.block_size)", "num_tokens // self.block_size + 1"),),
     ),
@@ -122,7 +126,7 @@ BUGS = (
     ),
     Bug(
         "revived_not_counted", "blocks", "Whether a sequence fits is asked as if the cached blocks that it hits could still be evicted for it.",
-        (Edit(Scheduler._let_in, "num_new + num_revived + owed", "num_new + owed"),),
+        (Edit(Scheduler._let_in, "num_new + num_revived > room", "num_new > room"),),
     ),
     # ---- prefix ----------------------------------------------------------------------------------------------------
     Bug(
@@ -248,8 +252,8 @@ BUGS = (
         (Edit(Scheduler._allowed, "min(wanted, draft.budget)", "wanted"),),
     ),
     Bug(
-        "budget_of_victim_kept", "schedule", "The tokens planned for a sequence that is then preempted are given back twice.",
-        (Edit(Scheduler._preempt, "draft.counts.pop(victim, 0)", "2 * draft.counts.pop(victim, 0)"),),
+        "victim_stays_planned", "schedule", "A sequence that is preempted after its row was planned is in the step all the same.",
+        (Edit(Scheduler._preempt, "draft.counts.pop(victim, 0)", "draft.counts.get(victim, 0)"),),
     ),
     Bug(
         "gap_ignored", "schedule", "The bound on gaps is not applied beside decoding sequences.",
@@ -286,7 +290,7 @@ BUGS = (
     ),
     Bug(
         "owed_blocks_promised", "schedule", "Whoever comes gets blocks that those who run are still owed.",
-        (Edit(Scheduler._let_in, "num_new + num_revived + owed", "num_new + num_revived"),),
+        (Edit(Scheduler._let_in, "self.pool.num_available - owed", "self.pool.num_available"),),
     ),
     Bug(
         "bypassed_for_ever", "schedule", "One that does not fit may be passed any number of times.",
@@ -303,15 +307,16 @@ BUGS = (
     Bug(
         "no_ageing", "schedule", "A better priority always goes first, however long others have waited.",
         (
-            Edit(
-                WaitingQueue.next_turns, "min(places, key=lambda p: due_ns(self._classes[p].entries[places[p]][2]))",
-                "min(places)",
-            ),
+            Edit(WaitingQueue.next_turns, "key=lambda entry: due_ns(entry[2])", "key=lambda entry: entry[2].priority"),
         ),
     ),
     Bug(
         "tags_stand_still", "schedule", "A tenant's tag does not move on with what it asks for, so shares are not fair.",
-        (Edit(_Class.tag, "tag + sequence.max_tokens", "tag"),),
+        (Edit(_Class.tag, "tag + charge(sequence)", "tag"),),
+    ),
+    Bug(
+        "unused_charge_kept", "schedule", "A tenant does not get back what it was charged for an answer that ended early.",
+        (Edit(WaitingQueue.ended, "used - charge(sequence)", "0"),),
     ),
     Bug(
         "preempted_goes_to_the_end", "schedule", "A preempted sequence queues up behind all that came meanwhile.",
@@ -358,7 +363,7 @@ BUGS = (
     ),
     Bug(
         "deadline_waits_for_engine", "endings", "No deadline fires while the engine is started again.",
-        (Edit(Supervisor.expired, 'if self.state != "ready"', 'if self.state == "gone"'),),
+        (Edit(Supervisor.expired, "in list(self._live.values()):", "in list(self._live.values()) if is_ready else ():"),),
     ),
     Bug(
         "queue_deadline_after_resume", "endings", "A resumed request that has been in a step must not wait in the queue again.",
@@ -366,7 +371,15 @@ BUGS = (
     ),
     Bug(
         "last_events_not_told", "endings", "An engine without work does not take another turn, so it keeps the last step's events.",
-        (Edit(EngineTurns.has_work, "self._engine.has_work() or bool(self._events)", "self._engine.has_work()"),),
+        (Edit(EngineTurns.has_work, "self.events or self._submits", "self._submits"),),
+    ),
+    Bug(
+        "abort_before_taken_lost", "endings", "An abort that comes before the engine has taken the request does nothing.",
+        (Edit(EngineTurns._abort, "if request is None:", "if True:"),),
+    ),
+    Bug(
+        "told_after_the_end", "endings", "What an engine says of a request whose deadline was called is passed on.",
+        (Edit(Supervisor._taken, "None if live.is_over else event", "event"),),
     ),
     Bug(
         "unstarted_not_resubmitted", "endings", "Only requests that have tokens are handed to the new engine.",
@@ -421,24 +434,28 @@ BUGS = (
         (Edit(Supervisor.receive, "epoch != self.epoch", "epoch > self.epoch"),),
     ),
     Bug(
+        "suspects_for_ever", "faults", "A suspect stays one after it has passed the place where it was.",
+        (Edit(Supervisor._taken, "live.is_suspect = False", "pass"),),
+    ),
+    Bug(
         "suspects_not_noted", "faults", "Who was in the step of a death comes back without probation.",
         (Edit(Supervisor._suspect, "live.is_suspect = True", "pass"),),
     ),
     Bug(
-        "quarantined_at_once", "faults", "One death in company is enough for quarantine at the next look.",
-        (Edit(Supervisor._suspect, "is_alone and (live.num_deaths >= MAX_DEATHS", "(live.num_deaths >= 1"),),
+        "quarantined_at_once", "faults", "A single death is enough for quarantine.",
+        (Edit(Supervisor._suspect, "live.num_deaths >= MAX_DEATHS", "live.num_deaths >= 1"),),
     ),
     Bug(
         "quarantined_in_company", "faults", "Two deaths are enough for quarantine, though never alone.",
-        (Edit(Supervisor._suspect, "is_alone and (", "("),),
+        (Edit(Supervisor._suspect, "is_alone and is_guilty", "is_guilty"),),
     ),
     Bug(
         "never_quarantined", "faults", "A request that kills engines is run again for ever.",
-        (Edit(Supervisor._suspect, "live.num_deaths >= MAX_DEATHS or ", ""),),
+        (Edit(Supervisor._suspect, "live.num_deaths >= MAX_DEATHS", "False"),),
     ),
     Bug(
         "kills_not_counted", "faults", "Kills by memory pressure are not held against who was alone in three of them.",
-        (Edit(Supervisor._suspect, " or live.num_kills >= MAX_KILLS", ""),),
+        (Edit(Supervisor._suspect, "live.num_kills_alone >= MAX_KILLS", "False"),),
     ),
     Bug(
         "given_up_too_early", "faults", "A step between two deaths does not end the row of failures.",
@@ -446,7 +463,7 @@ BUGS = (
     ),
     Bug(
         "stuck_step_unseen", "faults", "The watchdog does not look at the step in flight.",
-        (Edit(Supervisor.tick, "self._step_age_ns > max(", "False and self._step_age_ns > max("),),
+        (Edit(Supervisor.tick, "if self._step_age_ns - ", "if False and self._step_age_ns - "),),
     ),
     Bug(
         "idle_engine_killed", "faults", "Only steps count as signs of life, so an idle engine is killed.",

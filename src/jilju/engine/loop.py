@@ -206,6 +206,8 @@ class Engine:
         self.step_times.observe(
             step.num_prefill_tokens + step.num_decode_tokens, step.num_pairs, self._step_end_ns - step.begin_ns
         )
+        if step.bound_ns and step.num_prefill_tokens:
+            self.step_times.note_cut(step.predicted_ns, self._step_end_ns - step.begin_ns)
         self.log.add_step(
             StepRecord(
                 step_id=step.id,

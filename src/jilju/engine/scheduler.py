@@ -5,8 +5,8 @@ nothing changes, so a step that fails commits nothing. Pure decisions: time come
 randomness, threads, backends or the link.
 
 Every sequence that needs one token only is in every step; what the step's budget leaves goes to prefill chunks, the most
-senior first. Beside a decoding sequence a step is cut so that it is predicted to take no more than `gap_ns`, but a chunk of
-MIN_CHUNK tokens is always allowed: a stream waits for others' prompts at most max(gap_ns, its batch + MIN_CHUNK tokens).
+senior first. Beside a decoding sequence a step is cut so that it is predicted to take no more than `gap_ns`, less the headroom
+that predictions were seen to need, but a chunk of MIN_CHUNK tokens is always allowed: a stream waits for others' prompts at most max(gap_ns, its batch + MIN_CHUNK tokens).
 
 Who waits is let in by the turns of `queue`, while all tokens that are known can be held. One that does not fit is passed by
 others of its priority MAX_BYPASSES times, then all wait for it. When blocks run out the most junior sequence is preempted: it
@@ -280,7 +280,7 @@ class Scheduler:
             pairs = sum([sequence.num_computed + 1 for sequence in draft.counts])
             draft.rows_ns = self.times.predict_ns(len(draft.counts), pairs)
             draft.gap_ns = self._gap_ns
-            draft.left_ns = self._gap_ns - draft.rows_ns
+            draft.left_ns = self._gap_ns / self.times.headroom - draft.rows_ns
 
     def _allowed(self, draft: _Draft, start: int, wanted: int) -> int:
         """Tokens of a chunk that budget and bound allow."""

@@ -17,6 +17,8 @@ MAX_SPREAD = (
 )
 MAX_OUTLIERS = 8  # in a row: then they are what steps take now
 LEAST_NS = 1000.0  # no step takes less
+QUANTILE = 0.97  # of the steps that are cut to a time take no longer than that
+FIRST_HEADROOM, HEADROOM_STEP, MAX_HEADROOM = 1.15, 0.05, 2.0
 MIN_SAMPLES = 8  # before so many steps there is no talk of outliers or of a pace
 PACE_WEIGHT = 1 / 8  # of the newest step in the pace: a neighbour is noticed within a second of 100 ms steps
 MAX_PACE = 3.0  # of a single step, up or down: what is more was no neighbour
@@ -32,6 +34,9 @@ class StepTimes:
         self.coefficients = prior  # pace included
         self.num_samples = MIN_SAMPLES if is_measured else 0
         self._num_outliers = 0  # in a row
+        self.headroom = (
+            FIRST_HEADROOM if is_measured else 1.0
+        )  # what a step that is cut to a time takes of it, but for one in QUANTILE; at least all of it
         self._pace = 1.0
         self._theta = [c / s for c, s in zip(prior, _SCALES, strict=True)]
         weight = max(self._theta[0], self._theta[1], 1.0) ** 2
@@ -89,6 +94,12 @@ class StepTimes:
             share = min(max(measured_ns / fitted_ns, 1 / MAX_PACE), MAX_PACE)
             self._pace += PACE_WEIGHT * (share - self._pace)
         self.coefficients = (self._pace * fitted[0], self._pace * fitted[1], self._pace * fitted[2])
+
+    def note_cut(self, predicted_ns: int, measured_ns: int) -> None:
+        """A step that was cut to a time took so long: how much room to leave is learnt, as a running quantile."""
+        is_longer = measured_ns > self.headroom * max(predicted_ns, LEAST_NS)
+        step = HEADROOM_STEP * (QUANTILE if is_longer else QUANTILE - 1)
+        self.headroom = min(max(self.headroom + step, 1.0), MAX_HEADROOM)
 
 
 def num_pairs(start: int, count: int) -> int:

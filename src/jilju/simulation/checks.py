@@ -182,7 +182,8 @@ class EngineChecks:
         most_senior = min((_due_ns(s), s.number) for s in victims)
         for sequence in scheduler.running:
             is_senior = (_due_ns(sequence), sequence.number) < most_senior
-            law("juniors give way", is_senior or sequence.is_protected, (sequence.id, [s.id for s in victims]))
+            is_sure = sequence.is_protected or sequence.num_probation_steps > 0  # a suspect is seen through, alone
+            law("juniors give way", is_senior or is_sure, (sequence.id, [s.id for s in victims]))
 
     def _hits(self, row: Row) -> None:
         """I12: hits only within one salt."""

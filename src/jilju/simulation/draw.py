@@ -33,7 +33,7 @@ FAULT_SPACING = (
     24  # calls between two that raise: else the halves of one are hit by the next, and that is the request's end
 )
 BUSY = 0.4  # of the seeds fill the engine
-SLOW = 0.12  # of those have one row, so that who waits grows old
+SLOW = 0.12  # of those have one row and an engine that stands still for a while, so that who waits grows old
 WORK_US = 1_000_000  # in which most of a script happens
 
 NATIVE_VOCAB = 300  # ids that prompts are drawn from
@@ -55,14 +55,17 @@ def draw(seed: int, *, is_native: bool = False) -> Script:
     rates = {
         name: rng.choice((0.0, 0.0, 0.1, 0.4)) for name in ("cancel", "deadline", "stall", "n", "priority", "fault")
     }
-    if is_busy and not is_native and rng.random() < SLOW:
+    is_slow = is_busy and not is_native and rng.random() < SLOW
+    if is_slow:
         settings = msgspec.structs.replace(settings, max_rows=1)
-        times = [at_us * 4 for at_us in times]
+        times = sorted(rng.randrange(4 * WORK_US) for _ in times)
         rates["priority"] = 0.4
     requests = [
         _request(rng, settings, f"r{i}", at_us, families, tenants, rates, is_native) for i, at_us in enumerate(times)
     ]
     faults = _faults(rng, settings, count)
+    if is_slow:
+        faults.append(Fault(kind="stall_at", at=rng.randrange(2 * WORK_US)))
     if is_native:
         requests = [_native_request(rng, settings, request) for request in requests]
         faults += _native_kills(rng)
