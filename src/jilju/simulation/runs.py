@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
+from multiprocessing import get_context
 
 from jilju.simulation.draw import draw
 from jilju.simulation.script import Script
@@ -91,7 +92,8 @@ def play_many(
     if jobs == 1:
         yield from (play_seed(seed, backend, draw_script) for seed in seeds)
         return
-    with ProcessPoolExecutor(jobs, initializer=be_quiet) as pool:
+    # Fresh processes: a fork of one that has threads or native memory of its own may die of them.
+    with ProcessPoolExecutor(jobs, get_context("spawn"), be_quiet) as pool:
         waiting = iter(seeds)
         while batch := list(islice(waiting, CHUNK * jobs * 16)):
             yield from pool.map(partial(play_seed, backend=backend, draw_script=draw_script), batch, chunksize=CHUNK)
