@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
+from jilju.simulation.letters import letter
 from jilju.simulation.script import (
     SPECIAL_IDS,
     DeathCause,
@@ -270,11 +271,6 @@ def _native_kills(rng: Random) -> list[Fault]:
         Fault(kind=rng.choice(TURN_FAULTS), at=rng.randrange(1, 30), cause=rng.choice(CAUSES))
         for _ in range(rng.randrange(1, 3))
     ]
-
-
-def letter(token_id: int) -> str:
-    """The text of a token in simulation: one letter each, except for the halves of a two-byte one (see world.Letters)."""
-    return chr(ord("a") + token_id % 26)
 
 
 def _faults(rng: Random, settings: Settings, count: int) -> list[Fault]:

@@ -1,18 +1,23 @@
-"""Faults: an executor that fails as the script says, around one that does not.
+"""Faults: an executor that fails as the script says, around one that does not; frames that are bent or forged.
 
 Owns what goes wrong inside a step: exceptions before and after the cache was written, steps that never end, rows that are not
-finite or out of range, and the death of the process. Knows nothing of the link or of clocks but that they can be moved.
+finite or out of range, and the death of the process; and what becomes of frames on their way. Knows nothing of the link or of clocks but that they can be moved.
 """
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 
+import msgspec
 import numpy as np
 
 from jilju.clock import VirtualClock
+from jilju.engine.link import FRAME_HEADER
+from jilju.engine.request import EngineEvent, TokenEvent, is_terminal
 from jilju.plan import Batch, Executor, StepResult
-from jilju.simulation.script import SPECIAL_IDS, DeathCause, Script
+from jilju.simulation.script import SPECIAL_IDS, DeathCause, Fault, Script
 
+FRAME_LENGTH_BYTES = 4  # at the head of a frame
 STUCK_NS = 3600 * 10**9
 
 
@@ -95,3 +100,29 @@ class Launches:
     def next_fault(self) -> str | None:
         self.num += 1
         return self._faults.get(self.num)
+
+
+def bent(frame: bytes, fault: Fault, number: int) -> list[tuple[bytes, bool]]:
+    """What arrives in place of a frame, and whether it must be refused at once."""
+    if fault.kind == "drop":
+        return []
+    if fault.kind == "double":
+        return [(frame, False), (frame, True)]
+    if fault.kind == "foreign":
+        epoch, frame_number, message = msgspec.msgpack.decode(frame[FRAME_HEADER.size :])
+        body = msgspec.msgpack.encode((epoch + 7, frame_number, message))
+        return [(FRAME_HEADER.pack(len(body), zlib.crc32(body)) + body, True)]
+    assert fault.kind == "corrupt", f"{fault.kind} bends no frame"
+    place = number * 7919 % len(frame)
+    changed = frame[:place] + bytes([frame[place] ^ 0x10]) + frame[place + 1 :]
+    return [(changed, place >= FRAME_LENGTH_BYTES)]  # a wrong length may wait for more first
+
+
+def forged(events: list[EngineEvent], choice: int) -> list[EngineEvent]:
+    """Events that cannot be: a token that is not the next, an event of nobody, one after the last."""
+    first = events[0]
+    if choice % 3 == 0 and isinstance(first, TokenEvent):
+        return [msgspec.structs.replace(first, index=first.index + 1), *events[1:]]
+    if choice % 3 == 1:
+        return [*events, msgspec.structs.replace(first, request_id="nobody")]
+    return [*events, next((event for event in events if is_terminal(event)), first)]

@@ -10,11 +10,9 @@ played afterwards with its own time. That changes nothing, since the two meet in
 arrived.
 """
 
-import codecs
 import heapq
-import zlib
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Protocol
@@ -24,7 +22,6 @@ import msgspec
 from jilju.clock import VirtualClock
 from jilju.engine.admission import Admission
 from jilju.engine.link import (
-    FRAME_HEADER,
     Abort,
     Beat,
     EngineTurns,
@@ -56,8 +53,9 @@ from jilju.plan import Executor
 from jilju.serve.drain import Drain
 from jilju.serve.ledger import Call, Ledger, state_of
 from jilju.simulation.checks import EngineChecks, Violation, law
-from jilju.simulation.faults import STUCK_NS, EngineDied, FaultyExecutor, Launches
-from jilju.simulation.script import Fault, Script, SimRequest
+from jilju.simulation.faults import STUCK_NS, EngineDied, FaultyExecutor, Launches, bent, forged
+from jilju.simulation.letters import Letters, text_before_stop
+from jilju.simulation.script import Script, SimRequest
 from jilju.text.stream import TextStream
 
 TICK_NS = 500_000_000  # the watchdog looks, the engine says that it lives
@@ -68,7 +66,6 @@ PAUSE_NS = 2 * 10**9  # of an engine that is stopped for a while
 END_NS = 7200 * 10**9  # nothing may take so long
 SLACK_NS = 1_000_000
 SLACK_TURNS = 1000  # that take messages, or raise
-FRAME_LENGTH_BYTES = 4  # at the head of a frame
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,34 +85,6 @@ class Backend(Protocol):
     def engine(self, script: Script, clock: VirtualClock, wrap: Callable[[Executor], Executor]) -> Engine: ...
 
     def alone(self, script: Script, request: Request) -> Solo: ...
-
-
-class Letters:
-    """A tokenizer whose tokens are letters; of a large vocabulary the last two are halves of a two-byte one."""
-
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    add_bos = False
-    special_ids: frozenset[int] = frozenset()
-
-    def __init__(self, vocab_size: int):
-        self.vocab_size = vocab_size
-        self.special_texts: Mapping[str, int] = {}
-
-    def token_bytes(self, token_id: int) -> bytes:
-        halves = self.vocab_size - token_id
-        if self.vocab_size >= 16 and halves <= 2:
-            return b"\xc3" if halves == 2 else b"\xa9"
-        return bytes([ord("a") + token_id % 26])
-
-    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
-        raise NotImplementedError("the simulation makes no text into tokens")
-
-    def token_text(self, token_id: int) -> str:
-        return self.token_bytes(token_id).decode(errors="replace")
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        raise NotImplementedError("the simulation decodes token by token")
 
 
 @dataclass(slots=True, eq=False)
@@ -503,7 +472,7 @@ class World:
         shown = solo.tokens[:-1] if solo.finish_reason == "stop" else solo.tokens
         whole = TextStream(self._tokenizer, stop=spec.stop, min_tokens=spec.min_tokens).whole(shown)
         law("I24 stream equals whole", stream.written == whole.text, (stream.written, whole.text))
-        text = _text_before_stop(
+        text = text_before_stop(
             [self._tokenizer.token_bytes(token_id) for token_id in shown], spec.stop, spec.min_tokens
         )
         law("I24 nothing at or after a stop string", stream.written == text, (stream.written, text, spec.stop))
@@ -577,7 +546,7 @@ class World:
             and message.events
         ):
             self._note("forged", self._num_frames)
-            message = msgspec.structs.replace(message, events=_forged(message.events, self._forged_from.pop(0)))
+            message = msgspec.structs.replace(message, events=forged(message.events, self._forged_from.pop(0)))
         packed: ToServer | bytes = message if process.to_server is None else process.to_server.frame(message)
         arrival_ns = max(process.last_arrival_ns, at_ns + self._latency_ns)
         arrivals: Sequence[tuple[ToServer | bytes, bool]] = [(packed, False)]  # and whether it must be refused
@@ -586,25 +555,10 @@ class World:
             if fault.kind == "late":
                 arrival_ns += LATE_NS
             elif isinstance(packed, bytes):
-                arrivals = self._bent(packed, fault)
+                arrivals = bent(packed, fault, self._num_frames)
         process.last_arrival_ns = arrival_ns
         for arriving, is_bad in arrivals:
             self._at(arrival_ns, lambda arriving=arriving, is_bad=is_bad: self._receive(process, arriving, is_bad))  # type: ignore[misc]
-
-    def _bent(self, frame: bytes, fault: Fault) -> list[tuple[bytes, bool]]:
-        """What arrives in place of a frame, and whether it must be refused at once."""
-        if fault.kind == "drop":
-            return []
-        if fault.kind == "double":
-            return [(frame, False), (frame, True)]
-        if fault.kind == "foreign":
-            epoch, number, message = msgspec.msgpack.decode(frame[FRAME_HEADER.size :])
-            body = msgspec.msgpack.encode((epoch + 7, number, message))
-            return [(FRAME_HEADER.pack(len(body), zlib.crc32(body)) + body, True)]
-        assert fault.kind == "corrupt", f"{fault.kind} bends no frame"
-        place = self._num_frames * 7919 % len(frame)
-        bent = frame[:place] + bytes([frame[place] ^ 0x10]) + frame[place + 1 :]
-        return [(bent, place >= FRAME_LENGTH_BYTES)]  # a wrong length may wait for more first
 
     def _receive(self, process: _Process, packed: ToServer | bytes, is_bad: bool = False) -> None:
         if process.is_deaf:
@@ -937,25 +891,3 @@ def _is_guilty(stream: _Stream) -> bool:
     deaths = stream.deaths
     is_often = deaths["work"] >= MAX_DEATHS if stream.last_cause == "work" else deaths["pressure alone"] >= MAX_KILLS
     return stream.last_death_alone and is_often
-
-
-def _forged(events: list[EngineEvent], choice: int) -> list[EngineEvent]:
-    """Events that cannot be: a token that is not the next, an event of nobody, one after the last."""
-    first = events[0]
-    if choice % 3 == 0 and isinstance(first, TokenEvent):
-        return [msgspec.structs.replace(first, index=first.index + 1), *events[1:]]
-    if choice % 3 == 1:
-        return [*events, msgspec.structs.replace(first, request_id="nobody")]
-    return [*events, next((event for event in events if is_terminal(event)), first)]
-
-
-def _text_before_stop(tokens: list[bytes], stops: tuple[str, ...], min_tokens: int) -> str:
-    """The text of these tokens up to the stop string that ends first, looked for at every place; the slow and simple way."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    free = "".join(decoder.decode(token) for token in tokens[:min_tokens])
-    rest = "".join(decoder.decode(token) for token in tokens[min_tokens:]) + decoder.decode(b"", final=True)
-    for end in range(1, len(rest) + 1):
-        found = [stop for stop in stops if rest[:end].endswith(stop)]
-        if found:
-            return free + rest[: end - max(map(len, found))]
-    return free + rest
