@@ -4,7 +4,9 @@
     ├── InvalidRequest            400  the caller's input; subclasses say which rule it broke
     │   ├── InvalidJson, MissingParameter, InvalidValue, ConflictingParameters
     │   ├── UnknownParameter, UnsupportedParameter, UnsupportedContent
+    │   ├── UnsupportedTask
     │   ├── EmptyPrompt, TemplateFailed, NoAllowedToken
+    │   ├── InvalidGrammar, GrammarTooComplex
     │   └── ContextLengthExceeded, KvCapacityExceeded
     ├── InvalidApiKey             401
     ├── Forbidden                 403
@@ -15,8 +17,10 @@
     ├── HeadersTooLarge           431
     ├── UnsupportedMediaType      415
     ├── Overloaded                429
+    ├── RateLimitExceeded         429  the key's own quota
+    ├── RequestCancelled          499  by the caller's own word
     ├── InternalError             500  our fault, this request alone
-    │   ├── NanLogits             500
+    │   ├── NanLogits, GrammarDeadEnd   500
     │   └── RequestQuarantined    500
     ├── NotReady                  503  loading, draining, restarting
     ├── EngineUnavailable         503  given up
@@ -83,6 +87,10 @@ class UnsupportedContent(InvalidRequest):
     code = "unsupported_content"
 
 
+class UnsupportedTask(InvalidRequest):
+    code = "unsupported_task"
+
+
 class EmptyPrompt(InvalidRequest):
     code = "empty_prompt"
 
@@ -93,6 +101,14 @@ class TemplateFailed(InvalidRequest):
 
 class NoAllowedToken(InvalidRequest):
     code = "no_allowed_token"
+
+
+class InvalidGrammar(InvalidRequest):
+    code = "invalid_grammar"
+
+
+class GrammarTooComplex(InvalidRequest):
+    code = "grammar_too_complex"
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -161,12 +177,28 @@ class Overloaded(JiljuError):
         self.predicted_wait_ns = predicted_wait_ns
 
 
+class RateLimitExceeded(JiljuError):
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
+class RequestCancelled(JiljuError):
+    """What a call that its caller has cancelled by id is told; nginx's status for a client that has left."""
+
+    status, type, code = 499, "invalid_request_error", "request_cancelled"
+
+
 class InternalError(JiljuError):
     status, code = 500, "internal"
 
 
 class NanLogits(InternalError):
     code = "nan_logits"
+
+
+class GrammarDeadEnd(InternalError):
+    """No token is left that a grammar allows."""
+
+    code = "grammar_dead_end"
 
 
 class RequestQuarantined(InternalError):
