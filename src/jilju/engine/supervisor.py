@@ -70,7 +70,7 @@ class _Live:
     is_aborting: bool = False
     is_scheduled: bool = False  # it was in a step, so the time to wait for one is over
     num_deaths: int = 0  # with it in the step, that the work can have caused
-    num_kills_alone: int = 0  # with it alone in the step
+    num_kills_alone: int = 0  # with it alone in the step, since its last token
     is_suspect: bool = False  # it was in the step of a death, and has made no token since
     is_over: bool = False  # its end was told; what the engine still says of it is dropped
     num_resumes: int = 0
@@ -334,7 +334,8 @@ class Supervisor:
         if isinstance(event, TokenEvent):
             if event.index == 0:
                 live.started = event.times
-            live.is_suspect = False  # it has passed the place where it was
+            live.is_suspect = False  # it has passed the place where it was: kills there were not its doing
+            live.num_kills_alone = 0
             live.tokens.append(event.token_id)
             if live.died_ns:
                 live.resume_ns += now_ns - live.died_ns

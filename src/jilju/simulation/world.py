@@ -383,6 +383,7 @@ class World:
             law("I20 alternatives equal those alone", event.top == (solo.tops[index] if solo.tops else []), event)
         stream.num_tokens += 1
         stream.is_suspect = False
+        stream.deaths["pressure alone"] = 0  # it has passed the place where it was
         self.tally.num_compared_tokens += 1
         if index == 0 and stream.request.score_prompt:
             law("the scores come before the first token", stream.is_scored, event)
