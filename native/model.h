@@ -63,7 +63,8 @@ private:
     Model(Program program, const ModelLimits& limits, const KernelSet& kernels) : program_(std::move(program)), limits_(limits), kernels_(kernels) {}
     Status check(const BatchView& batch) const;
     void begin_tile(int64_t first_token, int64_t num_tokens);
-    void run_tiles();
+    Status run_tiles();
+    bool wait_for_masks() const;
     void run_op(const Op& op);
 
     Program program_;

@@ -21,6 +21,8 @@ inline constexpr int64_t kGroupIds = 256;  // ids of which sample keeps the larg
 inline constexpr int64_t kStripIds = 4096;  // ids that sample sums up together: 16 KiB of logits, half of L1
 inline constexpr int kMaxTop = 20;
 inline constexpr int64_t kMaxBiases = 1024;
+inline constexpr int64_t kMaxWanted = 128;
+inline constexpr int64_t kMasksWaitS = 10;  // plan/batch.py
 
 struct BatchView {
     int64_t num_tokens, num_rows, max_blocks, num_logits;
@@ -48,9 +50,12 @@ struct BatchView {
     const float* biases;
     const int32_t* banned_starts;
     const int32_t* banned_ids;
+    const int32_t* wanted_starts;
+    const int32_t* wanted_ids;
     const int32_t* mask_rows;
     const uint32_t* masks;  // [num_masks, mask_words]
-    int64_t num_penalty_ids, num_bias_ids, num_banned_ids, num_masks, mask_words;
+    const int32_t* masks_ready;  // becomes 1 when others have filled them
+    int64_t num_penalty_ids, num_bias_ids, num_banned_ids, num_wanted_ids, num_masks, mask_words;
 };
 
 struct ResultView {
@@ -58,6 +63,7 @@ struct ResultView {
     float* logprobs;
     int32_t* top_ids;       // [num_logits, kMaxTop]
     float* top_logprobs;    // [num_logits, kMaxTop]
+    float* wanted_logprobs; // of the batch's wanted_ids
     bool* finite;
 };
 

@@ -14,7 +14,8 @@ from jilju.errors import JiljuError, StartupError
 from jilju.formats.ggml import GgmlType
 from jilju.model.sources import MODELS
 from jilju.model.spec import FAMILIES
-from jilju.serve.openai_chat import CHAT, MESSAGE, PART
+from jilju.serve.chat_messages import MESSAGE, PART
+from jilju.serve.openai_chat import CHAT
 from jilju.serve.openai_completions import COMPLETION
 from jilju.serve.sampling import STREAM_OPTIONS
 
@@ -91,6 +92,8 @@ def test_flags_of_serve():
     for row, option in zip(told, SERVE_OPTIONS, strict=True):
         default = defaults[option.name]
         shown = {None: "auto", (): "none", False: "off"}.get(default, str(default))
+        if option.kind == "file":
+            shown = "none"
         if option.name == "served_model_name":
             shown = "the model's own"
         assert row[:3] == [f"`{option.flag}`", f"`{option.variable}`", shown], row

@@ -159,6 +159,9 @@ public:
             top_ids[j] = -1;
             top_logprobs[j] = 0.0f;
         }
+        const int32_t *wanted_ids = batch.wanted_ids + batch.wanted_starts[i], num_wanted = batch.wanted_starts[i + 1] - batch.wanted_starts[i];
+        float* wanted_logprobs = result_.wanted_logprobs + batch.wanted_starts[i];
+        std::fill(wanted_logprobs, wanted_logprobs + num_wanted, 0.0f);
         const int32_t target = batch.targets[i];
         result_.token_ids[i] = target >= 0 ? target : 0;
         result_.logprobs[i] = 0.0f;
@@ -182,6 +185,7 @@ public:
                 top_logprobs[j] = logprob(top[j].logit);
             }
         }
+        for (int32_t j = 0; j < num_wanted; ++j) wanted_logprobs[j] = logprob(logits_[wanted_ids[j]]);
         if (target >= 0) {
             result_.logprobs[i] = logprob(logits_[target]);
             return;

@@ -142,7 +142,7 @@ struct Row {
 };
 struct Result {
     std::vector<int32_t> ids, top_ids;
-    std::vector<float> logprobs, top_logprobs;
+    std::vector<float> logprobs, top_logprobs, wanted_logprobs;
     bool operator==(const Result&) const = default;
 };
 
@@ -165,21 +165,23 @@ Result run(Model& model, const std::vector<Row>& rows, Status* status = nullptr,
     const std::vector<float> biases(2 * n, 0.5f);
     const std::vector<int32_t> mask_rows(n, 0), penalty_counts(3 * n, 2);
     const std::vector<uint32_t> mask{0xfffffffe, 0x3ffff};
-    std::vector<int32_t> threes, penalty_ids, twos, bias_ids, banned_ids;
+    const int32_t ready = 1;
+    std::vector<int32_t> threes, penalty_ids, twos, bias_ids, banned_ids, wanted_ids;
     for (size_t i = 0; i <= n; ++i) threes.push_back(3 * i), twos.push_back(2 * i);
     for (size_t i = 0; i < n; ++i) {
         for (const int id : {0, 7, kVocab - 1}) penalty_ids.push_back(id);
         for (const int id : {7, 3}) bias_ids.push_back(id);
         for (const int id : {1, kVocab - 2}) banned_ids.push_back(id);
+        for (const int id : {kVocab - 1, 0}) wanted_ids.push_back(id);
     }
-    Result r{std::vector<int32_t>(n), std::vector<int32_t>(n * kMaxTop), std::vector<float>(n), std::vector<float>(n * kMaxTop)};
+    Result r{std::vector<int32_t>(n), std::vector<int32_t>(n * kMaxTop), std::vector<float>(n), std::vector<float>(n * kMaxTop), std::vector<float>(2 * n)};
     const std::unique_ptr<bool[]> finite(new bool[n]);
     const BatchView batch{static_cast<int64_t>(ids.size()), static_cast<int64_t>(n), 40, static_cast<int64_t>(n), ids.data(), starts.data(), counts.data(),
                           tables.data(), logit_tokens.data(), targets.data(), positions.data(), seeds.data(), temperatures.data(), top_ks.data(), top_ps.data(),
                           min_ps.data(), top.data(), penalties.data(), presences.data(), frequencies.data(), threes.data(), penalty_ids.data(), penalty_counts.data(), twos.data(),
-                          bias_ids.data(), biases.data(), twos.data(), banned_ids.data(), mask_rows.data(), mask.data(), static_cast<int64_t>(penalty_ids.size()),
-                          static_cast<int64_t>(bias_ids.size()), static_cast<int64_t>(banned_ids.size()), 1, static_cast<int64_t>(mask.size())};
-    const Status done = model.run(batch, {r.ids.data(), r.logprobs.data(), r.top_ids.data(), r.top_logprobs.data(), finite.get()});
+                          bias_ids.data(), biases.data(), twos.data(), banned_ids.data(), twos.data(), wanted_ids.data(), mask_rows.data(), mask.data(), &ready, static_cast<int64_t>(penalty_ids.size()),
+                          static_cast<int64_t>(bias_ids.size()), static_cast<int64_t>(banned_ids.size()), static_cast<int64_t>(wanted_ids.size()), 1, static_cast<int64_t>(mask.size())};
+    const Status done = model.run(batch, {r.ids.data(), r.logprobs.data(), r.top_ids.data(), r.top_logprobs.data(), r.wanted_logprobs.data(), finite.get()});
     if (status) {
         *status = done;
         return r;

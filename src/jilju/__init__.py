@@ -9,11 +9,11 @@ The names are loaded on first use, so that importing one part (the engine proces
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jilju.engine.request import SamplingParams
+    from jilju.engine.request import RepetitionDetection, SamplingParams
     from jilju.llm import LLM, Completion
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Completion", "RepetitionDetection", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:
@@ -21,8 +21,8 @@ def __getattr__(name: str) -> object:
         import jilju.llm
 
         return getattr(jilju.llm, name)
-    if name == "SamplingParams":
-        from jilju.engine.request import SamplingParams
+    if name in ("RepetitionDetection", "SamplingParams"):
+        import jilju.engine.request
 
-        return SamplingParams
+        return getattr(jilju.engine.request, name)
     raise AttributeError(f"module 'jilju' has no attribute {name!r}")

@@ -79,18 +79,27 @@ def commands() -> None:
 
 def _option(option: Option) -> Callable[[Any], Any]:
     default = next(f.default for f in _fields() if f.name == option.name)
-    open_value = "auto" if option.kind in ("tokens", "bytes") else "the model's own"
+    open_value = {"text": "the model's own", "file": "none"}.get(option.kind, "auto")
     shown = {None: open_value, (): "none", False: "off"}.get(default, default)
     text = f"{option.help}  [{option.variable}]  Default: {shown}."
     if option.kind == "bool":
         return click.option(option.flag, option.name, is_flag=True, default=None, help=text)
-    metavar = {"int": "N", "tokens": "N|auto", "bytes": "SIZE|auto", "list": "NAME", "keys": "KEY"}.get(option.kind)
-    metavar = "|".join(option.choices) if option.choices else metavar
+    metavars = {
+        "int": "N",
+        "tokens": "N|auto",
+        "bytes": "SIZE|auto",
+        "list": "NAME",
+        "keys": "KEY",
+        "origins": "ORIGIN",
+        "file": "PATH",
+        "folder": "DIR|auto|off",
+    }
+    metavar = "|".join(option.choices) if option.choices else metavars.get(option.kind)
     return click.option(
         option.flag,
         option.name,
         default=None,
-        multiple=option.kind in ("list", "keys"),
+        multiple=option.kind in ("list", "keys", "origins"),
         metavar=metavar or "TEXT",
         help=text,
     )
@@ -137,9 +146,10 @@ def serve(model: str | None, accept_licence: str | None, **flags: Any) -> None:
       JILJU_API_KEY=team=some-long-secret jilju serve ./model.gguf --host 0.0.0.0 --allow-host chat.example.org
     """
     from jilju.serve.auth import check_bind
+    from jilju.serve.key_file import keys_of
 
     config = resolve_serve_config(model, flags)
-    check_bind(config.host, config.api_key, config.insecure)  # before a model is fetched for nothing
+    check_bind(config.host, keys_of(config), config.insecure)  # before a model is fetched for nothing
     agree(config.model, accept_licence)
     with fetching() as progress:
         model_file = _open_or_fall_back(config, progress)

@@ -7,9 +7,9 @@ the machine are resolved by who knows them and put into a new object. Knows noth
 import ipaddress
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
 
@@ -21,9 +21,20 @@ AUTO = "auto"
 OFF = "off"
 
 
+KeyScope = Literal["generate", "tokenize", "metrics", "view"]  # what a key may be good for
+ALL_SCOPES: frozenset[KeyScope] = frozenset(get_args(KeyScope))
+
+
 class ApiKey(msgspec.Struct, frozen=True):
     name: str  # what logs call it
     secret: str
+    scopes: frozenset[KeyScope] = ALL_SCOPES
+    tokens_per_minute: int | None = None  # of prompts and answers together
+    tokens_per_day: int | None = None
+    min_priority: int | None = None  # a call may not ask for a lower one, which would run earlier
+
+    def __repr__(self) -> str:
+        return f"ApiKey({self.name!r})"  # wherever it is printed: the secret never is
 
 
 class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +44,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: int = 8000
     api_key: tuple[ApiKey, ...] = ()
+    api_key_file: str | None = None
     allow_host: tuple[str, ...] = ()
+    allow_origin: tuple[str, ...] = ()
     context: int | None = None  # tokens of one sequence; auto: the model's own maximum, or what the KV memory holds
     kv_memory: int | None = None  # bytes; auto: a quarter of the available memory, at most 64 contexts
     kv_dtype: Literal["f16", "int8"] = "f16"  # of cached keys and values
@@ -44,6 +57,9 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     packed_cache: str | None = None  # folder, or "off"; auto: one in the cache folder
     huge_pages: Literal["auto", "on", "off"] = "auto"  # weights in memory of the process's own, in huge pages
     keep_generated_ids: Literal["on", "off"] = "on"  # of chat answers that clients send back as text
+    shared_prefix_cache: bool = False  # among keys
+    lenient: bool = False  # unknown fields of a call are dropped and named
+    allow_request_template: bool = False
     served_model_name: str | None = None  # auto: the model's name
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
@@ -60,7 +76,7 @@ class Option(msgspec.Struct, frozen=True):
     """One setting as users meet it: a flag, an environment variable, a help text."""
 
     name: str
-    kind: Literal["text", "list", "int", "tokens", "bytes", "choice", "bool", "keys", "folder"]
+    kind: Literal["text", "list", "origins", "int", "tokens", "bytes", "choice", "bool", "keys", "file", "folder"]
     help: str
     low: int = 0
     high: int = 0
@@ -79,7 +95,9 @@ SERVE_OPTIONS: tuple[Option, ...] = (
     Option("host", "text", "Address to bind. Beyond loopback an --api-key is needed, or --insecure."),
     Option("port", "int", "Port to bind; 0 takes a free one.", low=0, high=65535),
     Option("api_key", "keys", "Key that clients must send, SECRET or NAME=SECRET; may be given several times."),
+    Option("api_key_file", "file", "TOML file of keys with names, scopes, quotas; closed to other users (mode 600), read again on SIGHUP."),
     Option("allow_host", "list", "Host header to accept besides loopback names and the bind address; may be repeated."),
+    Option("allow_origin", "origins", "Origin of pages elsewhere that may call, such as https://chat.example.org, or * for every page; may be repeated."),
     Option("context", "tokens", "Longest sequence in tokens, or auto.", low=16, high=1 << 20),
     Option("kv_memory", "bytes", "Memory of the KV cache, such as 2GiB, or auto: a quarter of what is available, at most 64 contexts."),
     Option("kv_dtype", "choice", "Keys and values in the KV cache: f16, or int8 with a scale per token and head, about half the memory.", choices=("f16", "int8")),
@@ -90,6 +108,9 @@ SERVE_OPTIONS: tuple[Option, ...] = (
     Option("packed_cache", "folder", "Folder of packed weights, off to pack at every start, or auto: one in the cache folder."),
     Option("huge_pages", "choice", "Weights in huge pages of the engine's own memory (on: faster answers), or mapped from the packed file (off: shared by processes, given back under pressure). auto: on where the system offers them and half of the memory suffices.", choices=("auto", "on", "off")),
     Option("keep_generated_ids", "choice", "Whether an earlier answer that a chat sends back as text keeps the ids that were generated, so that the prefix cache holds it: on, or off to cut its text anew.", choices=("on", "off")),
+    Option("shared_prefix_cache", "bool", "Share cached prompts among keys: faster, but one caller can tell by timing what another has sent."),
+    Option("lenient", "bool", "Drop unknown fields of a call and name them in the header x-jilju-ignored, instead of refusing the call."),
+    Option("allow_request_template", "bool", "Let a call bring a chat template of its own (chat_template)."),
     Option("served_model_name", "text", "Name of the model in the API."),
     Option("log_level", "choice", "How much to log.", choices=("debug", "info", "warning", "error")),
     Option("log_format", "choice", "How to log.", choices=("text", "json")),
@@ -98,6 +119,10 @@ SERVE_OPTIONS: tuple[Option, ...] = (
 
 MAX_BYTES = 1 << 50  # of memory that a setting may name: more than machines have, and its arithmetic fits 64 bits
 HOST_NAME = re.compile(r"[A-Za-z0-9_.-]{1,253}")
+KEY_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+ORIGIN = re.compile(
+    r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9_.-]{1,253}|\[[0-9a-f:.]+\])(?::(?P<port>\d{1,5}))?"
+)
 _UNITS = {"": 1, "B": 1, "K": 1000, "KB": 1000, "KIB": 1 << 10, "M": 10**6, "MB": 10**6, "MIB": 1 << 20, "G": 10**9, "GB": 10**9, "GIB": 1 << 30}  # fmt: skip
 
 
@@ -114,10 +139,12 @@ def parse_bytes(text: str, where: str) -> int:
 
 def _parse(option: Option, given: Any, where: str) -> Any:
     """The typed value of one setting as a flag (already a tuple where it repeats) or an environment variable gives it."""
-    if option.kind in ("list", "keys"):
+    if option.kind in ("list", "keys", "origins"):
         items = tuple(i for i in (given if isinstance(given, tuple) else str(given).split(",")) if i != "")
         if option.kind == "keys":
             return tuple(_parse_key(item, index, where) for index, item in enumerate(items))
+        if option.kind == "origins":
+            return tuple(_parse_origin(item, where) for item in items)
         for item in items:
             _check_host_name(item, where)
         return items
@@ -130,25 +157,40 @@ def _parse(option: Option, given: Any, where: str) -> Any:
         if text not in option.choices:
             raise ConfigError(f"{where} is {text!r}; allowed: {', '.join(option.choices)}")
         return text
-    if option.kind == "text":
+    if option.kind in ("text", "file"):
         if not text:
             raise ConfigError(f"{where} is empty; give a value or leave it out")
-        return text
+        return text if option.kind == "text" else _absolute(text, where, "a file")
     if text == AUTO and option.kind in ("tokens", "bytes", "folder"):
         return None
     if option.kind == "folder":
         if not text:
             raise ConfigError(f"{where} is empty; allowed: auto, off, or a folder")
-        try:
-            return text if text == OFF else str(Path(text).expanduser().absolute())
-        except RuntimeError as error:  # of a ~ that is nobody's
-            raise ConfigError(f"{where} is {text!r}: {error}; allowed: auto, off, or a folder") from None
+        return text if text == OFF else _absolute(text, where, "auto, off, or a folder")
     if option.kind == "bytes":
         return parse_bytes(text, where)
     if not re.fullmatch(r"-?\d{1,18}", text) or not option.low <= int(text) <= option.high:
         auto = "auto or " if option.kind == "tokens" else ""
         raise ConfigError(f"{where} is {text!r}; allowed: {auto}a whole number from {option.low} to {option.high}")
     return int(text)
+
+
+def _absolute(text: str, where: str, allowed: str) -> str:
+    try:
+        return str(Path(text).expanduser().absolute())
+    except RuntimeError as error:  # of a ~ that is nobody's
+        raise ConfigError(f"{where} is {text!r}: {error}; allowed: {allowed}") from None
+
+
+def _parse_origin(text: str, where: str) -> str:
+    """As browsers send it: lower case, no port where it is the scheme's own. "null", which is anybody, is not one."""
+    match = ORIGIN.fullmatch(text.lower())
+    if text != "*" and match is None:
+        raise ConfigError(f"{where} is {text!r}; allowed: *, or scheme://host or scheme://host:port, without a path")
+    usual = {"http": "80", "https": "443"}
+    if match is not None and match["port"] is not None and usual.get(match["scheme"]) == match["port"]:
+        return f"{match['scheme']}://{match['host']}"
+    return text.lower()
 
 
 def _check_host_name(name: str, where: str) -> None:
@@ -164,16 +206,27 @@ def _check_host_name(name: str, where: str) -> None:
 
 def _parse_key(item: str, index: int, where: str) -> ApiKey:
     name, separator, secret = item.partition("=")
-    key = (
-        ApiKey(name, secret)
-        if separator and re.fullmatch(r"[A-Za-z0-9_.-]{1,64}", name) and secret
-        else ApiKey(f"key{index + 1}", item)
-    )
+    key = ApiKey(name, secret) if separator and KEY_NAME.fullmatch(name) and secret else ApiKey(f"key{index + 1}", item)
+    check_secret(key, where)
+    return key
+
+
+def check_secret(key: ApiKey, where: str) -> None:
     if len(key.secret) < 8 or not key.secret.isascii() or not key.secret.isprintable() or " " in key.secret:
         raise ConfigError(
             f"{where}: key {key.name} is not usable; a secret has at least 8 printable ASCII characters and no space"
         )
-    return key
+
+
+def check_distinct(keys: Sequence[ApiKey], where: str) -> None:
+    names = [key.name for key in keys]
+    if len(set(names)) != len(names):
+        raise ConfigError(f"{where}: the names {names} are not distinct; give each key a name of its own")
+    by_secret: dict[str, str] = {}
+    for key in keys:
+        other = by_secret.setdefault(key.secret, key.name)
+        if other != key.name:
+            raise ConfigError(f"{where}: {other} and {key.name} have the same secret; give each key one of its own")
 
 
 def resolve_serve_config(
@@ -199,9 +252,7 @@ def resolve_serve_config(
             )
         else:
             origins[option.name] = "default"
-    names = [key.name for key in values.get("api_key", ())]
-    if len(set(names)) != len(names):
-        raise ConfigError(f"--api-key: the names {names} are not distinct; give each key its own NAME=SECRET")
+    check_distinct(values.get("api_key", ()), "--api-key")
     return ServeConfig(**values, origins=origins)
 
 

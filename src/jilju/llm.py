@@ -48,7 +48,7 @@ REST_OF_CONTEXT = -1
 class TokenLogprob(msgspec.Struct, frozen=True):
     token_id: int
     logprob: float
-    top: list[tuple[int, float]]  # (id, logprob), most probable first
+    top: list[tuple[int, float]]  # (id, logprob), most probable first; or logprob_token_ids in their order
 
 
 class Completion(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +89,7 @@ class _Run:
         assert params.seed is not None
         return Completion(
             prompt=self.prompt, prompt_ids=self.request.prompt_ids, text=self.text, token_ids=self.token_ids, finish_reason=reason,
-            stop_reason=stop, seed=params.seed, logprobs=self.logprobs if params.logprobs is not None else None, num_cached_tokens=num_cached,
+            stop_reason=stop, seed=params.seed, logprobs=self.logprobs if params.wants_logprobs else None, num_cached_tokens=num_cached,
         )  # fmt: skip
 
 

@@ -51,6 +51,8 @@ def make_batch(rows: Sequence[tuple[Sequence[int], int, Sequence[int]]], **colum
         "biases": [],
         "banned_starts": [0] * (n + 1),
         "banned_ids": [],
+        "wanted_starts": [0] * (n + 1),
+        "wanted_ids": [],
         "mask_rows": [-1] * n,
         "masks": np.zeros((0, 2)),
     } | columns
@@ -68,7 +70,10 @@ def make_batch(rows: Sequence[tuple[Sequence[int], int, Sequence[int]]], **colum
 
 
 def alone_of(request: Request, vocab_size: int) -> Alone:
-    params = request.params
+    params, watched = request.params, request.params.repetition_detection
+    repetition = None
+    if watched is not None:
+        repetition = (watched.min_pattern_size, watched.max_pattern_size, watched.min_count)
     return alone(
         AloneRequest(
             prompt_ids=request.prompt_ids,
@@ -84,6 +89,9 @@ def alone_of(request: Request, vocab_size: int) -> Alone:
             logit_bias=params.logit_bias,
             allowed_token_ids=params.allowed_token_ids,
             num_top=params.logprobs or 0,
-            score_prompt=request.score_prompt,
+            logprob_token_ids=params.logprob_token_ids,
+            bad_words_ids=params.bad_words_ids,
+            repetition=repetition,
+            prompt_logprobs=request.prompt_logprobs,
         )
     )

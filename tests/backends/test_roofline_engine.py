@@ -12,6 +12,7 @@ from jilju.engine.loop import Engine
 from jilju.engine.request import (
     EngineEvent,
     PromptScored,
+    RepetitionDetection,
     Request,
     RequestFailed,
     SamplingParams,
@@ -53,16 +54,28 @@ class Simulation:
         tokens = [e for e in events if isinstance(e, TokenEvent)]
         assert [is_terminal(e) for e in events] == [False] * (len(events) - 1) + [True]
         assert [e.token_id for e in tokens] == expected.tokens
-        if request.params.logprobs is not None:
+        if request.params.wants_logprobs:
             assert [e.logprob for e in tokens] == expected.logprobs
             assert [e.top or [] for e in tokens] == (expected.tops or [[]] * len(tokens))
-        scores = [e.logprobs for e in events if isinstance(e, PromptScored)]
+        pieces = [e for e in events if isinstance(e, PromptScored)]
+        scores, tops = [s for e in pieces for s in e.logprobs], [t for e in pieces for t in e.tops or []]
+        assert [e.start for e in pieces] == [1 + sum(len(e.logprobs) for e in pieces[:i]) for i in range(len(pieces))]
         if expected.finish_reason == "no_token":  # the step that should sample may have had the last scores
             assert isinstance(events[-1], RequestFailed)
-            assert not scores or scores == [expected.scores]
+            assert scores == expected.scores[: len(scores)] and tops == expected.score_tops[: len(tops)]
         else:
             assert events[-1].finish_reason == expected.finish_reason
-            assert scores == ([expected.scores] if request.score_prompt else [])
+            assert (scores, tops) == (expected.scores, expected.score_tops)
+
+
+REPETITIONS = (
+    RepetitionDetection(max_pattern_size=3, min_count=2),
+    RepetitionDetection(min_pattern_size=2, max_pattern_size=2, min_count=3),
+)
+
+
+def bad_words(ids: st.SearchStrategy[int]) -> st.SearchStrategy[tuple[tuple[int, ...], ...]]:
+    return st.lists(st.lists(ids, min_size=1, max_size=3).map(tuple), max_size=6).map(tuple)
 
 
 @st.composite
@@ -74,7 +87,7 @@ def requests(draw, index: int, vocab_size: int) -> Request:
         id=f"r{index}",
         prompt_ids=family + draw(st.lists(ids, min_size=1, max_size=6)),
         end_ids=tuple(draw(st.sets(ids, max_size=2))),
-        score_prompt=draw(st.integers(0, 4)) == 0,
+        prompt_logprobs=draw(st.sampled_from([None, None, None, 0, 2])),
         params=SamplingParams(
             seed=draw(st.integers(-(2**63), 2**63 - 1)),
             max_tokens=max_tokens,
@@ -88,6 +101,9 @@ def requests(draw, index: int, vocab_size: int) -> Request:
             if vocab_size > 4
             else None,
             logprobs=draw(st.sampled_from([None, None, 0, 2])),
+            logprob_token_ids=draw(st.one_of(st.none(), st.none(), st.lists(ids, max_size=3).map(tuple))),
+            bad_words_ids=draw(st.one_of(st.just(()), bad_words(ids))),
+            repetition_detection=draw(st.sampled_from([None, None, *REPETITIONS])),
         ),
     )
 

@@ -66,7 +66,10 @@ class CountingExecutor:
     def wait(self):
         n = self.batches[-1].num_logits
         top = np.zeros((n, MAX_TOP), np.int32)
-        return StepResult(np.zeros(n, np.int32), np.zeros(n, np.float32), top, top.astype(np.float32), np.ones(n, bool))
+        wanted = np.zeros(0, np.float32)
+        return StepResult(
+            np.zeros(n, np.int32), np.zeros(n, np.float32), top, top.astype(np.float32), wanted, np.ones(n, bool)
+        )
 
 
 class Profile:

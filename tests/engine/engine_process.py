@@ -13,11 +13,13 @@ import time
 from pathlib import Path
 
 from jilju.clock import WallClock
+from jilju.engine.grammars import Grammars
 from jilju.engine.link import LoadProgress, serve_engine
 from jilju.engine.loop import Engine
 from jilju.errors import StartupError
 
 from .fakes import FakeExecutor, make_limits, tiny_plan
+from .held import source
 
 
 def main() -> None:
@@ -36,7 +38,8 @@ def main() -> None:
                 progress(done, 2, "packing weights")
         limits = make_limits(num_blocks=40, block_size=4, max_rows=8, max_tokens=16)
         executor = FakeExecutor(limits, before_step=lambda: time.sleep(step_s))
-        return Engine(tiny_plan(), executor, limits, WallClock(), load_ms=1.0)
+        grammars = Grammars(source, makes_beside=True, fills_beside=True)
+        return Engine(tiny_plan(), executor, limits, WallClock(), load_ms=1.0, grammars=grammars)
 
     serve_engine(make_engine, socket.socket(fileno=link_fd))
 

@@ -5,11 +5,11 @@ is a hash of its slot, seed and position. A stale block, a wrong table, a false 
 hash, and so changes tokens. Knows nothing of the scheduler.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
-from jilju.engine.request import Request, SamplingParams
+from jilju.engine.request import EngineEvent, PromptScored, RepetitionDetection, Request, SamplingParams
 from jilju.formats.ggml import GgmlType
 from jilju.plan import Batch, KvDtype, KvSpec, Limits, Plan, PlanBuilder, StepResult, WeightSpec
 from jilju.plan.batch import MAX_TOP
@@ -110,6 +110,7 @@ class FakeExecutor:
         batch, self._batch = self._batch, None
         assert batch is not None, "waited for nothing"
         self._before_step()
+        batch.wait_for_masks()
         self.num_steps += 1
         if RAISE_TOKEN in batch.token_ids:
             raise RuntimeError("a token of this step raises")
@@ -141,21 +142,26 @@ class FakeExecutor:
             logprobs=np.zeros(n, np.float32),
             top_ids=np.full((n, MAX_TOP), -1, np.int32),
             top_logprobs=np.zeros((n, MAX_TOP), np.float32),
+            wanted_logprobs=np.zeros(len(batch.wanted_ids), np.float32),
             finite=np.ones(n, np.bool_),
         )
         assert (np.diff(batch.logit_tokens) > 0).all(), "logit rows ascend"
         for i, token in enumerate(batch.logit_tokens.tolist()):
             slot = computed[token]
             chosen = int(batch.targets[i])
-            if chosen < 0:
+            result.finite[i] = not is_nan[token]
+            if chosen < 0 and not (allowed := self._allowed(batch, i)):
+                result.finite[i] = False
+            elif chosen < 0:
                 greedy = batch.temperatures[i] < 1e-4
                 noise = (0, 0) if greedy else (int(batch.seeds[i]), int(batch.positions[i]))
-                chosen = choose(slot, noise, self._changes(batch, i), self._allowed(batch, i), self._vocab)
+                chosen = choose(slot, noise, self._changes(batch, i), allowed, self._vocab)
             result.token_ids[i] = chosen
             result.logprobs[i] = logprob_of(slot, chosen)
             for k in range(int(batch.num_top[i])):
                 result.top_ids[i, k], result.top_logprobs[i, k] = k, logprob_of(slot, k)
-            result.finite[i] = not is_nan[token]
+            for k in range(batch.wanted_starts[i], batch.wanted_starts[i + 1]):
+                result.wanted_logprobs[k] = logprob_of(slot, int(batch.wanted_ids[k]))
         return result
 
     @staticmethod
@@ -189,6 +195,7 @@ def oracle(request: Request, vocab: int = VOCAB) -> tuple[list[int], str]:
         for token in tokens[len(slots) :]:
             slots = np.append(slots, np.uint64(slot_hash(slots, token)))
         banned = set(request.end_ids) if len(output) < params.min_tokens else set()
+        banned |= {word[-1] for word in params.bad_words_ids if ends_with(output, word[:-1])}
         allowed = set(range(vocab) if params.allowed_token_ids is None else params.allowed_token_ids) - banned
         noise = (0, 0) if params.temperature < 1e-4 else (params.seed & MASK, len(tokens))
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
@@ -199,24 +206,54 @@ def oracle(request: Request, vocab: int = VOCAB) -> tuple[list[int], str]:
         output.append(chosen)
         if chosen in request.end_ids:
             return output, "stop"
+        if len(output) >= params.min_tokens and repeats(output, params.repetition_detection):
+            return output, "repetition"
     return output, "length"
 
 
-def oracle_scores(request: Request) -> list[float]:
+def ends_with(output: list[int], end: Sequence[int]) -> bool:
+    return output[len(output) - len(end) :] == list(end) if len(end) <= len(output) else False
+
+
+def repeats(output: list[int], watched: RepetitionDetection | None) -> bool:
+    """As it is written: the last tokens are one pattern, so many times."""
+    if watched is None:
+        return False
+    sizes = range(watched.min_pattern_size, watched.max_pattern_size + 1)
+    return any(ends_with(output, output[-size:] * watched.min_count) for size in sizes)
+
+
+def oracle_scores(request: Request) -> tuple[list[float], list[list[tuple[int, float]]]]:
+    """Logprobs of prompt_ids[1:], and the alternatives at each place if some are asked for."""
     slots = np.empty(0, np.uint64)
-    scores = []
+    scores: list[float] = []
+    tops: list[list[tuple[int, float]]] = []
     for token, following in zip(request.prompt_ids, request.prompt_ids[1:], strict=False):
         slots = np.append(slots, np.uint64(slot_hash(slots, token)))
         scores.append(logprob_of(int(slots[-1]), following))
-    return scores
+        if request.prompt_logprobs:
+            tops.append([(k, logprob_of(int(slots[-1]), k)) for k in range(request.prompt_logprobs)])
+    return scores, tops
+
+
+def joined_scores(events: Iterable[EngineEvent]) -> tuple[list[float], list[list[tuple[int, float]]]]:
+    """What the pieces come to; each begins where the last ended."""
+    scores: list[float] = []
+    tops: list[list[tuple[int, float]]] = []
+    for event in events:
+        if isinstance(event, PromptScored):
+            assert event.start == len(scores) + 1 and event.logprobs
+            scores += event.logprobs
+            tops += event.tops or []
+    return scores, tops
 
 
 def request(
     id: str, prompt: list[int], max_tokens: int = 8, *, seed: int = 0, end_ids: tuple[int, ...] = (), salt: bytes = b"",
-    score_prompt: bool = False, output_ids: list[int] | None = None, **params: object,
+    prompt_logprobs: int | None = None, output_ids: list[int] | None = None, **params: object,
 ) -> Request:  # fmt: skip
     return Request(
-        id=id, prompt_ids=prompt, end_ids=end_ids, salt=salt, score_prompt=score_prompt, output_ids=output_ids or [],
+        id=id, prompt_ids=prompt, end_ids=end_ids, salt=salt, prompt_logprobs=prompt_logprobs, output_ids=output_ids or [],
         params=SamplingParams(seed=seed, max_tokens=max_tokens, **params),  # type: ignore[arg-type]
     )  # fmt: skip
 

@@ -10,17 +10,20 @@ from jilju.errors import Overloaded
 
 MS = 10**6
 S = 10**9
+SCORE_WORK = 0.5  # what scoring a token of a prompt adds to it, in tokens
 
 
 def make(*, rows=4, pool=100_000, coefficients=(4 * MS, MS, 0.0), **limits) -> Admission:
     """A step of one row takes 5 ms, of four rows 8 ms; a token of a prompt 1 ms."""
     admission = Admission(**limits)
-    admission.update(coefficients, rows, pool)
+    admission.update(coefficients, rows, pool, SCORE_WORK)
     return admission
 
 
-def admit(admission: Admission, request_id: str, prompt=10, output=100, *, at=0, running=False, **rank) -> None:
-    admission.admitted(request_id, at, num_prompt_tokens=prompt, max_tokens=output, **rank)
+def admit(
+    admission: Admission, request_id: str, prompt=10, output=100, *, at=0, running=False, scored=0, **rank
+) -> None:
+    admission.admitted(request_id, at, num_prompt_tokens=prompt, max_tokens=output, num_scored_tokens=scored, **rank)
     if running:
         admission.token(request_id)
 
@@ -144,6 +147,15 @@ def test_pairs_of_queries_and_keys_count_as_the_step_times_say():
     admission = make(coefficients=(4 * MS, MS, 100.0))
     admit(admission, "a", prompt=1000)
     assert check(admission) == 1000 * MS + 100 * 1000 * 1001 // 2
+
+
+def test_prompts_that_are_scored_cost_what_the_engine_says():
+    admission = make()
+    admit(admission, "a", prompt=200, scored=200)
+    assert check(admission) == (200 + 200 * SCORE_WORK) * MS
+    assert check(admission, prompt=60, num_sequences=3, num_scored_tokens=60) == (300 + 2 * (20 + 20 * SCORE_WORK)) * MS
+    admission.token("a")
+    assert check(admission) == 0, "it runs"
 
 
 def test_the_last_of_several_sequences_waits_for_the_others():
@@ -291,6 +303,7 @@ REQUESTS = st.lists(
         {
             "prompt": st.integers(1, 3000),
             "output": st.none() | st.integers(0, 2000),
+            "scored": st.sampled_from([0, 0, 500]),
             "priority": st.integers(-2, 2),
             "tenant": st.sampled_from("ab"),
             "running": st.booleans(),
@@ -314,7 +327,7 @@ def test_more_load_is_never_less_wait(requests, more, coefficients, rows, priori
         admit(admission, f"m{index}", **r | {"tenant": "a"})
         before_ns, wait_ns = wait_ns, admission.predicted_wait_ns(priority, "a")
         assert wait_ns >= before_ns - 1, "rounding apart"
-    admission.update((2 * base, 2 * per_token, 0.0), rows, 10**9)
+    admission.update((2 * base, 2 * per_token, 0.0), rows, 10**9, SCORE_WORK)
     assert admission.predicted_wait_ns(priority, "a") == pytest.approx(2 * wait_ns, abs=2, rel=1e-9)
 
 
@@ -328,7 +341,7 @@ def test_a_lower_number_and_a_larger_engine_never_wait_longer(requests, coeffici
     waits = [admission.predicted_wait_ns(priority, "a") for priority in range(-3, 4)]
     assert waits == sorted(waits)
     assert admission.predicted_wait_ns(0, "b") <= admission.predicted_wait_ns(0, "a")
-    admission.update(coefficients, 2 * rows, 2 * pool)
+    admission.update(coefficients, 2 * rows, 2 * pool, SCORE_WORK)
     assert admission.predicted_wait_ns(3, "a") <= waits[-1] + 1
 
 
@@ -342,10 +355,10 @@ class Recount(RuleBasedStateMachine):
         self.waiting: set[str] = set()
         self.running: set[str] = set()
 
-    @rule(name=st.sampled_from("abcdefgh"), prompt=st.integers(1, 300), output=st.none() | st.integers(0, 600), priority=st.integers(-1, 1), tenant=st.sampled_from(["", "t"]))  # fmt: skip
-    def admit(self, name, prompt, output, priority, tenant):
+    @rule(name=st.sampled_from("abcdefgh"), prompt=st.integers(1, 300), output=st.none() | st.integers(0, 600), scored=st.integers(0, 9), priority=st.integers(-1, 1), tenant=st.sampled_from(["", "t"]))  # fmt: skip
+    def admit(self, name, prompt, output, scored, priority, tenant):
         if name not in self.running:
-            admit(self.admission, name, prompt, output, at=self.now, priority=priority, tenant=tenant)
+            admit(self.admission, name, prompt, output, at=self.now, scored=scored, priority=priority, tenant=tenant)
             self.waiting.add(name)
 
     @rule(data=st.data(), wait=st.integers(0, 10 * S), is_started=st.booleans())

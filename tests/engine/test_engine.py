@@ -16,6 +16,7 @@ from jilju.engine.request import (
     PARAM_RANGES,
     EngineEvent,
     PromptScored,
+    RepetitionDetection,
     Request,
     RequestAborted,
     RequestEnded,
@@ -30,7 +31,18 @@ from jilju.engine.step_times import StepTimes
 from jilju.errors import ContextLengthExceeded, EmptyPrompt, KvCapacityExceeded, Overloaded
 from jilju.plan import Limits
 
-from .fakes import NAN_TOKEN, RAISE_TOKEN, VOCAB, FakeExecutor, make_limits, oracle, oracle_scores, request, tiny_plan
+from .fakes import (
+    NAN_TOKEN,
+    RAISE_TOKEN,
+    VOCAB,
+    FakeExecutor,
+    joined_scores,
+    make_limits,
+    oracle,
+    oracle_scores,
+    request,
+    tiny_plan,
+)
 
 PLAN = tiny_plan()
 
@@ -84,11 +96,10 @@ class Harness:
         indexes = [e.index for e in events if isinstance(e, TokenEvent)]
         assert indexes == list(range(len(r.output_ids), len(tokens)))
         assert events[-1].finish_reason == finish_reason
-        if r.score_prompt and not r.output_ids:
-            assert events[0] == PromptScored(request_id=r.id, logprobs=oracle_scores(r))
-            assert sum(isinstance(e, PromptScored) for e in events) == 1
-        else:
-            assert not any(isinstance(e, PromptScored) for e in events)
+        kinds = [isinstance(e, PromptScored) for e in events]
+        assert kinds == sorted(kinds, reverse=True), "scores come before tokens"
+        is_scored = r.prompt_logprobs is not None and not r.output_ids
+        assert joined_scores(events) == (oracle_scores(r) if is_scored else ([], []))
         times = events[-1].times
         if tokens[len(r.output_ids) :]:
             assert times.queued_ns <= times.scheduled_ns <= times.first_token_ns <= times.last_token_ns
@@ -115,7 +126,7 @@ def requests(draw, index: int) -> Request:
         seed=draw(st.integers(-(2**63), 2**63 - 1)),
         end_ids=draw(st.sampled_from([(), (3,), (1, 2, 3, 4, 5)])),
         salt=draw(st.sampled_from([b"", b"a"])),
-        score_prompt=draw(st.integers(0, 5)) == 0,
+        prompt_logprobs=draw(st.sampled_from([None, None, None, None, 0, 2])),
         temperature=draw(st.sampled_from([0.0, 1.0])),
         repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.25])),
         presence_penalty=draw(st.sampled_from([0.0, 0.0, -0.5])),
@@ -124,6 +135,9 @@ def requests(draw, index: int) -> Request:
         allowed_token_ids=draw(st.sampled_from([None, None, (38, 6, 7, 33)])),
         min_tokens=draw(st.integers(0, 4)),
         logprobs=draw(st.sampled_from([None, None, 2])),
+        logprob_token_ids=draw(st.sampled_from([None, None, (), (7, 0, 7)])),
+        bad_words_ids=draw(st.sampled_from([(), (), ((3,), (6, 7), (7, 38, 6))])),
+        repetition_detection=draw(st.sampled_from([None, None, RepetitionDetection(max_pattern_size=3, min_count=2)])),
     )  # fmt: skip
     num_resumed = draw(st.sampled_from([0, 0, 0, 1, 5]))
     tokens, _ = oracle(r)
@@ -193,7 +207,7 @@ def crowds(draw):
     crowd = [
         request(
             f"r{i}", [draw(st.integers(0, VOCAB - 1))] * draw(st.integers(1, 12)), draw(st.integers(6, 24)),
-            seed=i, score_prompt=draw(st.booleans()),
+            seed=i, prompt_logprobs=draw(st.sampled_from([None, 1])),
         )
         for i in range(draw(st.integers(6, 14)))
     ]  # fmt: skip
@@ -272,12 +286,12 @@ def test_max_tokens_zero_ends_without_a_token():
     h = Harness(make_limits())
     h.run(
         request("a", [1, 2, 3], 0),
-        request("b", [1, 2, 3], 0, score_prompt=True),
-        request("c", [4], 0, score_prompt=True),
+        request("b", [1, 2, 3], 0, prompt_logprobs=0),
+        request("c", [4], 0, prompt_logprobs=0),
     )
     assert [type(e) for e in h.events["a"]] == [RequestEnded]
     assert [type(e) for e in h.events["b"]] == [PromptScored, RequestEnded]
-    assert h.events["c"][0] == PromptScored(request_id="c", logprobs=[])
+    assert [type(e) for e in h.events["c"]] == [RequestEnded], "nothing comes before its only token"
 
 
 # ---- the schedule ---------------------------------------------------------------------------------------------------
@@ -364,7 +378,7 @@ def test_preemption_takes_the_youngest_and_loses_nothing():
 
 def test_scoring_a_prompt_survives_chunks_and_preemption():
     h = Harness(make_limits(num_blocks=12, block_size=2, max_rows=4, max_tokens=3))
-    rs = [request(f"r{i}", [i, i + 1, i + 2, i + 3, i, i, i + 5], 10, seed=i, score_prompt=True) for i in range(4)]
+    rs = [request(f"r{i}", [i, i + 1, i + 2, i + 3, i, i, i + 5], 10, seed=i, prompt_logprobs=2) for i in range(4)]
     h.run(*rs)
     for r in rs:
         h.assert_like_alone(r)

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jilju.config import SERVE_OPTIONS
+from jilju.engine.client import EngineStatus
 from jilju.engine.link import (
     MAX_FRAME_BYTES,
     Abort,
@@ -16,10 +18,13 @@ from jilju.engine.link import (
     FrameWriter,
     Hello,
     LinkBroken,
+    Stepped,
     Submit,
     ToEngine,
     ToServer,
 )
+from jilju.engine.request import PromptScored
+from jilju.plan.batch import MAX_TOP
 
 from .fakes import request
 
@@ -86,3 +91,18 @@ def test_length_and_type_are_bounded():
     with pytest.raises(LinkBroken, match="not a message"):
         body = msgspec.msgpack.encode([3, 0])
         FrameReader(ToEngine, 3).feed(len(body).to_bytes(4, "little") + zlib.crc32(body).to_bytes(4, "little") + body)
+
+
+def test_scores_of_the_largest_step_fit_a_frame():
+    """They come in pieces of a step, and of those the command line allows no larger ones."""
+    most = next(option.high for option in SERVE_OPTIONS if option.name == "step_tokens")
+    top = [(2**31 - 1, -123.456)] * MAX_TOP
+    scored = PromptScored(request_id="r" * 64, start=2**31 - 1, logprobs=[-123.456] * most, tops=[top] * most)
+    status = EngineStatus(
+        state="ready", num_running=1, num_waiting=0, num_blocks_free=1, num_blocks_cached=2, num_blocks_held=3,
+        last_step_age_s=0, num_restarts=0, imbalance=0,
+    )  # fmt: skip
+    message = Stepped([scored], [], status, [], 0)
+    frame = FrameWriter(1).frame(message)
+    assert len(frame) < MAX_FRAME_BYTES / 4
+    assert FrameReader(ToServer, 1).feed(frame) == [message]

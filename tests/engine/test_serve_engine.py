@@ -5,6 +5,8 @@ import threading
 import time
 
 from jilju.clock import VirtualClock, WallClock
+from jilju.engine import link
+from jilju.engine.grammars import Grammars
 from jilju.engine.link import (
     LINK_VERSION,
     SILENCE_NS,
@@ -23,23 +25,24 @@ from jilju.engine.loop import Engine
 from jilju.engine.request import RequestAborted, RequestFailed, TokenEvent
 
 from .fakes import FakeExecutor, make_limits, oracle, request, tiny_plan
+from .held import held, source
 
 
 class Served:
     """An engine that runs its steps in a thread, and the server's side of its link by hand."""
 
-    def __init__(self, buffer_bytes: int | None = None):
+    def __init__(self, buffer_bytes: int | None = None, grammars: Grammars | None = None):
         self.sock, theirs = socket.socketpair()
         if buffer_bytes is not None:
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
         limits = make_limits(num_blocks=200)
         self.executor = FakeExecutor(limits)
-        engine = Engine(tiny_plan(), self.executor, limits, WallClock())
+        self.engine = Engine(tiny_plan(), self.executor, limits, WallClock(), grammars=grammars)
         self._writer, self._reader = FrameWriter(1), FrameReader(ToServer, 1)
         self._end = ServerEnd(theirs, WallClock())
         self.send(Hello(LINK_VERSION))
         assert self._end.greet()
-        self._thread = threading.Thread(target=run_steps, args=(engine, self._end))
+        self._thread = threading.Thread(target=run_steps, args=(self.engine, self._end))
         self._thread.start()
 
     def send(self, message) -> None:
@@ -126,3 +129,47 @@ def test_a_server_that_is_silent_gets_no_further_steps():
     assert received == [[]]
     end.close()
     ours.close()
+
+
+def test_a_grammar_is_made_while_streams_go_on_and_others_are_refused():
+    may_build = threading.Event()
+
+    def build():
+        assert may_build.wait(60)
+        return source()
+
+    with Served(grammars=Grammars(build, makes_beside=True, fills_beside=True)) as served:
+        served.send(Submit(held("held", "choice")))
+        served.send(Submit(request("free", [1, 2], 9)))
+        served.send(Submit(held("gone", "choice")))
+        served.send(Abort("gone"))
+        tokens: dict[str, list[int]] = {"free": [], "held": []}
+        ended = []
+        for frame in served.steps():
+            for event in frame.events:
+                if isinstance(event, TokenEvent):
+                    tokens[event.request_id].append(event.token_id)
+                    ended += [event.request_id] if event.finish_reason is not None else []
+                else:
+                    assert isinstance(event, RequestAborted) and event.request_id == "gone"
+            if "free" in ended:
+                may_build.set()
+            if "held" in ended:
+                break
+        assert ended == ["free", "held"] and tokens["free"] == oracle(request("free", [1, 2], 9))[0]
+        assert tokens["held"]
+
+
+def test_an_engine_at_rest_makes_ready_for_grammars(monkeypatch):
+    monkeypatch.setattr(link, "REST_S", 0.01)
+    built = threading.Event()
+
+    def build():
+        built.set()
+        return source()
+
+    with Served(grammars=Grammars(build, makes_beside=True)) as served:
+        assert built.wait(60)
+        served.send(Submit(request("a", [1], 2)))
+        frame = next(frame for frame in served.steps() if not frame.next_ids and frame.events)
+        assert frame.status.num_running == 0

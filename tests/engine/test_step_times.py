@@ -69,15 +69,15 @@ def test_one_disturbed_step_does_not_upset_it():
 
 @given(
     st.tuples(st.floats(0, 1e8), st.floats(0, 1e7), st.floats(0, 1e4)),
-    st.integers(0, 100_000), st.integers(1, 8192), st.integers(-10, 10**9),
+    st.integers(0, 100_000), st.integers(1, 8192), st.integers(-10, 10**9), st.sampled_from([1.0, 1.4, 2.7]),
 )  # fmt: skip
-def test_a_chunk_within_a_time_is_the_longest_that_takes_no_more(prior, start, most, left_ns):
+def test_a_chunk_within_a_time_is_the_longest_that_takes_no_more(prior, start, most, left_ns, weight):
     times = StepTimes(prior)
-    count = times.chunk_within(left_ns, start, most)
+    count = times.chunk_within(left_ns, start, most, weight)
     assert 0 <= count <= most
-    assert times.chunk_ns(start, count) <= max(left_ns, 0) * (1 + 1e-9)
+    assert times.chunk_ns(start, count, weight) <= max(left_ns, 0) * (1 + 1e-9)
     if count < most and left_ns > 0:
-        assert times.chunk_ns(start, count + 1) > left_ns * (1 - 1e-9)
+        assert times.chunk_ns(start, count + 1, weight) > left_ns * (1 - 1e-9)
 
 
 @given(st.lists(st.tuples(st.integers(1, 8192), st.integers(0, 10**8), st.integers(0, 10**11)), max_size=60))

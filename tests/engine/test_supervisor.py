@@ -29,7 +29,7 @@ from jilju.engine.request import (
 from jilju.engine.supervisor import MAX_RESTARTS, NUM_PROBATION_STEPS, STEP_S_MAX, WATCHDOG_S, Supervisor
 from jilju.errors import ContextLengthExceeded, EngineUnavailable, NotReady, Overloaded, StartupError
 
-from .fakes import oracle, oracle_scores, request
+from .fakes import joined_scores, oracle, oracle_scores, request
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "tests.engine.engine_process"]
@@ -40,7 +40,7 @@ SECOND = 10**9
 
 INFO = EngineInfo(
     kernel_set="fake", invariant=True, num_threads=1, max_context=100, block_size=4, num_blocks=40, max_rows=8, step_tokens=16,
-    token_gap_ms=100.0, weight_bytes=1, kv_bytes=1, workspace_bytes=1, load_ms=500.0,
+    token_gap_ms=100.0, score_work=0.3, weight_bytes=1, kv_bytes=1, workspace_bytes=1, load_ms=500.0,
 )  # fmt: skip
 STATUS = EngineStatus(
     state="ready", num_running=1, num_waiting=0, num_blocks_free=1, num_blocks_cached=2, num_blocks_held=3,
@@ -55,6 +55,10 @@ def record(**fields) -> StepRecord:
 
 def stepped(*events, next_ids=(), predicted_ns=0, **fields) -> Stepped:
     return Stepped(list(events), [record(**fields)], STATUS, list(next_ids), predicted_ns)
+
+
+def scored(request_id: str, start: int, count: int) -> PromptScored:
+    return PromptScored(request_id=request_id, start=start, logprobs=[-1.0] * count)
 
 
 def token(request_id: str, index: int, **fields) -> TokenEvent:
@@ -89,14 +93,34 @@ def test_frames_of_an_older_epoch_are_dropped():
 
 def test_a_resubmission_carries_on_where_the_stream_is():
     core = ready_core()
-    core.submit(request("a", [1, 2], score_prompt=True), 1)
+    core.submit(request("a", [1, 2], prompt_logprobs=0), 1)
     core.submit(request("b", [3]), 2)
-    core.receive(1, stepped(PromptScored(request_id="a", logprobs=[-1.0]), token("a", 0), token("b", 0)), 3)
-    core.receive(1, stepped(token("b", 1)), 4)
+    core.submit(request("c", [1, 2, 3, 4, 5, 6], prompt_logprobs=1), 2)
+    core.receive(1, stepped(scored("a", 1, 1), token("a", 0), token("b", 0), scored("c", 1, 2)), 3)
+    core.receive(1, stepped(token("b", 1), scored("c", 3, 1)), 4)
     core.ended(5)
-    a, b = core.resubmissions()
-    assert (a.id, a.output_ids, a.score_prompt, a.num_prompt_tokens) == ("a", [10], False, 2)
+    a, b, c = core.resubmissions()
+    assert (a.id, a.output_ids, a.num_scored, a.num_prompt_tokens) == ("a", [10], 1, 2)
     assert (b.id, b.output_ids) == ("b", [10, 11])
+    assert (c.id, c.output_ids, c.prompt_logprobs, c.num_scored) == ("c", [], 1, 3)
+
+
+@pytest.mark.parametrize(
+    "pieces", [[(2, 1)], [(1, 0)], [(1, 3)], [(1, 1), (1, 1)], [(1, 1), (3, 1)], [(1, 2), (3, 1)], [(0, 1)]]
+)
+def test_scores_that_are_not_the_next_break_the_link(pieces):
+    core = ready_core()
+    core.submit(request("a", [1, 2, 3], prompt_logprobs=0), 1)
+    with pytest.raises(LinkBroken, match=r"scores .* of a came"):
+        core.receive(1, stepped(*(scored("a", *piece) for piece in pieces)), 3)
+    assert core.resubmissions()[0].num_scored == 0, "a frame counts whole or not at all"
+
+
+def test_scores_that_nobody_asked_for_break_the_link():
+    core = ready_core()
+    core.submit(request("a", [1, 2, 3]), 1)
+    with pytest.raises(LinkBroken, match="scores 1 to 2 of a came"):
+        core.receive(1, stepped(scored("a", 1, 1)), 3)
 
 
 def test_times_span_engines_and_resume_is_the_gap():
@@ -366,7 +390,9 @@ def test_streams_outlive_kills_at_random_moments(folder):
         client = make_client(folder, step_ms=2)
         await client.start()
         requests = [
-            request(f"r{i}", [i] * (3 + 2 * i), 120, seed=i, repetition_penalty=1.1, score_prompt=i == 3)
+            request(
+                f"r{i}", [i] * (3 + 2 * i), 120, seed=i, repetition_penalty=1.1, prompt_logprobs=2 if i == 3 else None
+            )
             for i in range(8)
         ]
         answers = [asyncio.create_task(collect(client.submit(r))) for r in requests]
@@ -384,8 +410,7 @@ def test_streams_outlive_kills_at_random_moments(folder):
             times = events[-1].times
             assert times.queued_ns < times.scheduled_ns < times.first_token_ns < times.last_token_ns
             assert 0 < times.resume_ns < times.last_token_ns - times.first_token_ns
-            scored = [e for e in events if isinstance(e, PromptScored)]
-            assert scored == ([PromptScored(request_id=r.id, logprobs=oracle_scores(r))] if r.score_prompt else [])
+            assert joined_scores(events) == (oracle_scores(r) if r.prompt_logprobs is not None else ([], []))
         status = client.status()
         assert status.num_restarts == num_kills == 5 and status.num_resumed >= 8 and status.imbalance == 0
         assert status.num_blocks_held == 0

@@ -31,6 +31,7 @@ class Logit(NamedTuple):
     counts: Mapping[int, int] = {}  # of ids in the output; 0: in the prompt alone
     bias: Mapping[int, float] = {}
     banned_ids: Sequence[int] = ()
+    wanted_ids: Sequence[int] = ()
     mask: np.ndarray | None = None  # uint32 [ceil(vocab / 32)]
 
 
@@ -75,6 +76,8 @@ def make_batch(rows: Sequence[BatchRow], logits: Sequence[Logit] = ()) -> Batch:
         biases=joined((logit.bias.values() for logit in logits), np.float32),
         banned_starts=starts(logit.banned_ids for logit in logits),
         banned_ids=joined((logit.banned_ids for logit in logits), np.int32),
+        wanted_starts=starts(logit.wanted_ids for logit in logits),
+        wanted_ids=joined((logit.wanted_ids for logit in logits), np.int32),
         mask_rows=np.where(has_mask, np.cumsum(has_mask) - 1, -1).astype(np.int32),
         masks=np.stack(masks) if masks else np.zeros((0, 0), np.uint32),
     )

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jilju.backends import reference
 from jilju.plan import Batch, Executor, StepResult
-from jilju.plan.batch import MAX_TOP
+from jilju.plan.batch import MAX_TOP, MAX_WANTED
 from tests.model.batches import BatchRow, Logit, make_batch, run
 from tests.native.plans import loaded, rows_of_logits, table_of_logits
 
@@ -81,6 +81,7 @@ def logit_rows(draw: st.DrawFn, vocab: int) -> Logit:
         counts={i % vocab: i % 5 for i in draw(st.lists(ids, max_size=draw(lists)))},
         bias={i: (i % 401 - 200) / 2 for i in draw(st.lists(ids, max_size=draw(lists)))},
         banned_ids=sorted(set(draw(st.lists(ids, max_size=draw(lists))))),
+        wanted_ids=draw(st.lists(ids, max_size=draw(st.sampled_from([0, 0, 3, MAX_WANTED])))),
         mask=mask,
     )
 
@@ -105,7 +106,7 @@ def test_draws_equal_the_reference(
     rows = [BatchRow([token for token, _ in cases], 0, range(3))]
     batch = make_batch(rows, [logit._replace(token=i) for i, (_, logit) in enumerate(cases)])
     got, alone = (run(executor, batch) for executor in executors[vocab])
-    for field in ("token_ids", "logprobs", "top_ids", "top_logprobs", "finite"):
+    for field in ("token_ids", "logprobs", "top_ids", "top_logprobs", "wanted_logprobs", "finite"):
         assert getattr(got, field).tobytes() == getattr(alone, field).tobytes(), f"threads change {field}"
     assert_like_reference(got, batch, cases, vocab)
 
@@ -139,6 +140,8 @@ def assert_like_reference(got: StepResult, batch: Batch, cases: list[tuple[int, 
     np.testing.assert_array_equal(got.top_ids[good], want.top_ids[good])
     np.testing.assert_allclose(got.logprobs[good], want.logprobs[good], rtol=2**-21, atol=2**-19)
     np.testing.assert_allclose(got.top_logprobs[good], want.top_logprobs[good], rtol=2**-21, atol=2**-19)
+    good = np.repeat(good, np.diff(batch.wanted_starts))
+    np.testing.assert_allclose(got.wanted_logprobs[good], want.wanted_logprobs[good], rtol=2**-21, atol=2**-19)
 
 
 def test_the_draws_follow_the_distribution(executors: dict[int, tuple[Executor, Executor]]) -> None:
@@ -199,6 +202,28 @@ def test_each_change_moves_what_it_says(executors: dict[int, tuple[Executor, Exe
         result = run(executor, batch)
         assert result.token_ids.tolist() == [token_id for _, token_id in cases]
         np.testing.assert_allclose(result.logprobs, -math.log(203), rtol=1e-6, err_msg="of the raw logits")
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_wanted_ids_are_reported_in_their_order_of_the_raw_logits(backend: str) -> None:
+    """Whatever changes the row's own logits, of sampled and scored rows alike; rows that want none are skipped."""
+    executor = loaded(*rows_of_logits(LOGITS[1003]), backend=backend)
+    changes = {"bias": {7: 3.0}, "counts": {9: 2}, "repetition_penalty": 1.5, "banned_ids": [1002]}
+    logits = [
+        Logit(0, wanted_ids=[1002, 7, 7, 0], **changes),
+        Logit(0, num_top=3),
+        Logit(0, target=5, wanted_ids=[5, 9]),
+    ]
+    result = run(executor, make_batch([BatchRow([0], 0, [0])], logits))
+    want = reference.log_softmax(LOGITS[1003][0])[[1002, 7, 7, 0, 5, 9]]
+    np.testing.assert_allclose(result.wanted_logprobs, want, rtol=2**-21, atol=2**-19)
+    assert result.wanted_logprobs[4] == result.logprobs[2]
+
+
+@pytest.mark.parametrize("wanted", [[1003], [-1], [0] * (MAX_WANTED + 1)], ids=["beyond", "negative", "too many"])
+def test_wrong_wanted_ids_are_refused(executors: dict[int, tuple[Executor, Executor]], wanted: list[int]) -> None:
+    with pytest.raises(ValueError, match="wanted id"):
+        run(executors[1003][0], make_batch([BatchRow([0], 0, [0])], [Logit(0, wanted_ids=wanted)]))
 
 
 @pytest.mark.parametrize("vocab", VOCABS)

@@ -13,6 +13,7 @@ from jilju.engine.client import EngineInfo, EngineState, EngineStatus
 from jilju.engine.events import EventLog, StepRecord
 from jilju.engine.request import (
     EngineEvent,
+    PromptScored,
     Request,
     RequestAborted,
     RequestEnded,
@@ -22,6 +23,7 @@ from jilju.engine.request import (
 )
 from jilju.errors import InvalidValue, NotReady, StartupError
 from jilju.serve.context import ServerContext
+from jilju.text.grammar import GrammarSource
 from jilju.text.template import ChatTemplate
 
 BOS, EOS, EOT = 256, 257, 258
@@ -85,6 +87,20 @@ def logprobs_of(token_id: int, count: int) -> list[tuple[int, float]]:
     return [((token_id + step * 7) % 256, -0.25 * (step + 1)) for step in range(count)]
 
 
+class StubCompiler:
+    """Takes every grammar as it is, and remembers it."""
+
+    def __init__(self) -> None:
+        self.sources: list[GrammarSource] = []
+
+    async def compile(self, source: GrammarSource, *, param: str | None = None) -> str:
+        self.sources.append(source)
+        return f"{source.kind}: {source.text}"
+
+    async def close(self) -> None:
+        pass
+
+
 @dataclass(eq=False)
 class StubClient:
     answer: Callable[[Request], Sequence[int]] = answer_ids
@@ -94,6 +110,7 @@ class StubClient:
     clock: Clock = field(default_factory=WallClock)
     num_cached: int = 3
     fail: Callable[[Request, int], RequestFailed | None] = lambda request, index: None
+    max_context: int = 512
     queue_ns: int = 0  # told as the wait for the first step
     hang_at: int | None = None  # gives no token from that index on, until aborted
     load_error: str | None = None
@@ -120,8 +137,8 @@ class StubClient:
     def _loaded(self) -> None:
         self.state = "ready"
         self.info = EngineInfo(
-            kernel_set="stub", invariant=True, num_threads=1, max_context=512, block_size=16, num_blocks=64, max_rows=8,
-            step_tokens=64, token_gap_ms=50.0, weight_bytes=0, kv_bytes=0, workspace_bytes=0, load_ms=10.0,
+            kernel_set="stub", invariant=True, num_threads=1, max_context=self.max_context, block_size=16, num_blocks=64, max_rows=8,
+            step_tokens=64, token_gap_ms=50.0, score_work=0.5, weight_bytes=0, kv_bytes=0, workspace_bytes=0, load_ms=10.0,
         )  # fmt: skip
 
     async def start(self) -> None:
@@ -154,6 +171,11 @@ class StubClient:
         try:
             scheduled = queued + self.queue_ns
             await asyncio.sleep(self.prefill_delay_s)
+            if request.prompt_logprobs is not None:
+                for start in range(1, len(request.prompt_ids), 7):
+                    ids = request.prompt_ids[start : start + 7]
+                    tops = [logprobs_of(id_, request.prompt_logprobs) for id_ in ids]
+                    yield PromptScored(request_id=request.id, start=start, logprobs=[-0.25] * len(ids), tops=tops)
             if params.max_tokens == 0:
                 yield RequestEnded(request_id=request.id, finish_reason="length", times=times())
                 return
@@ -179,9 +201,11 @@ class StubClient:
                 num_made += 1
                 reason = "stop" if token_id in request.end_ids else "length" if num_made == params.max_tokens else None
                 top = None if params.logprobs is None else logprobs_of(token_id, params.logprobs)
+                if params.logprob_token_ids is not None:
+                    top = [(wanted, -0.5) for wanted in params.logprob_token_ids]
                 yield TokenEvent(
                     request_id=request.id, index=index, token_id=token_id, finish_reason=reason, top=top,
-                    logprob=None if params.logprobs is None else -0.25, times=times() if reason else None,
+                    logprob=None if params.logprobs is None else -0.25, times=times() if reason or index == 0 else None,
                 )  # fmt: skip
                 if reason:
                     return
@@ -222,9 +246,10 @@ def make_context(client: StubClient | None = None, **changes: object) -> ServerC
     settings: dict[str, object] = {
         "model_name": "stub",
         "tokenizer": ByteTokenizer(),
+        "workers": StubCompiler(),
         "template": ChatTemplate(TEMPLATE, bos_token="<|bos|>", eos_token="<|eos|>"),
         "client": client or StubClient(),
-        "max_context": 512,
+        "max_context": 512 if client is None else client.max_context,
         "fingerprint": "fp_stub",
         "version": "0.0.test",
     }

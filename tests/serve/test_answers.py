@@ -72,7 +72,8 @@ async def test_chat_answers_whole(connect: Connect) -> None:
         "prompt_tokens": len(prompt),
         "completion_tokens": num_tokens,
         "total_tokens": len(prompt) + num_tokens,
-        "prompt_tokens_details": {"cached_tokens": 3},
+        "prompt_tokens_details": {"cached_tokens": 3, "cache_write_tokens": len(prompt) - 3, "truncated_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     assert "timings" not in data
 
@@ -170,7 +171,11 @@ async def test_stop_string_ends_the_text_aborts_and_is_counted_to_its_last_token
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("one two ", "stop", "STOP")
     assert data["usage"]["completion_tokens"] == len("one two STOP")
     assert stub.aborted == [stub.requests[0].id]
-    assert data["usage"]["prompt_tokens_details"] == {"cached_tokens": 1}
+    assert data["usage"]["prompt_tokens_details"] == {
+        "cached_tokens": 1,
+        "cache_write_tokens": 0,
+        "truncated_tokens": 0,
+    }
 
 
 async def test_stop_token_id_is_named_and_shows_no_text(connect: Connect) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jilju.clock import VirtualClock
 from jilju.serve.openai_chat import CHAT as CHAT_RULES
 from jilju.serve.openai_completions import COMPLETION as COMPLETION_RULES
-from jilju.serve.sampling import LATER, NO_OPS
+from jilju.serve.sampling import NO_OPS, UNSUPPORTED
 
 from .conftest import Connect
 from .stub import ByteTokenizer, StubClient
@@ -27,7 +27,7 @@ NAMES = st.sampled_from(
     sorted(
         CHAT_RULES.fields
         | COMPLETION_RULES.fields
-        | set(LATER)
+        | set(UNSUPPORTED)
         | set(NO_OPS)
         | {"type", "text", "role", "tokens", "n\0"}
     )
@@ -75,6 +75,19 @@ SHARED_GOOD: dict[str, set[str]] = {
     "stream": BOOLS,
     "stream_options": set(),  # never without stream
     "return_token_ids": BOOLS,
+    "return_tokens_as_token_ids": BOOLS,
+    "return_prompt_text": BOOLS,
+    "return_token_offsets": {"false"},
+    "stream_interval": in_range(1, 2**31 - 1, integral=True),
+    "bad_words": {"list", "strings", "17 strings"},
+    "logprob_token_ids": {"list"},  # more needs logprobs
+    "prompt_logprobs": in_range(0, 20, integral=True),
+    "repetition_detection": {"loop"},
+    "response_format": {"no format", "json object"},
+    "structured_outputs": {"any json"},
+    "include_stop_str_in_output": BOOLS,
+    "truncate_prompt_tokens": in_range(-1, 2**31 - 1, integral=True) - {"0"},
+    "truncation_side": {"left"},
     "timings": BOOLS,
     "n": in_range(1, 16, integral=True),
     "cache_salt": {"one", "nul"},
@@ -94,11 +107,23 @@ GOOD = {
         "logprobs": BOOLS,
         "top_logprobs": {"0"},  # more needs logprobs
         "min_tokens": in_range(0, 400, integral=True),
+        "tools": {"list"},
+        "tool_choice": set(),  # of texts none, auto and required
+        "parallel_tool_calls": BOOLS,
+        "reasoning_effort": set(),
+        "include_reasoning": BOOLS,
+        "add_generation_prompt": BOOLS,
+        "continue_final_message": BOOLS,
+        "chat_template_kwargs": {"object"},
+        "chat_template": set(),
+        "documents": {"list"},
     },
     COMPLETIONS: SHARED_GOOD
     | {
         "prompt": {"one", "nul", "strings", "ids", "17 strings", "string of 257", "65 ids"},
         "logprobs": in_range(0, 20, integral=True),
+        "best_of": in_range(1, 16, integral=True),
+        "echo": BOOLS,
     },
 }
 BASE = {CHAT: chat_body("hi"), COMPLETIONS: {"prompt": "hi"}}
@@ -122,7 +147,8 @@ async def test_each_field_with_each_class_of_value(connect: Connect, path: str, 
                 )
                 assert len(error["message"]) < 500
                 assert error["code"] in ("invalid_value", "missing_parameter", "empty_prompt", "unsupported_parameter",
-                                         "unknown_parameter", "context_length_exceeded", "no_allowed_token"), error  # fmt: skip
+                                         "unknown_parameter", "context_length_exceeded", "no_allowed_token",
+                                         "conflicting_parameters"), error  # fmt: skip
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
@@ -147,14 +173,22 @@ async def test_fields_of_later_are_refused_unless_off(connect: Connect, path: st
 
 
 def test_true_is_not_one() -> None:
-    assert LATER["stream_interval"] == (1,)
+    assert UNSUPPORTED["length_penalty"] == (1,)
+
+
+CALL = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "f", "parameters": {"type": "object", "properties": {"x": {"type": "integer"}}}},
+}
 
 
 async def test_unknown_fields_at_every_depth(connect: Connect) -> None:
     user = {"role": "user", "content": "x"}
+    assistant = {"role": "assistant", "content": None}
     cases: list[tuple[dict[str, Any], str, str]] = [
         (chat_body(n=True), "invalid_value", "n"),
-        (chat_body(stream_interval=True), "unsupported_parameter", "stream_interval"),
+        (chat_body(length_penalty=True), "unsupported_parameter", "length_penalty"),
         (chat_body(nonsense=1), "unknown_parameter", "nonsense"),
         (chat_body(nonsense=None), "unknown_parameter", "nonsense"),
         (chat_body(**{"x" * 300: 1}), "unknown_parameter", "x" * 200),
@@ -169,9 +203,50 @@ async def test_unknown_fields_at_every_depth(connect: Connect) -> None:
         ({"messages": [{"role": "user"}]}, "missing_parameter", "messages[0].content"),
         ({"messages": [{"role": "user", "content": None}]}, "missing_parameter", "messages[0].content"),
         ({"messages": [user, {"role": "robot", "content": "x"}]}, "invalid_value", "messages[1].role"),
-        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "invalid_value", "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "missing_parameter", "messages[0].tool_call_id"),
+        ({"messages": [{"role": "function", "content": "x", "name": "f"}]}, "invalid_value", "messages[0].role"),
         ({"messages": [user | {"x": 1}]}, "unknown_parameter", "messages[0].x"),
-        ({"messages": [user | {"tool_calls": [{}]}]}, "unsupported_parameter", "messages[0].tool_calls"),
+        ({"messages": [user | {"tool_calls": [{}]}]}, "missing_parameter", "messages[0].tool_calls[0].function"),
+        ({"messages": [user | {"tool_calls": [CALL]}]}, "invalid_value", "messages[0].tool_calls"),
+        ({"messages": [assistant | {"tool_calls": [CALL | {"x": 1}]}]}, "unknown_parameter", "messages[0].tool_calls[0].x"),
+        ({"messages": [assistant | {"tool_calls": [CALL | {"type": "custom"}]}]}, "unsupported_parameter", "messages[0].tool_calls[0].type"),
+        ({"messages": [assistant | {"tool_calls": [CALL | {"function": {"name": "f", "arguments": "[1]"}}]}]},
+         "invalid_value", "messages[0].tool_calls[0].function.arguments"),
+        (chat_body(tools=[{"type": "web_search"}]), "unsupported_parameter", "tools[0].type"),
+        (chat_body(tools=[{"type": "function", "function": {"name": "f", "x": 1}}]), "unknown_parameter", "tools[0].function.x"),
+        (chat_body(tools=[TOOL, TOOL]), "invalid_value", "tools[1].function.name"),
+        (chat_body(tools=[TOOL] * 129), "invalid_value", "tools"),
+        (chat_body(tools=[{"type": "function", "function": {"name": "a b"}}]), "invalid_value", "tools[0].function.name"),
+        (chat_body(tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]), "invalid_value",
+         "tools[0].function.parameters.type"),
+        (chat_body(tools=[{"type": "function", "function": {"name": "f", "parameters": {"description": "x" * 70_000}}}]), "invalid_value",
+         "tools[0].function.parameters"),
+        (chat_body(tool_choice="required"), "invalid_value", "tool_choice"),
+        (chat_body(tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}), "invalid_value", "tool_choice.function.name"),
+        (chat_body(tools=[TOOL], tool_choice={"type": "function", "function": {}}), "missing_parameter", "tool_choice.function.name"),
+        (chat_body(tools=[TOOL], response_format={"type": "json_object"}), "conflicting_parameters", "tools"),
+        (chat_body(structured_outputs={"json_object": True}, response_format={"type": "json_object"}), "conflicting_parameters",
+         "structured_outputs"),
+        (chat_body(structured_outputs={"regex": "a", "choice": ["a"]}), "conflicting_parameters", "structured_outputs"),
+        (chat_body(structured_outputs={}), "conflicting_parameters", "structured_outputs"),
+        (chat_body(structured_outputs={"json": "{"}), "invalid_value", "structured_outputs.json"),
+        (chat_body(structured_outputs={"whitespace_pattern": " "}), "unsupported_parameter", "structured_outputs.whitespace_pattern"),
+        (chat_body(response_format={"type": "json_schema"}), "missing_parameter", "response_format.json_schema"),
+        (chat_body(response_format={"type": "json_schema", "json_schema": {"schema": {}}}), "missing_parameter", "response_format.json_schema.name"),
+        (chat_body(response_format={"type": "grammar"}), "invalid_value", "response_format.type"),
+        (chat_body(reasoning_effort="low"), "unsupported_parameter", "reasoning_effort"),
+        (chat_body(chat_template="{{ messages }}"), "unsupported_parameter", "chat_template"),
+        (chat_body(chat_template_kwargs={"enable_thinking": True}), "invalid_value", "chat_template_kwargs"),
+        (chat_body(chat_template_kwargs={"tokenize": True}), "invalid_value", "chat_template_kwargs"),
+        (chat_body(chat_template_kwargs={"add_generation_prompt": True}), "invalid_value", "chat_template_kwargs"),
+        (chat_body(documents=[{"title": "a"}]), "unsupported_parameter", "documents"),
+        (chat_body(add_generation_prompt=True, continue_final_message=True), "conflicting_parameters", "continue_final_message"),
+        (chat_body(prompt_logprobs=1, stream=True), "conflicting_parameters", "prompt_logprobs"),
+        (chat_body(repetition_detection={"max_pattern_size": 2, "min_pattern_size": 3, "min_count": 2}), "invalid_value",
+         "repetition_detection.min_pattern_size"),
+        (chat_body(logprob_token_ids=[1]), "invalid_value", "logprob_token_ids"),
+        (chat_body(logprobs=True, logprob_token_ids=[259]), "invalid_value", "logprob_token_ids[0]"),
+        (chat_body(thinking_token_budget=5), "unsupported_parameter", "thinking_token_budget"),
         ({"messages": [user | {"content": 1}]}, "invalid_value", "messages[0].content"),
         ({"messages": [user | {"content": []}]}, "invalid_value", "messages[0].content"),
         ({"messages": [user | {"content": ["x"]}]}, "invalid_value", "messages[0].content[0]"),

@@ -17,6 +17,7 @@ from jilju.engine.admission import Admission, _Sums
 from jilju.engine.blocks import BlockPool
 from jilju.engine.link import EngineTurns, FrameReader
 from jilju.engine.loop import Engine
+from jilju.engine.matcher import Grammar
 from jilju.engine.pack import _Logits
 from jilju.engine.prefix import PrefixIndex
 from jilju.engine.queue import WaitingQueue, _Class, due_ns
@@ -162,11 +163,11 @@ BUGS = (
     ),
     Bug(
         "hit_leaves_nothing_to_compute", "prefix", "A prompt that is wholly in the cache counts as computed to its last token.",
-        (Edit(Scheduler._let_in, "sequence.num_wanted - 1 if", "sequence.num_wanted if"),),
+        (Edit(Scheduler._let_in, "else sequence.num_wanted - 1", "else sequence.num_wanted"),),
     ),
     Bug(
         "scored_prompt_hits", "prefix", "A prompt that is to be scored takes hits, so the scores of their tokens never come.",
-        (Edit(Scheduler._let_in, "sequence.num_wanted - 1 if sequence.scores is None else 0", "sequence.num_wanted - 1"),),
+        (Edit(Scheduler._let_in, "sequence.num_scored if sequence.is_scoring else sequence.num_wanted - 1", "sequence.num_wanted - 1"),),
     ),
     Bug(
         "cached_counts_output", "prefix", "Tokens found in the cache are counted beyond the prompt when a request is resumed.",
@@ -218,9 +219,48 @@ BUGS = (
     Bug(
         "scored_again", "tokens", "A resumed request is asked for its prompt's scores again.",
         (
-            Edit(_Live.resubmission, "self.request.score_prompt and not self.is_scored", "self.request.score_prompt"),
-            Edit(Sequence.__init__, "request.score_prompt and not request.output_ids", "request.score_prompt"),
+            Edit(_Live.resubmission, "num_scored=self.num_scored", "num_scored=0"),
+            Edit(Sequence.__init__, "request.prompt_logprobs is None or bool(request.output_ids)", "request.prompt_logprobs is None"),
+            Edit(Supervisor._check, "event.start != start or not start < end <= wanted", "False"),
         ),
+    ),
+    Bug(
+        "scores_told_again", "tokens", "A prompt that is computed again after a preemption is scored again.",
+        (Edit(Scheduler._make_step, "max(start, sequence.num_scored)", "start"),),
+    ),
+    Bug(
+        "wanted_of_a_neighbour", "tokens", "The logprobs of given ids are those that lie first in the step, whoever wants them.",
+        (Edit(Scheduler._append, "result.wanted_logprobs[wanted.start : wanted.stop]", "result.wanted_logprobs[: len(wanted)]"),),
+    ),
+    Bug(
+        "bad_words_from_resume", "tokens", "After a resume bad words are looked for in the tokens of this engine alone.",
+        (Edit(Sequence.banned_ids, "self.bad_words.after(self.output)", "self.bad_words.after(self.output[len(self.request.output_ids) :])"),),
+    ),
+    Bug(
+        "repetition_from_resume", "tokens", "After a resume repetitions are counted in the tokens of this engine alone.",
+        (Edit(Sequence.__init__, "Repetition(params.repetition_detection, self.output)", "Repetition(params.repetition_detection, self.output[:0])"),),
+    ),
+    Bug(
+        "repetition_before_min_tokens", "tokens", "An answer that repeats itself ends before min_tokens.",
+        (Edit(Sequence.repeats_itself, " or self.num_output < self.request.params.min_tokens", ""),),
+    ),
+    Bug(
+        "grammar_from_resume", "tokens", "After a resume a grammar begins anew.",
+        (Edit(Grammar.__init__, "for token_id in request.output_ids:", "for token_id in ():"),),
+    ),
+    Bug(
+        "raised_step_moves_grammar", "tokens", "A step that raised has taken tokens into grammars already, and does so again.",
+        (
+            Edit(
+                Engine._run_rows, "raise StepRaised from error",
+                "[row.sequence.grammar.take(int(row.sequence.tokens[row.sequence.num_tokens - 1]))"
+                " for row in step.rows if row.sequence.grammar and row.sequence.num_output]\n        raise StepRaised from error",
+            ),
+        ),
+    ),
+    Bug(
+        "end_before_whole", "tokens", "End ids are allowed before an answer is one of its grammar.",
+        (Edit(Grammar.fill, "if self.is_complete:", "if True:"),),
     ),
     Bug(
         "length_before_stop", "tokens", "An end id that comes as the last allowed token ends the answer by length.",

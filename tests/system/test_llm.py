@@ -1,8 +1,9 @@
 """The class LLM: batches, streams, stops, seeds, errors; with the small real model."""
 
+import msgspec
 import pytest
 
-from jilju import LLM, SamplingParams
+from jilju import LLM, RepetitionDetection, SamplingParams
 from jilju.engine.loop import MAX_REQUESTS
 from jilju.errors import ContextLengthExceeded, EmptyPrompt, InvalidValue, NoAllowedToken
 from tests.system.conftest import needs_smollm2
@@ -121,6 +122,22 @@ def test_logprobs_are_there_when_asked_for(llm):
     assert llm.generate("The sky is", GREEDY)[0].logprobs is None
 
 
+def test_rules_of_tokens_reach_the_engine(llm):
+    free = llm.generate("The sky is", GREEDY)[0].token_ids
+    banned = next(token_id for token_id in free if token_id not in free[:3])
+    params = SamplingParams(
+        temperature=0.0, max_tokens=24, logprob_token_ids=[free[0], 5], bad_words_ids=[free[:3], (banned,)],
+        repetition_detection=RepetitionDetection(max_pattern_size=2, min_count=3), allowed_token_ids=(*free, 5),
+    )  # fmt: skip
+    done = llm.generate("The sky is", params)[0]
+    got = done.token_ids
+    assert got[:2] == free[:2] and got[2] != free[2] and banned not in got
+    assert [[token_id for token_id, _ in at.top] for at in done.logprobs] == [[free[0], 5]] * len(got)
+    assert done.logprobs[0].top[0] == (got[0], done.logprobs[0].logprob)
+    same = llm.generate("The sky is", msgspec.structs.replace(params, allowed_token_ids=(5,)))[0]
+    assert (same.token_ids, same.finish_reason) == ([5] * 3, "repetition")
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "error"),
     [
@@ -152,6 +169,9 @@ def test_logprobs_are_there_when_asked_for(llm):
         ("x", SamplingParams(temperature=None), InvalidValue),
         ("x", SamplingParams(temperature="1"), InvalidValue),
         ("x", SamplingParams(seed=1.5), InvalidValue),
+        ("x", SamplingParams(bad_words_ids=((49152,),)), InvalidValue),
+        ("x", SamplingParams(logprob_token_ids=(49152,)), InvalidValue),
+        ("x", SamplingParams(repetition_detection=RepetitionDetection(max_pattern_size=1, min_count=1)), InvalidValue),
         ([5] * 600, None, ContextLengthExceeded),
     ],
 )

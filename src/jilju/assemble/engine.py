@@ -6,6 +6,7 @@ benchmarks all come through here. Knows nothing of text or HTTP.
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +17,9 @@ from jilju.backends.native import NativeExecutor, PackedCache
 from jilju.backends.reference import ReferenceExecutor
 from jilju.clock import Clock, WallClock
 from jilju.config import ServeConfig, available_memory_bytes, huge_pages_offered, usable_cores
+from jilju.engine.grammars import Grammars
 from jilju.engine.loop import Engine
+from jilju.engine.matcher import MatcherSource
 from jilju.engine.request import Request, SamplingParams
 from jilju.engine.step_times import StepTimes
 from jilju.errors import ConfigError, StartupError
@@ -31,6 +34,7 @@ from jilju.plan import Executor, KvDtype, Limits, Plan
 BLOCK_SIZE = 16  # slots of a KV block: small, so that a shared prefix is found to within 15 tokens
 AUTO_KV_SHARE = 4  # --kv-memory auto takes a quarter of the available memory ...
 AUTO_KV_CONTEXTS = 64  # ... but not more than this many full contexts
+TEXT_TO_IDS = ("tokenizer.ggml.merges", "tokenizer.ggml.scores")  # the largest fields of a file's head
 WARM_UP_TOKENS = 32  # computed at load, to see how long it takes
 AUTO_HUGE_SHARE = 2  # --huge-pages auto wants all that an engine holds to fit into half of the available memory
 
@@ -184,8 +188,15 @@ def limits_of(options: EngineOptions) -> Limits:
     )  # fmt: skip
 
 
-def build_engine(options: EngineOptions, clock: Clock | None = None, progress: Progress = no_progress) -> Engine:
-    """Load the weights and make the engine. Raises StartupError."""
+def build_engine(
+    options: EngineOptions,
+    clock: Clock | None = None,
+    progress: Progress = no_progress,
+    *,
+    makes_grammars_beside: bool = False,
+) -> Engine:
+    """Load the weights and make the engine. Raises StartupError. `makes_grammars_beside`: for who takes steps for others too
+    while a grammar is made."""
     begin = time.perf_counter()
     gguf = GgufFile.open(options.path)
     plan = build_plan(spec_from_gguf(gguf), {tensor.name: tensor.type for tensor in gguf.tensors.values()})
@@ -204,7 +215,23 @@ def build_engine(options: EngineOptions, clock: Clock | None = None, progress: P
     return Engine(
         plan, executor, limits, clock or WallClock(), hash_key=os.urandom(16), load_ms=load_ms, times=times,
         gap_ms=options.token_gap_ms,
+        grammars=Grammars(_matchers_of(gguf, plan), makes_beside=makes_grammars_beside, fills_beside=True),
     )  # fmt: skip
+
+
+def _matchers_of(gguf: GgufFile, plan: Plan) -> Callable[[], MatcherSource]:
+    """Makes the source of matchers when one is wanted. Until then it keeps what it needs of the file, whose rest can go."""
+    ids_to_bytes = {key: value for key, value in gguf.metadata.items() if key not in TEXT_TO_IDS}
+    path, vocab_size = str(gguf.path), plan.vocab_size
+
+    def make() -> MatcherSource:
+        # imported here, for an engine that meets no grammar starts without it
+        from jilju.text.gguf_tokenizer import load_token_table
+        from jilju.text.matcher import GrammarSource
+
+        return GrammarSource(load_token_table(ids_to_bytes, file=path), vocab_size)
+
+    return make
 
 
 def warm_up(plan: Plan, executor: Executor, limits: Limits) -> StepTimes:

@@ -20,7 +20,7 @@ def main(options: str, descriptor: str) -> None:
     engine_options = msgspec.json.decode(options, type=EngineOptions)
 
     def load(progress: LoadProgress) -> Engine:
-        engine = build_engine(engine_options, progress=progress)
+        engine = build_engine(engine_options, progress=progress, makes_grammars_beside=True)
         gc.freeze()  # what was loaded stays: a full collection in the middle of a step would walk over all of it
         return engine
 

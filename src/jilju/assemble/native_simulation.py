@@ -8,6 +8,7 @@ Every engine loads anew into memory of its own, as the process does that it stan
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -20,9 +21,11 @@ from jilju.backends.native import NativeExecutor, PackedCache
 from jilju.backends.roofline import tiny_plan
 from jilju.bench.batches import LogitRows, Sampling, batch_of
 from jilju.clock import VirtualClock
+from jilju.engine.grammars import Grammars
 from jilju.engine.loop import Engine
-from jilju.engine.request import PromptScored, Request, RequestEnded, TokenEvent
+from jilju.engine.request import PromptScored, Request, RequestEnded, RequestFailed, TokenEvent
 from jilju.engine.step_times import StepTimes
+from jilju.errors import GrammarDeadEnd
 from jilju.formats.ggml import BLOCK_LAYOUTS, GgmlType, row_bytes
 from jilju.formats.quants import quantize
 from jilju.model.decoder import build_plan
@@ -30,6 +33,7 @@ from jilju.model.spec import FAMILIES, ModelSpec
 from jilju.model.weights import load_weights
 from jilju.plan import Batch, Executor, KvDtype, Limits, Plan, StepResult, StepShape, WeightTensor
 from jilju.plan.cost import PlanCost
+from jilju.simulation.automaton import AutomatonSource
 from jilju.simulation.draw import NATIVE_VOCAB
 from jilju.simulation.script import Script
 from jilju.simulation.world import Solo
@@ -204,6 +208,7 @@ class NativeBackend:
         executor = wrap(PacedExecutor(model.load(limits), model.plan.vocab_size, limits, clock, step_ns))
         return Engine(
             model.plan, executor, limits, clock, hash_key=b"simulation", times=StepTimes(PRIOR), gap_ms=settings.gap_us / 1e3,
+            grammars=Grammars(partial(AutomatonSource, settings.vocab_size), fills_beside=True),
         )  # fmt: skip
 
     def choice(self, script: Script) -> tuple[NativeModel, int, KvDtype]:
@@ -214,7 +219,9 @@ class NativeBackend:
         if script.seed != self._seed:
             self._seed = script.seed
             self._solos.clear()
-        key = msgspec.msgpack.encode((request.prompt_ids, request.params, request.end_ids, request.score_prompt))
+        key = msgspec.msgpack.encode(
+            (request.prompt_ids, request.params, request.end_ids, request.prompt_logprobs, request.grammar)
+        )
         solo = self._solos.get(key)
         if solo is None:
             solo = self._solos[key] = self._compute_alone(script, request)
@@ -230,13 +237,15 @@ class NativeBackend:
         executor = self._alone.get((model.name, kv_dtype))
         if executor is None:
             executor = self._alone[model.name, kv_dtype] = model.load(limits)
-        engine = Engine(model.plan, executor, limits, VirtualClock(1))
+        grammars = Grammars(partial(AutomatonSource, script.settings.vocab_size))
+        engine = Engine(model.plan, executor, limits, VirtualClock(1), grammars=grammars)
         engine.submit(
             Request(
-                id="alone", prompt_ids=request.prompt_ids, params=request.params, end_ids=request.end_ids, score_prompt=request.score_prompt,
+                id="alone", prompt_ids=request.prompt_ids, params=request.params, end_ids=request.end_ids, prompt_logprobs=request.prompt_logprobs,
+                grammar=request.grammar,
             )
         )  # fmt: skip
-        solo, finish_reason = Solo([], [], [], [], ""), ""
+        solo, finish_reason = Solo([], [], [], [], [], ""), ""
         while engine.has_work():
             for event in engine.step():
                 if isinstance(event, TokenEvent):
@@ -246,6 +255,9 @@ class NativeBackend:
                     finish_reason = event.finish_reason or ""
                 elif isinstance(event, PromptScored):
                     solo.scores.extend(event.logprobs)
+                    solo.score_tops.extend(event.tops or [])
+                elif isinstance(event, RequestFailed) and event.code == GrammarDeadEnd.code:
+                    finish_reason = "no_token"
                 else:
                     assert isinstance(event, RequestEnded), f"alone, a request that was accepted fails: {event}"
                     finish_reason = event.finish_reason

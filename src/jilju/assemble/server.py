@@ -8,16 +8,20 @@ import hashlib
 import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from jilju import __version__
 from jilju.assemble.engine import EngineOptions, ModelFile, make_executor
 from jilju.assemble.launch import Launched
 from jilju.assemble.text import ModelText, load_text
+from jilju.assemble.worker_process import WorkerOptions, worker_command
 from jilju.config import ServeConfig
 from jilju.serve.context import SamplingDefaults, ServerContext
+from jilju.serve.key_file import keys_of
 from jilju.serve.request_log import make_formatter
 from jilju.serve.runner import run_server
+from jilju.serve.workers import Workers
 from jilju.text.history import History
 from jilju.view import DIRECTORY as VIEW_DIRECTORY
 
@@ -48,7 +52,10 @@ def make_context(launched: Launched, text: ModelText) -> ServerContext:
     return ServerContext(
         model_name=config.served_model_name or model.name, tokenizer=text.tokenizer, template=text.template, client=launched.client,
         max_context=options.max_context, fingerprint=fingerprint(model, options), version=__version__, defaults=defaults,
-        quantization=quantization(model), keys=config.api_key, allowed_hosts=frozenset((config.host, *config.allow_host)),
+        quantization=quantization(model), keys=keys_of(config), allowed_hosts=frozenset((config.host, *config.allow_host)),
+        read_keys=None if config.api_key_file is None else partial(keys_of, config), allowed_origins=frozenset(config.allow_origin),
+        lenient=config.lenient, shared_prefix_cache=config.shared_prefix_cache, allow_request_template=config.allow_request_template,
+        workers=Workers(worker_command(WorkerOptions(path=str(model.path), vocab_size=model.plan.vocab_size))),
         view_dir=VIEW_DIRECTORY, history=History() if config.keep_generated_ids == "on" else None,
     )  # fmt: skip
 

@@ -5,15 +5,18 @@ Owns the choice of plan and machine. The command and the tests come through here
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from jilju.backends.roofline import AloneRequest, RooflineExecutor, alone, tiny_plan
 from jilju.clock import VirtualClock
+from jilju.engine.grammars import Grammars
 from jilju.engine.loop import Engine
 from jilju.engine.request import Request
 from jilju.engine.step_times import StepTimes
 from jilju.plan import Executor, Limits
 from jilju.plan.cost import Machine
+from jilju.simulation.automaton import AutomatonSource, place_after
 from jilju.simulation.script import Script, Settings
 from jilju.simulation.world import Solo
 
@@ -36,21 +39,27 @@ class RooflineBackend:
         executor = wrap(RooflineExecutor(clock, plan, self.machine, limits_of(settings), noise=factor))
         return Engine(
             plan, executor, limits_of(settings), clock, hash_key=b"simulation", times=StepTimes(PRIOR), gap_ms=settings.gap_us / 1e3,
+            grammars=Grammars(partial(AutomatonSource, settings.vocab_size)),
         )  # fmt: skip
 
     def alone(self, script: Script, request: Request) -> Solo:
-        params = request.params
+        params, watched = request.params, request.params.repetition_detection
         assert params.seed is not None, "whoever accepts a request draws its seed"
+        vocab_size, grammar = script.settings.vocab_size, None
+        if request.grammar:
+            grammar = lambda tokens: place_after(request.grammar, tokens, vocab_size)  # noqa: E731
         got = alone(
             AloneRequest(
-                prompt_ids=request.prompt_ids, vocab_size=script.settings.vocab_size, seed=params.seed, max_tokens=params.max_tokens,
+                prompt_ids=request.prompt_ids, vocab_size=vocab_size, grammar=grammar, seed=params.seed, max_tokens=params.max_tokens,
                 temperature=params.temperature, min_tokens=params.min_tokens, end_ids=request.end_ids,
                 repetition_penalty=params.repetition_penalty, presence_penalty=params.presence_penalty,
                 frequency_penalty=params.frequency_penalty, logit_bias=params.logit_bias,
-                allowed_token_ids=params.allowed_token_ids, num_top=params.logprobs or 0, score_prompt=request.score_prompt,
+                allowed_token_ids=params.allowed_token_ids, num_top=params.logprobs or 0, prompt_logprobs=request.prompt_logprobs,
+                logprob_token_ids=params.logprob_token_ids, bad_words_ids=params.bad_words_ids,
+                repetition=(watched.min_pattern_size, watched.max_pattern_size, watched.min_count) if watched is not None else None,
             )
         )  # fmt: skip
-        return Solo(got.tokens, got.logprobs, got.tops, got.scores, got.finish_reason)
+        return Solo(got.tokens, got.logprobs, got.tops, got.scores, got.score_tops, got.finish_reason)
 
 
 def limits_of(settings: Settings) -> Limits:

@@ -9,7 +9,7 @@ from jilju.assemble.engine import ModelFile
 from jilju.engine.request import SamplingParams
 from jilju.model.sources import SamplingDefaults
 from jilju.text.gguf_tokenizer import load_tokenizer
-from jilju.text.template import ChatTemplate
+from jilju.text.template import ChatTemplate, load_template
 from jilju.text.tokenizer import Tokenizer
 
 
@@ -40,15 +40,5 @@ class ModelText(msgspec.Struct, frozen=True):
 def load_text(model: ModelFile) -> ModelText:
     """Raises ModelFileError if the file's tokenizer or template cannot be used."""
     tokenizer = load_tokenizer(model.gguf.metadata, file=model.path)
-    source = model.gguf.metadata.get("tokenizer.chat_template")
-
-    def text_of(token_id: int | None) -> str:
-        return "" if token_id is None else tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")
-
-    eos_id = model.gguf.metadata.get("tokenizer.ggml.eos_token_id")
-    template = (
-        None
-        if source is None
-        else ChatTemplate(source, bos_token=text_of(tokenizer.bos_id), eos_token=text_of(eos_id), file=model.path)
-    )
+    template = load_template(model.gguf.metadata, tokenizer.token_bytes, file=model.path)
     return ModelText(tokenizer, template, model.entry.defaults if model.entry else None)

@@ -198,6 +198,7 @@ def sample(logits: Floats, batch: Batch) -> StepResult:
     logprobs = np.zeros(num_logits, np.float32)
     top_ids = np.full((num_logits, MAX_TOP), -1, np.int32)
     top_logprobs = np.zeros((num_logits, MAX_TOP), np.float32)
+    wanted_logprobs = np.zeros(len(batch.wanted_ids), np.float32)
     finite = np.asarray(np.isfinite(logits).all(axis=-1))
     for i in np.flatnonzero(finite).tolist():
         distribution = log_softmax(logits[i])
@@ -222,7 +223,9 @@ def sample(logits: Floats, batch: Batch) -> StepResult:
         top = np.argsort(-logits[i], kind="stable")[:num_top]
         top_ids[i, :num_top] = top
         top_logprobs[i, :num_top] = distribution[top]
-    return StepResult(ids, logprobs, top_ids, top_logprobs, finite)
+        wanted = slice(batch.wanted_starts[i], batch.wanted_starts[i + 1])
+        wanted_logprobs[wanted] = distribution[batch.wanted_ids[wanted]]
+    return StepResult(ids, logprobs, top_ids, top_logprobs, wanted_logprobs, finite)
 
 
 class ReferenceExecutor:
@@ -300,6 +303,7 @@ class ReferenceExecutor:
                     self._view(op.out, batch)[:] = self._view(op.x, batch)[batch.logit_tokens]
                 case Sample():
                     self.last_logits = self._view(op.logits, batch).copy()
+                    batch.wait_for_masks()
                     self._result = sample(self.last_logits, batch)
 
     def wait(self) -> StepResult:

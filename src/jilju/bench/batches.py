@@ -77,6 +77,8 @@ def batch_of(
         biases=np.ones(n * sampling.num_biases, np.float32),
         banned_starts=_starts(n, 0),
         banned_ids=_lists(n, 0, vocab_size),
+        wanted_starts=_starts(n, 0),
+        wanted_ids=_lists(n, 0, vocab_size),
         mask_rows=np.arange(n, dtype=np.int32) if sampling.allowed_share is not None else np.full(n, -1, np.int32),
         masks=_masks(n, sampling.allowed_share, vocab_size),
     )

@@ -67,12 +67,13 @@ def measure_quality(
 def score(engine: Engine, request_id: str, token_ids: list[int]) -> list[float]:
     """Logprobs of token_ids[1:], each given those before it."""
     engine.submit(
-        Request(id=request_id, prompt_ids=token_ids, params=SamplingParams(max_tokens=0, seed=0), score_prompt=True)
+        Request(id=request_id, prompt_ids=token_ids, params=SamplingParams(max_tokens=0, seed=0), prompt_logprobs=0)
     )
+    logprobs: list[float] = []
     while engine.has_work():
         for event in engine.step():
             if isinstance(event, PromptScored):
-                return_value = event.logprobs
+                logprobs += event.logprobs
             elif isinstance(event, RequestFailed):
                 raise InvalidValue(f"scoring failed: {event.message}")
-    return return_value
+    return logprobs

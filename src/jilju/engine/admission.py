@@ -6,7 +6,8 @@ knows nothing of clocks, randomness, HTTP, text, or of how the scheduler decides
 
 The prediction takes the engine for a fluid. K sequences fit at once: as many as there are rows, and as many as the KV
 pool holds of the mean live one, half-way through its output. A step of K decoding rows takes t_K, so a token of
-output costs t_K / K, a token of a prompt what the step times say, and work(r) is that sum over what r still lacks.
+output costs t_K / K, a token of a prompt what the step times say, one that is scored as much more as the engine says, and
+work(r) is that sum over what r still lacks.
 While fewer than K run or wait ahead, a new one waits for the prompts ahead of it and for nothing else. Otherwise it
 waits for a row, behind W others that do. The K that run have anything between none and all of their output left,
 evenly spread: half of it on average, and of the one that leaves first 1 / K of the whole; so the first row is free
@@ -37,6 +38,7 @@ OVERFLOW = 2  # the queue holds at most this many times its bounds, however many
 @dataclass(slots=True)
 class _Live:
     num_prompt_tokens: int
+    num_scored_tokens: int  # of them: those whose logprobs are asked for
     max_tokens: int | None  # None: the rest of the context
     priority: int
     tenant: str
@@ -59,6 +61,7 @@ class _Live:
 class _Sums:
     num: int = 0
     prompt_tokens: int = 0
+    scored_tokens: int = 0  # of them
     prompt_pairs: int = 0  # query-key pairs
     expected_tokens: int = 0
     left_tokens: int = 0
@@ -66,6 +69,7 @@ class _Sums:
     def add(self, live: _Live, sign: int) -> None:
         self.num += sign
         self.prompt_tokens += sign * live.num_prompt_tokens
+        self.scored_tokens += sign * live.num_scored_tokens
         self.prompt_pairs += sign * num_pairs(0, live.num_prompt_tokens)
         self.expected_tokens += sign * live.expected_tokens
         self.left_tokens += sign * live.left_tokens
@@ -84,6 +88,7 @@ class Admission:
         self.mean_output = FIRST_MEAN_OUTPUT
         self.correction = 1.0
         self._coefficients: Coefficients = (0.0, 0.0, 0.0)
+        self._score_work = 0.0
         self._max_rows = self._pool_tokens = 0
         self._live: dict[str, _Live] = {}
         self._counted_mean = self.mean_output  # what `expected_tokens` were made with
@@ -103,9 +108,11 @@ class Admission:
     def num_running(self) -> int:
         return self._running.num
 
-    def update(self, coefficients: Coefficients, max_rows: int, pool_tokens: int) -> None:
-        """What the engine says of itself: its step times (ns) and its room. Comes before the first check."""
+    def update(self, coefficients: Coefficients, max_rows: int, pool_tokens: int, score_work: float) -> None:
+        """What the engine says of itself: its step times (ns), its room, and what scoring a token of a prompt adds to it, in
+        tokens. Comes before the first check."""
         self._coefficients, self._max_rows, self._pool_tokens = coefficients, max_rows, pool_tokens
+        self._score_work = score_work
 
     def max_waiting_tokens(self) -> int:
         return int(self.max_pools * self._pool_tokens)
@@ -140,6 +147,7 @@ class Admission:
         *,
         num_prompt_tokens: int,
         max_tokens: int | None,
+        num_scored_tokens: int = 0,
         num_sequences: int = 1,
         priority: int = 0,
         tenant: str = "",
@@ -148,13 +156,13 @@ class Admission:
     ) -> int:
         """The predicted wait (ns) of the last of these sequences until its first step. Raises Overloaded.
 
-        The prompts are of `num_prompt_tokens` together; deadlines are moments, 0 for none.
+        The prompts are of `num_prompt_tokens` together, the logprobs of so many are asked for; deadlines are moments, 0 for none.
         """
         self.check_queue(num_prompt_tokens=num_prompt_tokens, num_sequences=num_sequences, tenant=tenant)
         before = _Sums()  # the call's own, ahead of its last
         if num_sequences > 1:
-            each = num_prompt_tokens // num_sequences
-            one = _Live(each, max_tokens, priority, tenant, now_ns, expected_tokens=self._expected(max_tokens))
+            each, scored = num_prompt_tokens // num_sequences, num_scored_tokens // num_sequences
+            one = _Live(each, scored, max_tokens, priority, tenant, now_ns, expected_tokens=self._expected(max_tokens))
             before.add(one, num_sequences - 1)
         wait_ns = int(self.correction * self._raw_ns(priority, tenant, before))
         limits = [limit for limit in (queue_deadline_ns, deadline_ns) if limit]
@@ -177,6 +185,7 @@ class Admission:
         *,
         num_prompt_tokens: int,
         max_tokens: int | None,
+        num_scored_tokens: int = 0,
         priority: int = 0,
         tenant: str = "",
     ) -> None:
@@ -187,7 +196,7 @@ class Admission:
         if (before := self._live.pop(request_id, None)) is not None:
             assert not before.is_running, f"{request_id} runs already"
             self._count(before, -1)
-        live = _Live(num_prompt_tokens, max_tokens, priority, tenant, now_ns)
+        live = _Live(num_prompt_tokens, num_scored_tokens, max_tokens, priority, tenant, now_ns)
         live.expected_tokens = self._expected(max_tokens)
         live.mean_output = self._counted_mean
         live.raw_ns = self._raw_ns(priority, tenant, _Sums())
@@ -241,7 +250,7 @@ class Admission:
         """The wait behind all that are ahead and `before`, without the learnt factor."""
         own = self._groups.get((priority, tenant))
         own_size = before.size + (own.size if own is not None else 0)
-        num, tokens = float(before.num), float(before.prompt_tokens)
+        num, tokens = float(before.num), self._prefill_work(before)
         pairs, left = float(before.prompt_pairs), float(before.left_tokens)
         for (other_priority, other_tenant), sums in self._groups.items():
             if other_priority > priority:
@@ -250,7 +259,7 @@ class Admission:
             if other_priority == priority and other_tenant != tenant:
                 share = min(1.0, own_size / max(1, sums.size))
             num += share * sums.num
-            tokens += share * sums.prompt_tokens
+            tokens += share * self._prefill_work(sums)
             pairs += share * sums.prompt_pairs
             left += share * sums.left_tokens
         base, per_token, per_pair = self._coefficients
@@ -261,6 +270,10 @@ class Admission:
             return prefill_ns
         token_ns = base / num_rows + per_token + per_pair * mean
         return token_ns * (2 * self._running.left_tokens / num_rows + left) + prefill_ns
+
+    def _prefill_work(self, sums: _Sums) -> float:
+        """Tokens of prompts, with what scoring them adds."""
+        return sums.prompt_tokens + self._score_work * sums.scored_tokens
 
     def _learn(self, live: _Live, actual_ns: int) -> None:
         """Not from what was predicted with another mean output: that is mended already."""

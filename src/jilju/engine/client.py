@@ -27,6 +27,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_rows: int
     step_tokens: int
     token_gap_ms: float  # what a step beside a stream is to take at most; prefill is cut to it. 0: no bound
+    score_work: float  # what a prompt's token that is scored costs beside itself, in tokens
     weight_bytes: int
     kv_bytes: int
     workspace_bytes: int

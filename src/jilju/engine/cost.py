@@ -11,6 +11,7 @@ from jilju.plan.cost import PlanCost, SummedShape
 class StepCost:
     def __init__(self, plan: Plan, kv_element_bytes: int):
         self._cost = PlanCost(plan, kv_element_bytes)
+        self.score_work = self._cost.logit_work()  # what scoring a prompt's token adds to it, in tokens
 
     def of(self, step: Step) -> tuple[int, int]:
         """FLOPs and bytes."""

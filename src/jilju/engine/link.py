@@ -34,12 +34,14 @@ from jilju.errors import InternalError, JiljuError, StartupError
 
 logger = logging.getLogger(__name__)
 
-LINK_VERSION = 4  # raised with every change of a message: an engine of another installation is refused, not misread
+LINK_VERSION = 5  # raised with every change of a message: an engine of another installation is refused, not misread
 MAX_FRAME_BYTES = 16 * 2**20
 BEAT_S = 0.5  # a side that has said nothing for so long says that it lives
 SILENCE_NS = 5 * 10**9  # a server that is silent for so long is stopped or gone: no step is begun until it speaks
 MAX_SUBMITS = 8  # requests taken in a turn: each costs some time, and streams wait for it
 STUCK_S = 0.5  # between two turns of an engine that has work and no step: it must not burn a core
+MAKING_S = 0.002  # between two looks at grammars that are being made, while there is nothing else to do
+REST_S = 1.0  # without a request, until the engine does what it has put off
 EXIT_GRACE_S = 1.0  # for the step in flight when the link ends
 
 FRAME_HEADER = struct.Struct("<II")  # length, crc32
@@ -173,7 +175,7 @@ def serve_engine(engine_factory: Callable[[LoadProgress], Engine], sock: socket.
 
     A StartupError of the factory is told to the server; anything else it raises ends the process with a traceback.
     """
-    _belong_to_the_server()
+    belong_to_the_server()
     server = _ServerEnd(sock, WallClock())
     try:
         if not server.greet():
@@ -197,9 +199,12 @@ def serve_engine(engine_factory: Callable[[LoadProgress], Engine], sock: socket.
 def _run_steps(engine: Engine, server: "_ServerEnd") -> None:
     turns = EngineTurns(engine)
     while True:
-        messages = server.receive(wait=not turns.has_work, timeout_s=STUCK_S if engine.is_stuck else None)
+        messages = server.receive(wait=turns.is_idle and not engine.puts_off, timeout_s=turns.wait_s)
         if messages is None:
             return
+        if turns.is_idle and not messages:
+            engine.rest()
+            continue
         with server.step_in_flight():
             told = turns.begin(messages)
             if told is not None:
@@ -222,7 +227,25 @@ class EngineTurns:
 
     @property
     def has_work(self) -> bool:
-        return self._engine.has_work() or bool(self.events or self._submits)
+        return self._engine.has_work() or self._has_news
+
+    @property
+    def _has_news(self) -> bool:
+        return bool(self.events or self._submits)
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.has_work
+
+    @property
+    def wait_s(self) -> float | None:
+        """How long the next turn may wait for messages; None: it need not, or there is nothing to do but to wait."""
+        engine = self._engine
+        if engine.is_stuck:
+            return STUCK_S
+        if engine.only_makes_grammars and not self._has_news:
+            return MAKING_S
+        return REST_S if self.is_idle and engine.puts_off else None
 
     def begin(self, messages: list[Submit | Abort]) -> Stepped | None:
         engine = self._engine
@@ -274,7 +297,7 @@ def _refused(request: Request, error: JiljuError) -> RequestFailed:
     return RequestFailed(request_id=request.id, code=error.code, message=error.message)
 
 
-def _belong_to_the_server() -> None:
+def belong_to_the_server() -> None:
     """Die with the server, even while loading or in a long call, and leave signals from the terminal to it.
 
     The end of the link ends this process; a SIGTERM that a service manager sends to all must not cut off the drain.
@@ -313,8 +336,8 @@ class _ServerEnd:
     def receive(self, wait: bool, timeout_s: float | None = None) -> list[Submit | Abort] | None:
         """What came since the last call; None at the end of the link. With a timeout it waits so long for something."""
         with self._changed:
-            if timeout_s is not None and not self._inbox:
-                self._changed.wait(timeout_s)
+            if timeout_s is not None:
+                self._changed.wait_for(lambda: self._inbox or self._is_ended, timeout_s)
             while not self._is_ended and (self._is_silent() or (wait and not self._inbox)):
                 self._changed.wait()
             if self._is_ended:

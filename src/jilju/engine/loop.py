@@ -10,6 +10,7 @@ from jilju.clock import Clock
 from jilju.engine.client import EngineInfo, EngineStatus
 from jilju.engine.cost import StepCost
 from jilju.engine.events import EventLog, StepRecord
+from jilju.engine.grammars import Grammars
 from jilju.engine.pack import pack
 from jilju.engine.request import EngineEvent, Request, RequestAborted, is_terminal
 from jilju.engine.scheduler import Row, Scheduler, Step, check_fits
@@ -47,22 +48,25 @@ class Engine:
         load_ms: float = 0.0,
         times: StepTimes | None = None,
         gap_ms: float = 0.0,
+        grammars: Grammars | None = None,
     ):
         self.limits = limits
         self.log = log if log is not None else EventLog()
-        self.info = _info(plan, executor, limits, load_ms, gap_ms)
         self.imbalance = 0
         self.num_step_faults = 0
         self.step_times = times if times is not None else StepTimes()
+        self._cost = StepCost(plan, executor.kv_bytes_per_token(plan, limits.kv_dtype) // plan.kv.elements_per_token)
         self.scheduler = Scheduler(
-            limits, hash_key, vocab_size=plan.vocab_size, times=self.step_times, gap_ns=int(gap_ms * 1e6) or None
-        )
+            limits, hash_key, vocab_size=plan.vocab_size, times=self.step_times, gap_ns=int(gap_ms * 1e6) or None,
+            score_work=self._cost.score_work,
+        )  # fmt: skip
+        self.info = _info(plan, executor, limits, load_ms, gap_ms, self._cost.score_work)
         self._num_idle_turns = 0  # in a row, with work
         self.executor = executor
+        self.grammars = grammars
         self._vocab_size = plan.vocab_size
         self._clock = clock
         self._max_requests = max_requests
-        self._cost = StepCost(plan, executor.kv_bytes_per_token(plan, limits.kv_dtype) // plan.kv.elements_per_token)
         self._num_aborted = 0  # since the last record
         self._num_accepted = self._num_ended = 0
         self._step_end_ns = clock.now_ns()
@@ -70,13 +74,21 @@ class Engine:
     def submit(self, request: Request) -> None:
         """Queue a request. Raises ContextLengthExceeded, KvCapacityExceeded or Overloaded; what is taken gets one terminal event."""
         self.check(request, self.scheduler.num_live)
-        self.scheduler.submit(request, self._clock.now_ns())
+        making = None
+        if request.grammar and request.params.max_tokens > len(request.output_ids):
+            assert self.grammars is not None, "checked"
+            making = self.grammars.make(request)
+        self.scheduler.submit(request, self._clock.now_ns(), making)
         self._num_accepted += 1
 
     def check(self, request: Request, num_live: int) -> None:
         """What submit() raises, for one who submits from another thread and has `num_live` requests under way."""
         check_bound(num_live, self._max_requests)
         check_fits(request, self.limits)
+        if request.grammar and self.grammars is None:
+            raise InternalError(
+                "this engine was made without a source of matchers, so it can hold no answer to a grammar"
+            )
 
     def abort(self, request_id: str) -> None:
         """Ask for the end of a request before the next step; unknown ids are ignored."""
@@ -97,10 +109,26 @@ class Engine:
         self._num_aborted += sum(isinstance(event, RequestAborted) for event in events)
         self._audit(events)
         step = self.scheduler.schedule(begin_ns)
-        self._num_idle_turns = 0 if step.rows or not self.has_work() else self._num_idle_turns + 1
+        is_idle = not step.rows and self.has_work() and not self.only_makes_grammars
+        self._num_idle_turns = self._num_idle_turns + 1 if is_idle else 0
         if self._num_idle_turns == STUCK_TURNS:
             logger.critical("requests wait and none can run, a defect: %s", self.scheduler.describe())
         return step, events
+
+    @property
+    def only_makes_grammars(self) -> bool:
+        """There are requests, and all of them wait for their grammar: a step is for nothing until one is there."""
+        return self.scheduler.num_making == self.scheduler.num_live > 0
+
+    @property
+    def puts_off(self) -> bool:
+        """There is something to do that is better done while nobody waits."""
+        return self.grammars is not None and not self.grammars.is_prepared
+
+    def rest(self) -> None:
+        """Nobody waits, and will not for a while."""
+        if self.grammars is not None and not self.grammars.is_prepared:
+            self.grammars.prepare()
 
     @property
     def is_stuck(self) -> bool:
@@ -155,10 +183,15 @@ class Engine:
         try:
             batch = pack(step, self._vocab_size)
             packed_ns = self._clock.now_ns()
+            if self.grammars is not None:
+                self.grammars.begin(step, batch)
             self.executor.launch(batch)
             result = self.executor.wait()
         except Exception as error:
             raise StepRaised from error
+        finally:
+            if self.grammars is not None:
+                self.grammars.end()
         done_ns = self._clock.now_ns()
         events = self.scheduler.commit(step, result, done_ns)
         self._audit(events)
@@ -167,6 +200,8 @@ class Engine:
 
     def close(self) -> None:
         """Give back weights and KV cache; the engine is not used after that."""
+        if self.grammars is not None:
+            self.grammars.close()
         self.executor.free()
 
     def status(self) -> EngineStatus:
@@ -174,7 +209,7 @@ class Engine:
         return EngineStatus(
             state="ready",
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=len(self.scheduler.waiting) + self.scheduler.num_making,
             num_blocks_free=pool.num_free,
             num_blocks_cached=pool.num_cached,
             num_blocks_held=pool.num_held,
@@ -203,9 +238,7 @@ class Engine:
         flops, num_bytes = self._cost.of(step)
         num_aborted, self._num_aborted = self._num_aborted, 0
         self._step_end_ns = self._clock.now_ns()
-        self.step_times.observe(
-            step.num_prefill_tokens + step.num_decode_tokens, step.num_pairs, self._step_end_ns - step.begin_ns
-        )
+        self.step_times.observe(step.work, step.num_pairs, self._step_end_ns - step.begin_ns)
         if step.bound_ns and step.num_prefill_tokens:
             self.step_times.note_cut(step.predicted_ns, self._step_end_ns - step.begin_ns)
         self.log.add_step(
@@ -246,7 +279,9 @@ def check_bound(num_live: int, max_requests: int) -> None:
         )
 
 
-def _info(plan: Plan, executor: Executor, limits: Limits, load_ms: float, gap_ms: float) -> EngineInfo:
+def _info(
+    plan: Plan, executor: Executor, limits: Limits, load_ms: float, gap_ms: float, score_work: float
+) -> EngineInfo:
     num_slots = limits.num_blocks * limits.block_size
     return EngineInfo(
         kernel_set=executor.kernel_set,
@@ -258,6 +293,7 @@ def _info(plan: Plan, executor: Executor, limits: Limits, load_ms: float, gap_ms
         max_rows=limits.max_rows,
         step_tokens=limits.max_tokens,
         token_gap_ms=gap_ms,
+        score_work=score_work,
         weight_bytes=plan.weight_bytes,
         kv_bytes=executor.kv_bytes_per_token(plan, limits.kv_dtype) * num_slots,
         workspace_bytes=executor.workspace_bytes(plan, limits),

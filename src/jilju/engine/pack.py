@@ -16,6 +16,7 @@ _UINT64 = 2**64 - 1  # a seed is int64; its bits key the noise
 
 _NO_IDS = np.empty(0, np.int32)
 _NO_VALUES = np.empty(0, np.float32)
+_NO_WORDS = np.empty(0, np.uint32)
 
 
 def pack(step: Step, vocab_size: int) -> Batch:
@@ -53,8 +54,11 @@ def pack(step: Step, vocab_size: int) -> Batch:
         biases=_joined(logits.biases, _NO_VALUES),
         banned_starts=_offsets(logits.banned_ids),
         banned_ids=_joined(logits.banned_ids, _NO_IDS),
+        wanted_starts=_offsets(logits.wanted_ids),
+        wanted_ids=_joined(logits.wanted_ids, _NO_IDS),
         mask_rows=np.array(logits.mask_rows, np.int32),
         masks=_masks(logits.masks, -(-vocab_size // 32)),
+        masks_ready=np.array([not logits.has_grammar], np.int32),
     )
 
 
@@ -79,8 +83,10 @@ class _Logits:
         self.bias_ids: list[np.ndarray] = []
         self.biases: list[np.ndarray] = []
         self.banned_ids: list[np.ndarray] = []
+        self.wanted_ids: list[np.ndarray] = []
         self.mask_rows: list[int] = []
         self.masks: list[np.ndarray] = []
+        self.has_grammar = False
 
     def add(self, row: Row, first_token: int) -> None:
         """The logit rows of a row whose tokens begin at `first_token` of the batch, in ascending order."""
@@ -108,23 +114,34 @@ class _Logits:
         if target < 0:
             self._add_changes(sequence)
         else:  # a token that is there already is scored as it is
-            self.num_top.append(0)
+            self.num_top.append(sequence.request.prompt_logprobs or 0)
             self.mask_rows.append(-1)
-            for column in (self.penalty_ids, self.penalty_counts, self.bias_ids, self.biases, self.banned_ids):
+            for column in (
+                self.penalty_ids,
+                self.penalty_counts,
+                self.bias_ids,
+                self.biases,
+                self.banned_ids,
+                self.wanted_ids,
+            ):
                 column.append(_NO_IDS)
 
     def _add_changes(self, sequence: Sequence) -> None:
         """What changes the logits of a row that is sampled from."""
         params, counts = sequence.request.params, sequence.counts
-        self.num_top.append(params.logprobs or 0)
+        self.num_top.append((params.logprobs or 0) if params.logprob_token_ids is None else 0)
         self.penalty_ids.append(_NO_IDS if counts is None else counts.ids)
         self.penalty_counts.append(_NO_IDS if counts is None else counts.counts)
         self.bias_ids.append(sequence.bias_ids)
         self.biases.append(sequence.biases)
         self.banned_ids.append(sequence.banned_ids)
-        self.mask_rows.append(-1 if sequence.mask is None else len(self.masks))
-        if sequence.mask is not None:
-            self.masks.append(sequence.mask)
+        self.wanted_ids.append(sequence.wanted_ids)
+        has_grammar = sequence.grammar is not None  # whose mask is filled later, with what `mask` allows
+        mask = _NO_WORDS if has_grammar else sequence.mask
+        self.has_grammar |= has_grammar
+        self.mask_rows.append(-1 if mask is None else len(self.masks))
+        if mask is not None:
+            self.masks.append(mask)
 
 
 def _masks(masks: list[np.ndarray], num_words: int) -> np.ndarray:

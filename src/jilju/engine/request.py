@@ -10,9 +10,9 @@ from typing import Literal
 import msgspec
 
 from jilju.errors import InvalidValue, NoAllowedToken
-from jilju.plan.batch import MAX_BIASES
+from jilju.plan.batch import MAX_BIASES, MAX_TOP, MAX_WANTED
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "repetition"]
 
 # field, lowest, highest; max_tokens -1 is the Python API's "to the end of the context"
 PARAM_RANGES: tuple[tuple[str, float, float], ...] = (
@@ -24,6 +24,30 @@ PARAM_RANGES: tuple[tuple[str, float, float], ...] = (
 
 MAX_BIAS = 100
 MAX_PRIORITY = 100
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_IDS = 256  # of one
+MAX_PATTERN = 256  # tokens of a repeated pattern
+
+
+class RepetitionDetection(msgspec.Struct, frozen=True, kw_only=True):
+    """An answer ends when its last tokens are one pattern, `min_count` times in a row."""
+
+    max_pattern_size: int  # tokens of the pattern, up to 256
+    min_pattern_size: int = 1
+    min_count: int  # >= 2
+
+    def check(self) -> None:
+        sizes = (self.min_pattern_size, self.max_pattern_size)
+        if not all(type(number) is int for number in (*sizes, self.min_count)):
+            self._refuse("takes whole numbers")
+        if not 1 <= self.min_pattern_size <= self.max_pattern_size <= MAX_PATTERN:
+            self._refuse(f"has patterns of {sizes[0]} to {sizes[1]} tokens; allowed: 1 to {MAX_PATTERN}, in this order")
+        if not 2 <= self.min_count <= 1 << 31:
+            self._refuse(f"has min_count {self.min_count}; allowed: 2 to {1 << 31}")
+
+    @staticmethod
+    def _refuse(what: str) -> None:
+        raise InvalidValue(f"repetition_detection {what}", param="repetition_detection")
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +69,17 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k: of the chosen token and of the k most probable, 0..20
+    logprob_token_ids: tuple[int, ...] | None = (
+        None  # of the chosen token and of these instead, in this order; up to 128
+    )
+    bad_words_ids: tuple[
+        tuple[int, ...], ...
+    ] = ()  # none of these comes whole in the answer; up to 256 of up to 256 ids
+    repetition_detection: RepetitionDetection | None = None  # not before min_tokens
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return self.logprobs is not None or self.logprob_token_ids is not None
 
     def check(self) -> None:
         """Raise InvalidValue naming the first field of a wrong type or out of its range. NaN is out of every range."""
@@ -67,6 +102,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             raise InvalidValue(
                 f"stop_token_ids has {len(self.stop_token_ids)} ids; allowed: 64", param="stop_token_ids"
             )
+        if self.logprob_token_ids is not None and len(self.logprob_token_ids) > MAX_WANTED:
+            raise InvalidValue(
+                f"logprob_token_ids has {len(self.logprob_token_ids)} ids; allowed: {MAX_WANTED}",
+                param="logprob_token_ids",
+            )
+        if self.repetition_detection is not None:
+            if not isinstance(self.repetition_detection, RepetitionDetection):
+                raise InvalidValue("repetition_detection: make a RepetitionDetection", param="repetition_detection")
+            self.repetition_detection.check()
         self._check_changes()
 
     def _check_changes(self) -> None:
@@ -77,6 +121,16 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
                 raise InvalidValue(
                     f"logit_bias of {token_id} is {bias!r}; allowed: -{MAX_BIAS} to {MAX_BIAS}", param="logit_bias"
                 )
+        if len(self.bad_words_ids) > MAX_BAD_WORDS:
+            raise InvalidValue(
+                f"bad_words_ids has {len(self.bad_words_ids)} sequences; allowed: {MAX_BAD_WORDS}",
+                param="bad_words_ids",
+            )
+        wrong = next((len(word) for word in self.bad_words_ids if not 1 <= len(word) <= MAX_BAD_WORD_IDS), None)
+        if wrong is not None:
+            raise InvalidValue(
+                f"bad_words_ids has a sequence of {wrong} ids; allowed: 1 to {MAX_BAD_WORD_IDS}", param="bad_words_ids"
+            )
 
     def check_ids(self, vocab_size: int) -> None:
         """Raise InvalidValue for an id that is not in the vocabulary, and for a top_k that it has not."""
@@ -84,6 +138,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
             "stop_token_ids": self.stop_token_ids,
             "logit_bias": self.logit_bias,
             "allowed_token_ids": self.allowed_token_ids or (),
+            "logprob_token_ids": self.logprob_token_ids or (),
+            "bad_words_ids": set().union(*self.bad_words_ids),
         }
         for name, ids in named.items():
             wrong = next((i for i in ids if not 0 <= i < vocab_size), None)
@@ -110,9 +166,13 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     prompt_ids: list[int]  # >= 1
     params: SamplingParams  # seed is set
     end_ids: tuple[int, ...] = ()  # ids that end it: EOS (unless ignore_eos) and stop_token_ids
+    grammar: str = ""  # that the answer is held to, as the engine's source of matchers reads it; "": none
     output_ids: list[int] = []  # tokens that an earlier engine made; the next is index len(output_ids)
     salt: bytes = b""  # prefix-cache hits only among equal salts
-    score_prompt: bool = False  # also report the logprob of each prompt token given those before it
+    prompt_logprobs: int | None = (
+        None  # k: also of each prompt token given those before it, and of the k most probable, 0..20
+    )
+    num_scored: int = 0  # of them, from the first on: those that an earlier engine reported
     tenant: str = ""  # whose share of the engine it takes: the name of an API key
     priority: int = 0  # -100..100, lower runs first
     arrival_ns: int = 0  # accepted by the server; waiting counts from here. 0: when the engine gets it
@@ -127,11 +187,16 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.prompt_ids)
 
     def check(self) -> None:
-        """Raise NoAllowedToken if there is no token that the first of the answer could be."""
+        """Raise InvalidValue, or NoAllowedToken if there is no token that the first of the answer could be."""
+        if self.prompt_logprobs is not None and not 0 <= self.prompt_logprobs <= MAX_TOP:
+            raise InvalidValue(
+                f"prompt_logprobs is {self.prompt_logprobs}; allowed: 0 to {MAX_TOP}", param="prompt_logprobs"
+            )
         allowed = self.params.allowed_token_ids
-        banned = self.end_ids if self.params.min_tokens else ()
+        banned = {word[0] for word in self.params.bad_words_ids if len(word) == 1}
+        banned.update(self.end_ids if self.params.min_tokens else ())
         if allowed is not None and all(token_id in banned for token_id in allowed):
-            which = "that does not end the answer before min_tokens" if allowed else "at all"
+            which = "that is no bad word and does not end the answer before min_tokens" if allowed else "at all"
             raise NoAllowedToken(
                 f"allowed_token_ids has no id {which}, so no token can be made; name at least one, or leave it out",
                 param="allowed_token_ids",
@@ -162,16 +227,19 @@ class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="token"):
     index: int
     token_id: int
     logprob: float | None = None
-    top: list[tuple[int, float]] | None = None  # most probable first
+    top: list[tuple[int, float]] | None = None  # most probable first; or logprob_token_ids in their order
     finish_reason: FinishReason | None = None  # set on the last token
     times: RequestTimes | None = None  # so far; set with finish_reason, and at index 0
 
 
 class PromptScored(msgspec.Struct, frozen=True, kw_only=True, tag="scored"):
-    """Logprobs of prompt_ids[1:], in order; sent once, before the first token."""
+    """Logprobs of prompt_ids[start : start + len(logprobs)], as a step brings them: piece after piece from index 1 to the
+    prompt's end, all of them before the first token. A prompt of one token has none."""
 
     request_id: str
-    logprobs: list[float]
+    start: int
+    logprobs: list[float]  # >= 1
+    tops: list[list[tuple[int, float]]] | None = None  # a place each, most probable first; None if none were asked for
 
 
 class RequestFailed(msgspec.Struct, frozen=True, kw_only=True, tag="failed"):
@@ -191,7 +259,8 @@ class RequestAborted(msgspec.Struct, frozen=True, kw_only=True, tag="aborted"):
 
 
 class RequestEnded(msgspec.Struct, frozen=True, kw_only=True, tag="ended"):
-    """Terminal event of a request that ends without a token: max_tokens 0, after its prompt was scored if it asked."""
+    """Terminal event of a request that ends without a token: max_tokens 0, after its prompt's logprobs if it asked; or a
+    grammar whose answer is whole, with no token left that could follow or end it."""
 
     request_id: str
     finish_reason: FinishReason

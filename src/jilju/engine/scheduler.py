@@ -16,10 +16,12 @@ good. So each step brings somebody nearer to the end, and everybody's turn comes
 
 import heapq
 from collections.abc import Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from jilju.engine.blocks import BlockPool
 from jilju.engine.events import prefill_share_ns
+from jilju.engine.matcher import Grammar
 from jilju.engine.prefix import PrefixIndex
 from jilju.engine.queue import WaitingQueue, due_ns
 from jilju.engine.request import (
@@ -38,6 +40,7 @@ from jilju.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     EmptyPrompt,
+    GrammarDeadEnd,
     InternalError,
     JiljuError,
     KvCapacityExceeded,
@@ -70,6 +73,10 @@ class Row:
     def num_logits(self) -> int:
         return len(self.scored) + self.is_sampled
 
+    @property
+    def num_wanted_logprobs(self) -> int:
+        return len(self.sequence.request.params.logprob_token_ids or ()) if self.is_sampled else 0
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -83,6 +90,7 @@ class Step:
     num_cached_tokens: int
     num_recomputed_tokens: int
     num_preempted: int
+    work: float  # its tokens, with what scoring some of them adds
     num_pairs: int  # query-key pairs
     predicted_ns: int
     bound_ns: int  # what it may be predicted to take; 0: nobody's stream waits for it
@@ -124,7 +132,8 @@ def check_fits(request: Request, limits: Limits) -> None:
 
 
 class Scheduler:
-    """`gap_ns`: what a step beside a decoding sequence is to take at most, as `times` predicts it; None: no such bound."""
+    """`gap_ns`: what a step beside a decoding sequence is to take at most, as `times` predicts it; None: no such bound.
+    `score_work`: what the logits of a prompt's token cost beside the token itself, in tokens."""
 
     def __init__(
         self,
@@ -134,6 +143,7 @@ class Scheduler:
         vocab_size: int,
         times: StepTimes | None = None,
         gap_ns: int | None = None,
+        score_work: float = 0.0,
     ):
         self.limits = limits
         self.times = times if times is not None else StepTimes()
@@ -142,12 +152,14 @@ class Scheduler:
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []  # the most senior first
         self._gap_ns = gap_ns
+        self._score_work = score_work
         self._vocab_size = vocab_size
         # One token of each running sequence must fit in a step.
         self._max_running = min(limits.max_rows, limits.max_tokens)
         self._live: dict[str, Sequence] = {}
         self._to_abort: dict[str, None] = {}
         self._to_end: list[Sequence] = []
+        self._making: dict[Sequence, Future[Grammar]] = {}  # who waits for a grammar to be made, and is in no queue yet
         self._deadlines: list[tuple[int, int, str]] = []  # a heap of (when, 0 of the queue or 1 of all, id)
         self._num_on_probation = 0
         self._num_submitted = 0
@@ -163,11 +175,16 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._live)
 
+    @property
+    def num_making(self) -> int:
+        """Requests whose grammar is being made; if all are such, there is nothing to do."""
+        return len(self._making)
+
     def find(self, request_id: str) -> Sequence | None:
         return self._live.get(request_id)
 
-    def submit(self, request: Request, now_ns: int) -> None:
-        """Queue a request; raises if it could never run."""
+    def submit(self, request: Request, now_ns: int, making: Future[Grammar] | None = None) -> None:
+        """Queue a request, once its grammar is made; raises if it could never run."""
         check_fits(request, self.limits)
         assert request.params.seed is not None, f"request {request.id} has no seed; who accepts a request draws it"
         assert request.id not in self._live, f"request {request.id} is live already"
@@ -179,10 +196,12 @@ class Scheduler:
             heapq.heappush(self._deadlines, (request.deadline_ns, 1, request.id))
         if request.queue_deadline_ns:
             heapq.heappush(self._deadlines, (request.queue_deadline_ns, 0, request.id))
-        if sequence.num_wanted > 0:
+        if sequence.num_wanted == 0:
+            self._to_end.append(sequence)
+        elif making is None or _take_grammar(sequence, making):
             self.waiting.push(sequence)
         else:
-            self._to_end.append(sequence)
+            self._making[sequence] = making
 
     def abort(self, request_id: str) -> None:
         """Takes effect before the next step is scheduled. Unknown ids are ignored: their request has just ended."""
@@ -195,7 +214,6 @@ class Scheduler:
         for sequence in self._to_end:
             if sequence.id not in self._to_abort:
                 self._forget(sequence)
-                events += _scores_event(sequence)
                 events.append(RequestEnded(request_id=sequence.id, finish_reason="length", times=sequence.times()))
         for request_id in self._to_abort:
             aborted = self._live.get(request_id)
@@ -205,6 +223,8 @@ class Scheduler:
                 events.append(event)
         self._to_end.clear()
         self._to_abort.clear()
+        if self._making:
+            self._queue_made(events)
         while self._deadlines and self._deadlines[0][0] <= now_ns:
             when_ns, is_of_all, request_id = heapq.heappop(self._deadlines)
             late = self._live.get(request_id)
@@ -216,10 +236,23 @@ class Scheduler:
             heapq.heapify(self._deadlines)
         return events
 
+    def _queue_made(self, events: list[EngineEvent]) -> None:
+        """Queue those whose grammar is there, or end them."""
+        for sequence, making in [(s, making) for s, making in self._making.items() if making.done()]:
+            del self._making[sequence]
+            if _take_grammar(sequence, making):
+                self.waiting.push(sequence)
+            elif sequence.grammar is None:
+                self._fail(sequence, InternalError(f"its grammar could not be made: {making.exception()}"), events)
+            else:
+                self._fail(sequence, _dead_end(sequence.grammar), events)
+
     def _withdraw(self, sequence: Sequence) -> None:
         """Take a live sequence out, from wherever it is."""
         if sequence.is_running:
             self.running.remove(sequence)
+        elif sequence in self._making:
+            self._making.pop(sequence).cancel()
         elif sequence.num_wanted > 0:
             self.waiting.remove(sequence)
         self._forget(sequence)
@@ -278,21 +311,27 @@ class Scheduler:
         """Cut the prefill of this step for the sequences whose streams wait for it."""
         if self._gap_ns is not None and any(sequence.num_output for sequence in draft.counts):
             pairs = sum([sequence.num_computed + 1 for sequence in draft.counts])
-            draft.rows_ns = self.times.predict_ns(len(draft.counts), pairs)
+            work = sum([self._weight(sequence) for sequence in draft.counts])
+            draft.rows_ns = self.times.predict_ns(work, pairs)
             draft.gap_ns = self._gap_ns
             draft.left_ns = self._gap_ns / self.times.headroom - draft.rows_ns
 
-    def _allowed(self, draft: _Draft, start: int, wanted: int) -> int:
+    def _weight(self, sequence: Sequence) -> float:
+        """What each of its next tokens counts, in tokens: at most, for of a prompt that is computed again some have their scores."""
+        return 1.0 + self._score_work if sequence.is_scoring else 1.0
+
+    def _allowed(self, draft: _Draft, start: int, wanted: int, weight: float = 1.0) -> int:
         """Tokens of a chunk that budget and bound allow."""
         count = min(wanted, draft.budget)
         if draft.gap_ns:
-            within = self.times.chunk_within(draft.left_ns, start, count)
+            within = self.times.chunk_within(draft.left_ns, start, count, weight)
             count = max(within, min(count, MIN_CHUNK - draft.num_chunk_tokens))
         return count
 
     def _plan_chunk(self, draft: _Draft, sequence: Sequence) -> None:
         """As many of its tokens as the step and the blocks allow. It preempts juniors, but never itself: it waits."""
-        count = self._allowed(draft, sequence.num_computed, sequence.num_wanted - sequence.num_computed)
+        start, weight = sequence.num_computed, self._weight(sequence)
+        count = self._allowed(draft, start, sequence.num_wanted - start, weight)
         if count == 0:
             return
         while self._num_fitting(sequence) == 0:
@@ -337,8 +376,8 @@ class Scheduler:
         is_early = self._num_steps < sequence.refused_step + RETRY_STEPS
         if self.running and is_early and room <= sequence.refused_room:
             return False  # looking for its prompt in the cache anew would cost time in every step
-        # The newest token is always computed, its logits are wanted; a prompt that is scored needs all of its own.
-        hits = self.prefix.match(sequence, sequence.num_wanted - 1 if sequence.scores is None else 0)
+        # The newest token is always computed, its logits are wanted; so are those of a prompt's tokens that are to be scored.
+        hits = self.prefix.match(sequence, sequence.num_scored if sequence.is_scoring else sequence.num_wanted - 1)
         num_new = self.pool.blocks_for(sequence.num_wanted) - len(hits)
         num_revived = sum(self.pool.is_cached(block_id) for block_id in hits)
         if num_new + num_revived > room:
@@ -347,7 +386,7 @@ class Scheduler:
         if sequence.is_protected and self._num_promised() + self._max_blocks(sequence) > self.pool.num_blocks:
             return False
         start = len(hits) * self.pool.block_size
-        count = self._allowed(draft, start, sequence.num_wanted - start)
+        count = self._allowed(draft, start, sequence.num_wanted - start, self._weight(sequence))
         if count == 0:
             return False
         sequence.refused_room = -1
@@ -379,8 +418,9 @@ class Scheduler:
         draft.budget -= count
         if draft.gap_ns:
             draft.num_chunk_tokens += count
-            draft.left_ns -= self.times.chunk_ns(sequence.num_computed, count)
-            draft.smallest_ns = max(draft.smallest_ns, self.times.chunk_ns(sequence.num_computed, MIN_CHUNK))
+            start, weight = sequence.num_computed, self._weight(sequence)
+            draft.left_ns -= self.times.chunk_ns(start, count, weight)
+            draft.smallest_ns = max(draft.smallest_ns, self.times.chunk_ns(start, MIN_CHUNK, weight))
 
     def _preempt(self, draft: _Draft, victim: Sequence) -> None:
         draft.budget += draft.counts.pop(victim, 0)
@@ -423,8 +463,8 @@ class Scheduler:
             start = sequence.num_computed
             end = start + count
             scored = _NO_POSITIONS
-            if sequence.scores is not None:
-                scored = range(max(start, len(sequence.scores)), min(end, sequence.num_prompt_tokens - 1))
+            if sequence.is_scoring:
+                scored = range(max(start, sequence.num_scored), min(end, sequence.num_scores))
             is_sampled = end == sequence.num_tokens and sequence.wants_token
             rows.append(Row(sequence, start, count, tuple(sequence.block_ids), scored, is_sampled))
         bound_ns = max(draft.gap_ns, draft.rows_ns + int(draft.smallest_ns) + 1) if draft.gap_ns else 0
@@ -439,18 +479,20 @@ class Scheduler:
         num_preempted: int = 0,
         is_rerun: bool = False,
     ) -> Step:
-        num_prefill = num_decode = num_recomputed = pairs = 0
+        num_prefill = num_decode = num_recomputed = num_scored = pairs = 0
         for row in rows:
             sequence, start, count = row.sequence, row.start, row.count
             if count == 1 and row.is_sampled and sequence.num_output > 0:
                 num_decode += 1
             else:
                 num_prefill += count
+            num_scored += len(row.scored)
             pairs += num_pairs(start, count)
             if start < sequence.max_computed:
                 num_recomputed += min(start + count, sequence.max_computed) - start
         if rows:
             self._num_steps += 1
+        work = num_prefill + num_decode + self._score_work * num_scored
         return Step(
             id=self._num_steps,
             begin_ns=now_ns,
@@ -460,8 +502,9 @@ class Scheduler:
             num_cached_tokens=num_cached,
             num_recomputed_tokens=num_recomputed,
             num_preempted=num_preempted,
+            work=work,
             num_pairs=pairs,
-            predicted_ns=self.times.predict_ns(num_prefill + num_decode, pairs) if rows else 0,
+            predicted_ns=self.times.predict_ns(work, pairs) if rows else 0,
             bound_ns=bound_ns,
             is_rerun=is_rerun,
         )
@@ -474,25 +517,38 @@ class Scheduler:
         finite: list[bool] = result.finite.tolist()
         token_ids: list[int] = result.token_ids.tolist()
         stalled_ns = prefill_share_ns(step.begin_ns, now_ns, step.num_prefill_tokens, step.num_decode_tokens)
-        num_live, logit = len(self._live), 0
+        num_live, logits, wanted = len(self._live), range(0), range(0)
         for row in step.rows:
-            logits = range(logit, logit + row.num_logits)
-            logit = logits.stop
+            logits = range(logits.stop, logits.stop + row.num_logits)
+            wanted = range(wanted.stop, wanted.stop + row.num_wanted_logprobs)
             self._note_step(row, step, stalled_ns)
-            if not all(finite[logits.start : logits.stop]):
-                message = (
-                    "the model gave a logit that is NaN or infinite, or no token was allowed; the request ends here,"
-                    " others go on"
-                )
-                self._fail(row.sequence, NanLogits(message), events)
-            elif row.is_sampled and not 0 <= token_ids[logits.stop - 1] < self._vocab_size:
-                message = f"the backend chose token {token_ids[logits.stop - 1]} of a vocabulary of {self._vocab_size}"
-                self._fail(row.sequence, InternalError(message), events)
+            token_id = token_ids[logits.stop - 1] if row.is_sampled else -1
+            error = self._error_of(row, finite[logits.start : logits.stop], token_id)
+            if error is not None:
+                self._fail(row.sequence, error, events)
             else:
-                self._commit_row(row, logits, token_ids, result, now_ns, events)
+                self._commit_row(row, logits, wanted, token_ids, result, now_ns, events)
         if len(self._live) != num_live:
             self.running = [s for s in self.running if s.id in self._live]
         return events
+
+    def _error_of(self, row: Row, finite: list[bool], token_id: int) -> JiljuError | None:
+        """What ends the request here; if nothing does, its grammar has gone on by the token."""
+        sequence = row.sequence
+        grammar = sequence.grammar if row.is_sampled else None
+        is_empty = grammar is not None and grammar.is_empty  # then nothing was chosen
+        if not all(finite[:-1] if is_empty else finite):
+            message = "the model gave a logit that is NaN or infinite, or no token was allowed; the request ends here,"
+            return NanLogits(f"{message} others go on")
+        if not row.is_sampled:
+            return None
+        if grammar is not None and is_empty:
+            return None if grammar.is_complete else _dead_end(grammar)
+        if not 0 <= token_id < self._vocab_size:
+            return InternalError(f"the backend chose token {token_id} of a vocabulary of {self._vocab_size}")
+        if grammar is not None and token_id not in sequence.end_ids and not grammar.take(token_id):
+            return _dead_end(grammar)
+        return None
 
     def part(self, step: Step, rows: tuple[Row, ...], now_ns: int) -> Step:
         """A step of some rows of one that raised; nothing of that one is committed, so they are as they were."""
@@ -528,8 +584,8 @@ class Scheduler:
             sequence.stalled_ns += stalled_ns
 
     def _commit_row(
-        self, row: Row, logits: range, token_ids: list[int], result: StepResult, now_ns: int, events: list[EngineEvent]
-    ) -> None:
+        self, row: Row, logits: range, wanted: range, token_ids: list[int], result: StepResult, now_ns: int, events: list[EngineEvent],
+    ) -> None:  # fmt: skip
         sequence = row.sequence
         end = row.start + row.count
         sequence.num_computed = end
@@ -538,12 +594,14 @@ class Scheduler:
             if (orphan := self.prefix.orphan(sequence, index)) is not None:
                 self.pool.forget(orphan)
             self.prefix.add(sequence, index)
-        if sequence.scores is not None:
-            sequence.scores += result.logprobs[logits.start : logits.start + len(row.scored)].tolist()
-            if len(sequence.scores) == sequence.num_prompt_tokens - 1:
-                events += _scores_event(sequence)
-        if row.is_sampled:
-            event = self._append(sequence, token_ids[logits.stop - 1], logits.stop - 1, result, now_ns)
+        if row.scored:
+            sequence.num_scored = row.scored.stop
+            events.append(self._scores(row, logits, result))
+        if row.is_sampled and sequence.grammar is not None and sequence.grammar.is_empty:  # it is whole
+            events.append(RequestEnded(request_id=sequence.id, finish_reason="stop", times=sequence.times()))
+            self._finish(sequence)
+        elif row.is_sampled:
+            event = self._append(sequence, token_ids[logits.stop - 1], logits.stop - 1, wanted, result, now_ns)
             events.append(event)
             if event.finish_reason is not None:
                 self._finish(sequence)
@@ -551,21 +609,40 @@ class Scheduler:
             events.append(RequestEnded(request_id=sequence.id, finish_reason="length", times=sequence.times()))
             self._finish(sequence)
 
-    def _append(self, sequence: Sequence, token_id: int, logit: int, result: StepResult, now_ns: int) -> TokenEvent:
+    def _scores(self, row: Row, logits: range, result: StepResult) -> PromptScored:
+        scored, num_top = logits[: len(row.scored)], row.sequence.request.prompt_logprobs or 0
+        return PromptScored(
+            request_id=row.sequence.id,
+            start=row.scored.start + 1,
+            logprobs=result.logprobs[scored.start : scored.stop].tolist(),
+            tops=[self._most_probable(result, logit, num_top) for logit in scored] if num_top else None,
+        )
+
+    def _most_probable(self, result: StepResult, logit: int, num: int) -> list[tuple[int, float]]:
+        num = min(num, self._vocab_size)
+        ids, logprobs = result.top_ids[logit, :num], result.top_logprobs[logit, :num]
+        return list(zip(ids.tolist(), logprobs.tolist(), strict=True))
+
+    def _append(
+        self, sequence: Sequence, token_id: int, logit: int, wanted: range, result: StepResult, now_ns: int
+    ) -> TokenEvent:
         params = sequence.request.params
         index = sequence.num_output
         sequence.append(token_id)
         sequence.last_token_ns = now_ns
         if index == len(sequence.request.output_ids):
             sequence.first_token_ns = now_ns
-        logprob = top = None
-        if params.logprobs is not None:
-            logprob = float(result.logprobs[logit])
-            ids, logprobs = result.top_ids[logit, : params.logprobs], result.top_logprobs[logit, : params.logprobs]
-            top = list(zip(ids.tolist(), logprobs.tolist(), strict=True))
+        logprob, top = float(result.logprobs[logit]) if params.wants_logprobs else None, None
+        if params.logprob_token_ids is not None:
+            logprobs = result.wanted_logprobs[wanted.start : wanted.stop].tolist()
+            top = list(zip(params.logprob_token_ids, logprobs, strict=True))
+        elif params.logprobs is not None:
+            top = self._most_probable(result, logit, params.logprobs)
         finish_reason: FinishReason | None = None
-        if token_id in sequence.end_ids:
+        if token_id in sequence.end_ids or (sequence.grammar is not None and sequence.grammar.is_stopped):
             finish_reason = "stop"
+        elif sequence.repeats_itself:
+            finish_reason = "repetition"
         elif not sequence.wants_token:
             finish_reason = "length"
         return TokenEvent(
@@ -600,7 +677,8 @@ class Scheduler:
 
     def describe(self) -> str:
         head = [f"{s.id}: {s.num_computed} of {s.num_wanted} tokens" for s in self.waiting.next_turns(3)]
-        return f"{len(self.waiting)} wait ({'; '.join(head)}), {len(self.running)} run, blocks {self.pool.describe()}"
+        waiting = f"{len(self.waiting)} wait ({'; '.join(head)}), {len(self._making)} for their grammar"
+        return f"{waiting}, {len(self.running)} run, blocks {self.pool.describe()}"
 
     def check(self) -> None:
         """Deep audit of what must hold between steps, for tests."""
@@ -618,10 +696,23 @@ class Scheduler:
         assert all(s.num_bypassed <= MAX_BYPASSES for s in self._live.values()), "somebody was bypassed too often"
         on_probation = sum(s.num_probation_steps > 0 for s in self._live.values())
         assert self._num_on_probation == on_probation, f"{self._num_on_probation} on probation, found {on_probation}"
-        queued = [*self.running, *self.waiting, *self._to_end]
+        queued = [*self.running, *self.waiting, *self._to_end, *self._making]
         assert {s.id for s in queued} == set(self._live) and len(queued) == len(self._live), (
             "live, running and waiting differ"
         )
+
+
+def _take_grammar(sequence: Sequence, making: Future[Grammar]) -> bool:
+    """Whether it was made, and is one."""
+    if not making.done() or making.exception() is not None:
+        return False
+    sequence.grammar = making.result()
+    return not sequence.grammar.error
+
+
+def _dead_end(grammar: Grammar) -> GrammarDeadEnd:
+    reason = grammar.error or "no token is left that it, allowed_token_ids and bans let through"
+    return GrammarDeadEnd(f"the answer cannot go on within its grammar: {reason}; the request ends here, others go on")
 
 
 def _seniority(sequence: Sequence) -> tuple[int, int]:
@@ -636,11 +727,3 @@ def deadline_event(request_id: str, allowed_ns: int, is_of_all: bool) -> Request
         f"the answer was not {what} within {allowed_ns / 1e9:g} s; allow more time, or ask again when less is going on"
     )
     return RequestFailed(request_id=request_id, code=DeadlineExceeded.code, message=message)
-
-
-def _scores_event(sequence: Sequence) -> list[EngineEvent]:
-    if sequence.scores is None:
-        return []
-    event = PromptScored(request_id=sequence.id, logprobs=sequence.scores)
-    sequence.scores = None
-    return [event]

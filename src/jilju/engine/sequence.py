@@ -11,12 +11,11 @@ the scheduler changes it, packing reads it.
 
 import numpy as np
 
+from jilju.engine.matcher import Grammar
 from jilju.engine.request import Request, RequestTimes, SamplingParams
+from jilju.engine.rules import BadWords, Repetition
 
 MAX_PREEMPTIONS = 4  # after so many a sequence is let in only when its whole length is sure to fit, and then stays in
-
-
-_NO_IDS = np.empty(0, np.int32)
 
 
 class TokenCounts:
@@ -56,10 +55,10 @@ class TokenCounts:
 
 class Sequence:
     __slots__ = (
-        "_end_ids", "arrival_ns", "bias_ids", "biases", "block_ids", "block_keys", "counts", "end_ids", "first_token_ns", "id", "is_running",
+        "_banned", "_banned_early", "arrival_ns", "bad_words", "bias_ids", "biases", "block_ids", "block_keys", "counts", "end_ids", "first_token_ns", "grammar", "id", "is_running",
         "last_token_ns", "mask", "max_computed", "num_bypassed", "num_cached", "num_computed", "num_hit_blocks", "num_preemptions", "num_probation_steps",
-        "num_prompt_tokens", "num_steps", "num_submitted_tokens", "num_tokens", "number", "prefix_ids", "priority", "queued_ns", "refused_room", "refused_step", "request", "scheduled_ns",
-        "scores", "stalled_ns", "tag", "tenant", "tokens",
+        "num_prompt_tokens", "num_scored", "num_steps", "num_submitted_tokens", "num_tokens", "number", "prefix_ids", "priority", "queued_ns", "refused_room", "refused_step", "repetition", "request",
+        "scheduled_ns", "stalled_ns", "tag", "tenant", "tokens", "wanted_ids",
     )  # fmt: skip
 
     def __init__(self, number: int, request: Request, queued_ns: int):
@@ -72,7 +71,6 @@ class Sequence:
         self.arrival_ns = request.arrival_ns or queued_ns
         self.tag = -1  # its place in the queue of its priority, given when it first waits
         self.end_ids = frozenset(request.end_ids)
-        self._end_ids = np.array(sorted(self.end_ids), np.int32)
 
         self.num_prompt_tokens = len(request.prompt_ids)
         self.num_tokens = self.num_prompt_tokens + len(request.output_ids)
@@ -84,7 +82,16 @@ class Sequence:
         self.counts = _counts(request, self.tokens)
         self.bias_ids = np.array(list(params.logit_bias), np.int32)
         self.biases = np.array(list(params.logit_bias.values()), np.float32)
+        self.wanted_ids = np.array(params.logprob_token_ids or (), np.int32)
+        self.bad_words = BadWords(params.bad_words_ids) if params.bad_words_ids else None
+        always = self.bad_words.always if self.bad_words is not None else set[int]()
+        self._banned = np.array(sorted(always), np.int32)
+        self._banned_early = np.array(sorted(always | self.end_ids), np.int32)  # until there are min_tokens
+        self.repetition: Repetition | None = None
+        if params.repetition_detection is not None:
+            self.repetition = Repetition(params.repetition_detection, self.output)
         self.mask = _mask(params)  # uint32 words, a bit an id that may be sampled; None: any may
+        self.grammar: Grammar | None = None  # there before it is first in a step, if its request has one
 
         self.num_computed = 0
         self.max_computed = self.num_tokens - 1 if request.output_ids else 0  # below it, computing is computing again
@@ -92,9 +99,9 @@ class Sequence:
         self.num_hit_blocks = 0  # leading ones that others computed
         self.block_keys: list[bytes] = []  # chained hashes of the leading full blocks, as far as they were needed
         self.prefix_ids: list[int] = []  # entries of the prefix index with the content of its leading full blocks
-        # Logprobs of prompt tokens 1, 2, ... until the last is known; None: none asked for, or sent already. An earlier
-        # engine that made a token has sent them.
-        self.scores: list[float] | None = [] if request.score_prompt and not request.output_ids else None
+        # Prompt tokens 1, 2, ... whose logprob was sent, or is not asked for. An engine that made a token has sent them all.
+        is_scored = request.prompt_logprobs is None or bool(request.output_ids)
+        self.num_scored = self.num_scores if is_scored else request.num_scored
 
         self.queued_ns = queued_ns
         self.scheduled_ns = 0
@@ -123,11 +130,33 @@ class Sequence:
         """Where num_computed is going: all tokens if the next is to be sampled, else those that score the prompt's last."""
         if self.wants_token:
             return self.num_tokens
-        return self.num_prompt_tokens - 1 if self.scores is not None else 0
+        return self.num_scores if self.is_scoring else 0
+
+    @property
+    def num_scores(self) -> int:
+        """Prompt tokens that have others before them."""
+        return self.num_prompt_tokens - 1
+
+    @property
+    def is_scoring(self) -> bool:
+        return self.num_scored < self.num_scores
+
+    @property
+    def output(self) -> np.ndarray:
+        return self.tokens[self.num_prompt_tokens : self.num_tokens]
 
     @property
     def banned_ids(self) -> np.ndarray:
-        return self._end_ids if self.num_output < self.request.params.min_tokens else _NO_IDS
+        banned = self._banned_early if self.num_output < self.request.params.min_tokens else self._banned
+        more = self.bad_words.after(self.output) if self.bad_words is not None else None
+        return np.union1d(banned, np.array(list(more), np.int32)) if more else banned
+
+    @property
+    def repeats_itself(self) -> bool:
+        """It ends with as many repetitions of a pattern as it is to end at."""
+        if self.repetition is None or self.num_output < self.request.params.min_tokens:
+            return False
+        return self.repetition.is_found
 
     @property
     def is_protected(self) -> bool:
@@ -138,6 +167,8 @@ class Sequence:
         self.num_tokens += 1
         if self.counts is not None:
             self.counts.add(token_id)
+        if self.repetition is not None:
+            self.repetition.add(self.output)
 
     def times(self) -> RequestTimes:
         return RequestTimes(

@@ -1,9 +1,10 @@
 """Step times: how long a step will take, learnt from the steps that were measured.
 
-Owns one linear model, t = base + per_token * T + per_pair * S, of T tokens and S query-key pairs (the query at position p
-sees p + 1 keys), fitted by recursive least squares that forgets slowly, times the pace of the machine: the running mean of
-measured over fitted time, which forgets fast, for neighbours come and go within seconds and change all three alike. The budget
-of a step, the wait that admission predicts and the watchdog all ask it. Knows nothing of rows, requests or kernels. Times are ns.
+Owns one linear model, t = base + per_token * T + per_pair * S, of T tokens (one that costs more may count as more) and S
+query-key pairs (the query at position p sees p + 1 keys), fitted by recursive least squares that forgets slowly, times the pace
+of the machine: the running mean of measured over fitted time, which forgets fast, for neighbours come and go within seconds and
+change all three alike. The budget of a step, the wait that admission predicts and the watchdog all ask it. Knows nothing of
+rows, requests or kernels. Times are ns.
 """
 
 import math
@@ -44,28 +45,28 @@ class StepTimes:
         self._spread = [[weight if i == j else 0.0 for j in range(3)] for i in range(3)]  # of theta, relative to noise
         self._noise = weight * 1e-4
 
-    def predict_ns(self, num_tokens: int, num_pairs: int) -> int:
+    def predict_ns(self, num_tokens: float, num_pairs: int) -> int:
         base, per_token, per_pair = self.coefficients
         return int(base + per_token * num_tokens + per_pair * num_pairs)
 
-    def chunk_within(self, left_ns: float, start: int, max_count: int) -> int:
-        """The most tokens, from position `start` on, that add no more than `left_ns` to a step."""
+    def chunk_within(self, left_ns: float, start: int, max_count: int, weight: float = 1.0) -> int:
+        """The most tokens, from position `start` on, that add no more than `left_ns` to a step; each counts as `weight` tokens."""
         if left_ns <= 0:
             return 0
         _, per_token, per_pair = self.coefficients
-        linear, square = per_token + per_pair * (start + 0.5), per_pair / 2  # t(q) = linear q + square q^2
+        linear, square = per_token * weight + per_pair * (start + 0.5), per_pair / 2  # t(q) = linear q + square q^2
         divisor = linear + math.sqrt(linear * linear + 4 * square * left_ns)  # the form without cancellation
         count = int(min(2 * left_ns / divisor, max_count)) if divisor > 0 else max_count
-        while count > 0 and self.chunk_ns(start, count) > left_ns:  # rounding
+        while count > 0 and self.chunk_ns(start, count, weight) > left_ns:  # rounding
             count -= 1
         return count
 
-    def chunk_ns(self, start: int, count: int) -> float:
+    def chunk_ns(self, start: int, count: int, weight: float = 1.0) -> float:
         """What a chunk adds to a step."""
         _, per_token, per_pair = self.coefficients
-        return per_token * count + per_pair * num_pairs(start, count)
+        return per_token * weight * count + per_pair * num_pairs(start, count)
 
-    def observe(self, num_tokens: int, num_pairs: int, measured_ns: int) -> None:
+    def observe(self, num_tokens: float, num_pairs: int, measured_ns: int) -> None:
         """One measured step."""
         x = [_SCALES[0], num_tokens * _SCALES[1], num_pairs * _SCALES[2]]
         predicted = sum(t * v for t, v in zip(self._theta, x, strict=True))

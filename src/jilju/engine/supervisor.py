@@ -66,7 +66,7 @@ class _Live:
     request: Request
     queued_ns: int
     tokens: list[int]  # the whole output so far
-    is_scored: bool = False  # the prompt's logprobs were received
+    num_scored: int = 0  # tokens of the prompt whose logprobs were received
     is_aborting: bool = False
     is_scheduled: bool = False  # it was in a step, so the time to wait for one is over
     num_deaths: int = 0  # with it in the step, that the work can have caused
@@ -84,7 +84,7 @@ class _Live:
         return msgspec.structs.replace(
             self.request,
             output_ids=list(self.tokens),
-            score_prompt=self.request.score_prompt and not self.is_scored,
+            num_scored=self.num_scored,
             arrival_ns=self.request.arrival_ns or self.queued_ns,
             queue_deadline_ns=0 if self.is_scheduled else self.request.queue_deadline_ns,
             num_probation_steps=NUM_PROBATION_STEPS if self.is_suspect else 0,
@@ -312,6 +312,7 @@ class Supervisor:
     def _check(self, events: list[EngineEvent]) -> None:
         """Each event must be the next of a live request; a frame counts whole or not at all."""
         next_index: dict[str, int] = {}
+        next_scored: dict[str, int] = {}
         ended: set[str] = set()
         for event in events:
             request_id = event.request_id
@@ -323,8 +324,15 @@ class Supervisor:
                 if event.index != index:
                     raise LinkBroken(f"token {event.index} of {request_id} came, {index} was next")
                 next_index[request_id] = index + 1
-            elif isinstance(event, PromptScored) and live.is_scored:
-                raise LinkBroken(f"the prompt of {request_id} was scored twice")
+            elif isinstance(event, PromptScored):
+                start = next_scored.get(request_id, live.num_scored) + 1
+                end = event.start + len(event.logprobs)
+                wanted = live.request.num_prompt_tokens if live.request.prompt_logprobs is not None else 0
+                if event.start != start or not start < end <= wanted:
+                    raise LinkBroken(
+                        f"scores {event.start} to {end} of {request_id} came, {start} of {wanted} was next"
+                    )
+                next_scored[request_id] = end - 1
             if is_terminal(event):
                 ended.add(request_id)
 
@@ -343,7 +351,7 @@ class Supervisor:
             elif event.index > 0:
                 live.stalled_ns += stalled_ns
         elif isinstance(event, PromptScored):
-            live.is_scored = True
+            live.num_scored += len(event.logprobs)
         if is_terminal(event):
             del self._live[event.request_id]
             if live.num_resumes and not isinstance(event, RequestFailed | PromptScored):

@@ -6,7 +6,8 @@ rows lie one after another in `token_ids`. A logit row is a token of the batch w
 to sample from (targets < 0) or to score a given id (targets >= 0).
 """
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -72,9 +73,13 @@ class Batch:
     biases: np.ndarray  # float32 [...]
     banned_starts: np.ndarray  # int32 [num_logits + 1]
     banned_ids: np.ndarray  # int32 [...]   that must not be sampled
+    wanted_starts: np.ndarray  # int32 [num_logits + 1]   at most MAX_WANTED a row; only here an id may come again
+    wanted_ids: np.ndarray  # int32 [...]   whose logprobs are reported
 
     mask_rows: np.ndarray  # int32 [num_logits]   which mask says what may be sampled; -1: anything
     masks: np.ndarray  # uint32 [num_masks, ceil(vocab / 32)]   bit id % 32 of word id // 32 is set: id may be sampled
+    # int32 [1]   0: masks are being filled while the step runs, a backend waits for a 1 before it reads them
+    masks_ready: np.ndarray = field(default_factory=lambda: np.ones(1, np.int32))
 
     @property
     def num_rows(self) -> int:
@@ -88,13 +93,23 @@ class Batch:
     def num_logits(self) -> int:
         return len(self.logit_tokens)
 
+    def wait_for_masks(self) -> None:
+        """Until they are filled. Raises TimeoutError after so long that nobody fills them."""
+        begin = time.monotonic()
+        while not self.masks_ready[0]:
+            if time.monotonic() - begin > MASKS_WAIT_S:
+                raise TimeoutError(f"the masks of a step were not filled within {MASKS_WAIT_S} s")
+            time.sleep(50e-6)
+
     @property
     def shape(self) -> StepShape:
         return StepShape(tuple(self.starts.tolist()), tuple(self.counts.tolist()), self.num_logits)
 
 
+MASKS_WAIT_S = 10  # a mask takes some milliseconds at worst
 MAX_TOP = 20  # alternatives a logit row may report; the contract's cap on top_logprobs
 MAX_BIASES = 1024  # biased ids of a logit row; the contract's cap on logit_bias
+MAX_WANTED = 128  # ids of a logit row whose logprobs are wanted; the contract's cap on logprob_token_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,5 +121,6 @@ class StepResult:
     logprobs: np.ndarray  # float32 [num_logits]   of token_ids
     top_ids: np.ndarray  # int32 [num_logits, MAX_TOP]   most probable first, ties to the lowest id; -1 beyond num_top
     top_logprobs: np.ndarray  # float32 [num_logits, MAX_TOP]
+    wanted_logprobs: np.ndarray  # float32 [...]   of the batch's wanted_ids, in their order
     # bool [num_logits]   False: a logit was NaN or infinite, or no id was left to sample; the row's other fields mean nothing
     finite: np.ndarray

@@ -76,6 +76,11 @@ class PlanCost:
         tallies = self._tally(shape)
         return sum([n * flops for n, flops, _ in tallies]), sum([n * num_bytes for n, _, num_bytes in tallies])
 
+    def logit_work(self) -> float:
+        """What a logit row costs, in tokens without one: by FLOPs, for tokens that want all their logits come in numbers."""
+        token, with_logits = (self.totals(StepShape((0,), (1,), num_logits))[0] for num_logits in (0, 1))
+        return (with_logits - token) / token
+
     def step_ns(self, shape: StepShape, machine: Machine) -> int:
         """sum over ops max(FLOP / (eta_c P), bytes / (eta_b BW)) + base + row_ns * rows"""
         ns_per_flop = 1e9 / (machine.eta_c * machine.flops_per_s)

@@ -278,7 +278,8 @@ class Sample(Op, frozen=True, tag="sample"):
     6. u in [0, 1) from Philox4x32-10, key = seed, counter = position (low word, high word, 0, 0), first two output words:
        u = ((w0 << 21 | w1 >> 11) & (2^53 - 1)) * 2^-53. The id is the first that was kept, in ascending order of ids, at
        which their cumulative mass exceeds u * total.
-    A row with target >= 0 takes the target and skips 2-6.
+    A row with target >= 0 takes the target and skips 2-6. The most probable ids and the wanted ones are reported of every
+    row, with the logprobs of step 1.
     """
 
     logits: Value

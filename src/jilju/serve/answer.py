@@ -1,8 +1,8 @@
-"""Answers: what chat and completions have in common on the wire.
+"""Answers: what the families of routes have in common on the wire.
 
-Owns usage, the text of single tokens, and the protocol by which the one pipeline drives the two shapes. A renderer sees
-every delta once, in order: `chunk` gives its bytes for a stream, `add` keeps it for the whole answer, from the same parts.
-Knows nothing of sockets or engines.
+Owns usage, the text of single tokens, and the protocol by which the one pipeline drives the shapes. A renderer sees every
+delta once, in order: `chunk` gives its bytes for a stream, `add` keeps it for the whole answer, from the same parts. Knows
+nothing of sockets or engines.
 """
 
 import math
@@ -12,6 +12,8 @@ from typing import Any, Protocol
 
 import msgspec
 
+from jilju.errors import JiljuError
+from jilju.serve.errors import error_object
 from jilju.serve.generation import Choice, Delta
 from jilju.serve.timings import Timings
 from jilju.text.tokenizer import Tokenizer
@@ -20,7 +22,13 @@ MINUS_INFINITY = -9999.0  # JSON has no infinity
 
 
 class PromptTokensDetails(msgspec.Struct, frozen=True):
-    cached_tokens: int
+    cached_tokens: int  # that came out of the prefix cache
+    cache_write_tokens: int  # that were computed, and are there now
+    truncated_tokens: int = 0  # that were cut off, as the call asked
+
+
+class CompletionTokensDetails(msgspec.Struct, frozen=True):
+    reasoning_tokens: int
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -28,6 +36,7 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None  # known when every sequence has ended
+    completion_tokens_details: CompletionTokensDetails | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,16 +50,28 @@ class Head:
     include_usage: bool
     continuous_usage: bool
     logprobs: int | None
+    prompt_logprobs: int | None
     return_token_ids: bool
+    return_prompt_text: bool
     skip_special_tokens: bool
+    tokens_as_ids: bool  # tokens of logprobs are written token_id:N
+    num_choices: int  # that the answer shows of each prompt
 
 
 class Renderer(Protocol):
     """One answer's shape."""
 
+    silence: bytes  # what an open stream is sent after a time without anything
+
     def chunk(self, delta: Delta, usage: Usage | None, timings: Timings | None) -> bytes: ...
 
-    def usage_chunk(self, usage: Usage, timings: Timings | None) -> bytes: ...
+    def ending(self, usage: Usage, timings: Timings | None) -> bytes:
+        """The last bytes of a stream. `timings` only if they did not ride on the last chunk."""
+        ...
+
+    def failure(self, error: JiljuError) -> bytes:
+        """The last event of a stream that fails, so that nobody takes it for whole."""
+        ...
 
     def add(self, delta: Delta) -> None: ...
 
@@ -65,13 +86,24 @@ def usage_so_far(choices: Sequence[Choice]) -> Usage:
     details = None
     if all(choice.ended for choice in choices):
         num_cached = sum(choice.times.num_cached_tokens for choice in firsts if choice.times is not None)
-        details = PromptTokensDetails(cached_tokens=num_cached)
+        num_truncated = sum(choice.prompt.num_truncated for choice in firsts if choice.prompt is not None)
+        details = PromptTokensDetails(
+            cached_tokens=num_cached,
+            cache_write_tokens=num_prompt_tokens - num_cached,
+            truncated_tokens=num_truncated,
+        )
+    num_reasoning = sum(choice.num_reasoning_tokens for choice in choices)
     return Usage(
         prompt_tokens=num_prompt_tokens,
         completion_tokens=num_tokens,
         total_tokens=num_prompt_tokens + num_tokens,
         prompt_tokens_details=details,
+        completion_tokens_details=CompletionTokensDetails(num_reasoning) if details is not None else None,
     )
+
+
+DONE = b"data: [DONE]\n\n"
+WAIT = b": wait\n\n"  # a comment: clients skip it
 
 
 def event(data: Any) -> bytes:
@@ -106,10 +138,61 @@ def chunk_event(
     return event(data)
 
 
-def prompt_ids_field(choices: Sequence[Choice]) -> dict[str, Any]:
-    """One prompt: its ids; several: a list of them, in the order of the prompts."""
-    ids = [choice.request.prompt_ids for choice in choices if not choice.request.sibling_of]
-    return {"prompt_token_ids": ids[0] if len(ids) == 1 else ids}
+def failure_event(error: JiljuError) -> bytes:
+    """OpenAI's form; no `[DONE]` follows it."""
+    return event({"error": error_object(error)})
+
+
+def prompt_fields(head: Head, choices: Sequence[Choice], texts: "TokenTexts") -> dict[str, Any]:
+    """What was asked back of the prompts. One prompt: as it is; several: a list, in their order."""
+    firsts = [choice for choice in choices if not choice.request.sibling_of]
+    fields: dict[str, list[Any]] = {}
+    if head.return_token_ids:
+        fields["prompt_token_ids"] = [choice.request.prompt_ids for choice in firsts]
+    if head.return_prompt_text:
+        fields["prompt_text"] = [prompt_text(choice, texts) for choice in firsts]
+    if head.prompt_logprobs is not None:
+        fields["prompt_logprobs"] = [_prompt_logprobs(choice, texts) for choice in firsts]
+    return {name: values[0] if len(values) == 1 else values for name, values in fields.items()}
+
+
+def prompt_text(choice: Choice, texts: "TokenTexts") -> str:
+    """As the call gave it or its template wrote it; else what its ids stand for."""
+    return _given_text(choice) or texts.decoded(choice.request.prompt_ids, skip_special=False)
+
+
+def echo_text(choice: Choice, texts: "TokenTexts") -> str:
+    """The same as an answer shows it: control tokens have a text only if the answer's have."""
+    return _given_text(choice) or texts.decoded(choice.request.prompt_ids)
+
+
+def _given_text(choice: Choice) -> str | None:
+    prompt = choice.prompt
+    return None if prompt is None or prompt.num_truncated else prompt.text
+
+
+def _prompt_logprobs(choice: Choice, texts: "TokenTexts") -> list[dict[str, Any] | None]:
+    """vLLM's form: null for the first token, then by id the logprob of the token that stands there and of the likeliest."""
+    ids, scores = choice.request.prompt_ids, choice.scores
+    places: list[dict[str, Any] | None] = [None]
+    for index, logprob in enumerate(scores.logprobs):
+        top = scores.tops[index]
+        place: dict[str, Any] = {
+            str(token_id): {"logprob": finite(value), "rank": rank, "decoded_token": texts.text_of(token_id)}
+            for rank, (token_id, value) in enumerate(top, 1)
+        }
+        own = ids[index + 1]
+        own_entry = {"logprob": finite(logprob), "rank": None, "decoded_token": texts.text_of(own)}
+        place.setdefault(str(own), own_entry)
+        places.append(place)
+    return places
+
+
+def best(choices: Sequence[Choice], count: int) -> list[Choice]:
+    """The `count` choices of a prompt that were likeliest by the mean logprob of their tokens, likeliest first."""
+    if len(choices) <= count:
+        return list(choices)
+    return sorted(choices, key=lambda choice: -choice.logprob / max(1, choice.num_tokens))[:count]
 
 
 def token_text(token_bytes: bytes) -> str:
@@ -127,8 +210,8 @@ def finite(logprob: float | None) -> float:
 class TokenTexts:
     """Texts and bytes of ids, as logprobs show them."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
-        self._tokenizer, self._skip = tokenizer, skip_special_tokens
+    def __init__(self, tokenizer: Tokenizer, head: Head):
+        self._tokenizer, self._skip, self._as_ids = tokenizer, head.skip_special_tokens, head.tokens_as_ids
 
     def shown_bytes(self, token_id: int) -> bytes:
         """What the token adds to the answer's text."""
@@ -139,4 +222,8 @@ class TokenTexts:
         return self._tokenizer.token_bytes(token_id)
 
     def text_of(self, token_id: int) -> str:
-        return token_text(self._tokenizer.token_bytes(token_id))
+        return f"token_id:{token_id}" if self._as_ids else token_text(self._tokenizer.token_bytes(token_id))
+
+    def decoded(self, ids: Sequence[int], skip_special: bool | None = None) -> str:
+        skip = self._skip if skip_special is None else skip_special
+        return self._tokenizer.decode(ids, skip_special_tokens=skip)

@@ -1,9 +1,11 @@
-"""The app: which route answers what.
+"""The app: which route answers what, and what a key must be good for to be answered.
 
 Owns the table of routes and the answers for a wrong route or method. Knows nothing of what a route does.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -12,14 +14,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from jilju.config import KeyScope
 from jilju.errors import JiljuError, MethodNotAllowed, RouteNotFound
-from jilju.serve import health, models, tokenize
+from jilju.serve import embeddings, health, models, render, tokenize
+from jilju.serve.anthropic_messages import MessagesApi
+from jilju.serve.cancel import CancelRoute
 from jilju.serve.context import ServerContext
+from jilju.serve.count_tokens import count_tokens
 from jilju.serve.errors import shown
-from jilju.serve.gate import Gate
-from jilju.serve.generate_route import GenerateRoute
+from jilju.serve.gate import Gate, NeedsScope
+from jilju.serve.generate_route import Api, GenerateRoute
 from jilju.serve.openai_chat import ChatApi
 from jilju.serve.openai_completions import CompletionApi
+from jilju.serve.openai_responses import ResponsesApi
+from jilju.serve.openapi import openapi_json
 from jilju.serve.server import Server, make_server
 from jilju.serve.view_files import ViewRoutes, load_view
 
@@ -30,28 +38,41 @@ def create_app(context: ServerContext) -> Starlette:
 
 def app_of(server: Server) -> Starlette:
     view = ViewRoutes(load_view(server.context.view_dir))
+    apis: tuple[Api[Any], ...] = (ChatApi(), CompletionApi(), ResponsesApi(), MessagesApi())
+    cancel = CancelRoute(server, [api.id_prefix for api in apis])
     app = Starlette(
         routes=[
-            Route("/v1/chat/completions", GenerateRoute(server, ChatApi()), methods=["POST"]),
-            Route("/v1/completions", GenerateRoute(server, CompletionApi()), methods=["POST"]),
-            Route("/v1/models", partial(models.list_models, server), methods=["GET"]),
-            Route("/v1/models/{model:path}", partial(models.get_model, server), methods=["GET"]),
-            Route("/tokenize", partial(tokenize.tokenize, server), methods=["POST"]),
-            Route("/detokenize", partial(tokenize.detokenize, server), methods=["POST"]),
-            Route("/livez", partial(health.livez, server), methods=["GET"]),
-            Route("/readyz", partial(health.readyz, server), methods=["GET"]),
-            Route("/health", partial(health.health, server), methods=["GET"]),
-            Route("/metrics", partial(health.metrics, server), methods=["GET"]),
-            Route("/version", partial(health.version, server), methods=["GET"]),
-            Route("/", view.index, methods=["GET"]),
-            Route("/view/{path:path}", view.file, methods=["GET"]),
+            *(_route("POST", api.path, GenerateRoute(server, api), "generate") for api in apis),
+            _route("POST", "/v1/embeddings", partial(embeddings.embed, server), "generate"),
+            _route("POST", "/v1/requests/{id:path}/cancel", cancel.cancel, "generate"),
+            _route("GET", "/v1/models", partial(models.list_models, server), None),
+            _route("GET", "/v1/models/{model:path}", partial(models.get_model, server), None),
+            _route("POST", "/v1/chat/completions/render", partial(render.render_chat, server), "tokenize"),
+            _route("POST", "/v1/completions/render", partial(render.render_completion, server), "tokenize"),
+            _route("POST", "/v1/messages/count_tokens", partial(count_tokens, server), "tokenize"),
+            _route("POST", "/tokenize", partial(tokenize.tokenize, server), "tokenize"),
+            _route("POST", "/detokenize", partial(tokenize.detokenize, server), "tokenize"),
+            _route("GET", "/livez", partial(health.livez, server), None),
+            _route("GET", "/readyz", partial(health.readyz, server), "metrics"),
+            _route("GET", "/health", partial(health.health, server), "metrics"),
+            _route("GET", "/metrics", partial(health.metrics, server), "metrics"),
+            _route("GET", "/version", partial(health.version, server), None),
+            _route("GET", "/openapi.json", partial(openapi_json, server), None),
+            _route("GET", "/", view.index, "view"),
+            _route("GET", "/view/{path:path}", view.file, "view"),
         ],
-        middleware=[Middleware(Gate, context=server.context, ledger=server.ledger)],
+        middleware=[Middleware(Gate, server=server)],
         exception_handlers={HTTPException: _wrong_route},
     )
     app.router.redirect_slashes = False
     app.state.server = server
     return app
+
+
+def _route(method: str, path: str, endpoint: Callable[..., Any], needed: KeyScope | None) -> Route:
+    """`needed` of the key; None: any key will do."""
+    around = [] if needed is None else [Middleware(NeedsScope, needed)]
+    return Route(path, endpoint, methods=[method], middleware=around)
 
 
 async def _wrong_route(request: Request, error: Exception) -> Response:

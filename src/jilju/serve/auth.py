@@ -1,6 +1,7 @@
-"""Who may call: keys, host names, origins, and whether an address may be bound at all.
+"""Who may call: keys and what each is good for, host names, origins, and whether an address may be bound at all.
 
-Owns the comparisons and nothing else. Knows nothing of routes or HTTP messages beyond the header values it is given.
+Owns the keys in force, and the comparisons. Knows nothing of routes, of files, or of HTTP messages beyond the header values
+it is given.
 """
 
 import base64
@@ -11,8 +12,8 @@ import ipaddress
 from collections.abc import Sequence
 from urllib.parse import urlsplit
 
-from jilju.config import ApiKey
-from jilju.errors import ConfigError
+from jilju.config import ApiKey, KeyScope
+from jilju.errors import ConfigError, Forbidden, InvalidValue
 
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -71,19 +72,59 @@ def presented_keys(authorization: str | None, x_api_key: str | None) -> list[str
     return found
 
 
-def match_key(keys: Sequence[ApiKey], presented: Sequence[str]) -> ApiKey | None:
-    """Compares every key with every secret shown, each in constant time, whatever matched before."""
-    match: ApiKey | None = None
-    for key in keys:
-        for secret in presented:
-            if hmac.compare_digest(_digest(key.secret), _digest(secret)):
-                match = match or key
-    return match
+class KeyRing:
+    """The keys in force; without any, everybody may call."""
+
+    def __init__(self, keys: Sequence[ApiKey]):
+        self.replace(keys)
+
+    def replace(self, keys: Sequence[ApiKey]) -> None:
+        self._known = tuple((_digest(key.secret), key) for key in keys)
+
+    def __bool__(self) -> bool:
+        return bool(self._known)
+
+    def match(self, presented: Sequence[str]) -> ApiKey | None:
+        """Compares every key with every secret shown, each in constant time, whatever matched before."""
+        shown = [_digest(secret) for secret in presented]
+        match: ApiKey | None = None
+        for digest, key in self._known:
+            for given in shown:
+                if hmac.compare_digest(digest, given):
+                    match = match or key
+        return match
 
 
-def cache_salt(key: ApiKey | None, given: str | None = None) -> bytes:
-    """Salt of the prefix cache: calls of different keys, or with different salts of their own, never share blocks."""
-    salt = b"" if key is None else hashlib.blake2b(key.secret.encode(), digest_size=16, person=b"jilju-salt").digest()
+def check_scope(key: ApiKey | None, scope: KeyScope) -> None:
+    """Without keys everybody may do everything."""
+    if key is not None and scope not in key.scopes:
+        raise Forbidden(
+            f"this route needs a key with the scope {scope}; the key {key.name} has: {', '.join(sorted(key.scopes))}"
+        )
+
+
+def priority_of(key: ApiKey | None, given: int | None) -> int:
+    """The priority of a call: as given (lower runs first), else 0, or the key's floor where that is higher."""
+    if key is None or key.min_priority is None:
+        return given or 0
+    if given is None:
+        return max(0, key.min_priority)
+    if given < key.min_priority:
+        raise InvalidValue(
+            f"priority is {given}; the key {key.name} allows {key.min_priority} and above (lower runs first)",
+            param="priority",
+        )
+    return given
+
+
+def cache_salt(key: ApiKey | None, given: str | None = None, *, is_shared: bool = False) -> bytes:
+    """Salt of the prefix cache: calls of different keys, or with different salts of their own, never share blocks.
+
+    `is_shared`: the key does not count.
+    """
+    salt = b""
+    if key is not None and not is_shared:
+        salt = hashlib.blake2b(key.secret.encode(), digest_size=16, person=b"jilju-salt").digest()
     if given is None:
         return salt
     return hashlib.blake2b(given.encode(), key=salt, digest_size=16, person=b"jilju-given").digest()

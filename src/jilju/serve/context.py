@@ -14,6 +14,7 @@ import msgspec
 from jilju.clock import Clock, WallClock
 from jilju.config import ApiKey
 from jilju.engine.client import EngineClient
+from jilju.serve.workers import Workers
 from jilju.text.history import History
 from jilju.text.template import ChatTemplate
 from jilju.text.tokenizer import Tokenizer
@@ -59,10 +60,16 @@ class ServerContext:
     fingerprint: str  # system_fingerprint: hash of weights, tokenizer, template, kernel set
     version: str
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    workers: Workers | None = None  # None: answers cannot be held to a form
     history: History | None = None  # None: a chat's earlier answers are tokenized anew
     quantization: str | None = None  # as /v1/models shows it: "Q4_K_M"
     keys: tuple[ApiKey, ...] = ()
+    read_keys: Callable[[], tuple[ApiKey, ...]] | None = None  # all keys anew, for SIGHUP; raises ConfigError
     allowed_hosts: frozenset[str] = frozenset()  # besides the loopback names; bind address and --allow-host
+    allowed_origins: frozenset[str] = frozenset()  # of pages elsewhere that may call; "*": every one
+    lenient: bool = False  # unknown fields are dropped and named in a header, instead of refused
+    shared_prefix_cache: bool = False  # callers of different keys share cached prompts
+    allow_request_template: bool = False  # calls may bring a chat template of their own
     view_dir: Traversable | None = None  # static files of the pages, read once
     limits: ServeLimits = field(default_factory=ServeLimits)
     clock: Clock = field(default_factory=WallClock)

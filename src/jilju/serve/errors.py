@@ -15,6 +15,18 @@ from jilju.errors import InternalError, JiljuError, Overloaded, StartupError
 MAX_ECHO = 200  # characters of a client's input that an error may repeat
 MAX_RETRY_MS = 60_000  # above that some clients give up at once
 MAX_JITTER = 1.25
+MESSAGE_TYPES: Mapping[int, str] = MappingProxyType(
+    {
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+        500: "api_error",
+        503: "overloaded_error",
+        504: "timeout_error",
+    }
+)
 NO_RETRY = frozenset({"engine_unavailable", "deadline_exceeded", "request_quarantined"})
 
 
@@ -53,6 +65,15 @@ def error_object(error: JiljuError) -> dict[str, str | None]:
 
 def error_body(error: JiljuError) -> bytes:
     return msgspec.json.encode({"error": error_object(error)})
+
+
+def message_error(error: JiljuError) -> dict[str, str]:
+    """Anthropic's form, on the routes of its messages."""
+    return {"type": MESSAGE_TYPES.get(error.status, "invalid_request_error"), "message": error.message}
+
+
+def message_error_body(error: JiljuError, call_id: str) -> bytes:
+    return msgspec.json.encode({"type": "error", "error": message_error(error), "request_id": call_id})
 
 
 def retry_headers(error: JiljuError, random_bytes: Callable[[int], bytes]) -> list[tuple[bytes, bytes]]:

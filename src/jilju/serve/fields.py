@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgspec
+from msgspec import inspect
 
 from jilju.errors import InvalidValue, MissingParameter, UnknownParameter, UnsupportedContent, UnsupportedParameter
 from jilju.serve.body import shown_name
@@ -42,8 +43,14 @@ class Rules:
         return cls(frozenset(struct.__struct_encode_fields__), **rest)
 
 
-def take_fields(value: Mapping[str, Any], rules: Rules, path: str = "") -> dict[str, Any]:
-    """The fields to convert; a null and a value that means "off" are dropped, all else that is not taken is refused."""
+def take_fields(
+    value: Mapping[str, Any], rules: Rules, path: str = "", ignored: list[str] | None = None
+) -> dict[str, Any]:
+    """The fields to convert; a null and a value that means "off" are dropped, all else that is not taken is refused.
+
+    `ignored` is the call's (`gate.ignored_of`): None where a server is strict; a list of a lenient one takes the paths of
+    unknown fields, which are dropped. Only those: what is known and not supported is refused by both.
+    """
     taken: dict[str, Any] = {}
     for name, given in value.items():
         where = f"{path}.{shown_name(name)}" if path else shown_name(name)
@@ -60,6 +67,8 @@ def take_fields(value: Mapping[str, Any], rules: Rules, path: str = "") -> dict[
         elif name in rules.content:
             if given is not None:
                 raise UnsupportedContent(f"{where} is not supported: this server takes text only", param=where)
+        elif ignored is not None:
+            ignored.append(where)
         else:
             raise UnknownParameter(f"{where} is no field of this route; leave it out", param=where)
     return taken
@@ -86,10 +95,10 @@ def convert(value: Any, to: type[T]) -> T:
     try:
         return msgspec.convert(value, to)
     except msgspec.ValidationError as error:
-        raise _translated(str(error), value) from None
+        raise _translated(str(error), value, to) from None
 
 
-def _translated(message: str, root: Any) -> InvalidValue | MissingParameter | UnknownParameter:
+def _translated(message: str, root: Any, to: Any) -> InvalidValue | MissingParameter | UnknownParameter:
     parts = WHAT_AND_PATH.fullmatch(message)
     assert parts is not None, f"the pattern matches every text, given {message!r}"
     what, path = parts["what"], (parts["path"] or "").lstrip(".")
@@ -100,10 +109,41 @@ def _translated(message: str, root: Any) -> InvalidValue | MissingParameter | Un
             return UnknownParameter(f"{where} is no field of this object; leave it out", param=where)
         return MissingParameter(f"{where} is missing; it is required", param=where)
     given: Any = root
+    kinds: list[inspect.Type] = [inspect.type_info(to)]
     for step in STEP.finditer(parts["path"] or ""):
         given = given[step["name"]] if step["name"] is not None else given[int(step["index"])]
+        kinds = [inner for kind in kinds for inner in _inner_types(kind, step["name"])]
+    words = [shown_word for kind in kinds for shown_word in _words(kind)]
     allowed = what.removeprefix("Expected ").split(", got ")[0].replace("`", "")
+    if words and isinstance(given, str):
+        allowed = ", ".join(words)
     return InvalidValue(f"{path or 'the body'} is {shown(given)}; allowed: {allowed}", param=path or None)
+
+
+def _inner_types(kind: inspect.Type, name: str | None) -> list[inspect.Type]:
+    """Of a field, or of the items of a list."""
+    match kind:
+        case inspect.UnionType():
+            return [inner for one in kind.types for inner in _inner_types(one, name)]
+        case inspect.Metadata():
+            return _inner_types(kind.type, name)
+        case inspect.StructType():
+            return [field.type for field in kind.fields if field.encode_name == name]
+        case inspect.ListType():
+            return [kind.item_type]
+    return []
+
+
+def _words(kind: inspect.Type) -> list[str]:
+    """The texts that a field is one of."""
+    match kind:
+        case inspect.UnionType():
+            return [word for one in kind.types for word in _words(one)]
+        case inspect.Metadata():
+            return _words(kind.type)
+        case inspect.LiteralType():
+            return [value for value in kind.values if isinstance(value, str)]
+    return []
 
 
 def refuse(path: str, given: Any, allowed: str) -> InvalidValue:

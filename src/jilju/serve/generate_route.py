@@ -6,8 +6,7 @@ fields and shapes of a family: an `Api` has those.
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -17,17 +16,18 @@ from starlette.types import Receive, Scope, Send
 
 from jilju.engine.admission import Admission
 from jilju.engine.request import Request
-from jilju.errors import EngineUnavailable, InternalError, JiljuError, NotReady, Overloaded
+from jilju.errors import EngineUnavailable, InternalError, JiljuError, NotReady, Overloaded, UnsupportedParameter
 from jilju.serve.answer import Head, Renderer, usage_so_far
 from jilju.serve.auth import cache_salt
 from jilju.serve.body import ClientLeft, read_json_object
 from jilju.serve.context import ServerContext
 from jilju.serve.deadlines import Deadlines, HeaderTimes, header_times, make_deadlines
-from jilju.serve.gate import Arrival, arrival_of
-from jilju.serve.generation import Choice, EncodedPrompt, Generation
+from jilju.serve.gate import Arrival, arrival_of, ignored_of
+from jilju.serve.generation import Choice, EncodedPrompt, Generation, Together
 from jilju.serve.ledger import CLIENT_LEFT_STATUS, Call, state_of
 from jilju.serve.sampling import (
     GenerationFields,
+    check_is_run,
     check_model,
     choice_seed,
     end_ids,
@@ -36,12 +36,14 @@ from jilju.serve.sampling import (
     stops_of,
 )
 from jilju.serve.server import Server
-from jilju.serve.stream import DONE, WAIT, Writer
+from jilju.serve.stream import Writer
 from jilju.serve.timings import Marks, Timings, make_timings
 from jilju.serve.transport import ABORT
+from jilju.text.grammar import GrammarSource
 from jilju.text.history import RememberedStream
+from jilju.text.message import MessageParser
 from jilju.text.stops import StopStrings
-from jilju.text.stream import TextStream
+from jilju.text.stream import TextOptions, TextStream
 
 logger = logging.getLogger("jilju.serve")
 
@@ -54,9 +56,25 @@ class Api(Protocol[F]):
     path: str
     id_prefix: str
 
-    def parse(self, body: Mapping[str, Any]) -> F: ...
+    def parse(self, body: Mapping[str, Any], ignored: list[str] | None) -> F:
+        """`ignored` takes unknown fields, where they are let pass."""
+        ...
 
-    def logprobs(self, fields: F) -> int | None: ...
+    def logprobs(self, fields: F) -> int | None:
+        """That the engine is asked for."""
+        ...
+
+    def shown_logprobs(self, fields: F) -> int | None: ...
+
+    def prompt_logprobs(self, fields: F) -> int | None: ...
+
+    def num_sampled(self, fields: F) -> int:
+        """Sequences of each prompt; `n` of them are shown."""
+        ...
+
+    def is_named(self, fields: F) -> bool:
+        """Whether the caller named the function to be called."""
+        ...
 
     async def prompts(self, fields: F, context: ServerContext, marks: Marks, salt: bytes) -> list[EncodedPrompt]: ...
 
@@ -70,7 +88,23 @@ class Api(Protocol[F]):
 
     def max_tokens(self, fields: F, num_prompt_tokens: int, context: ServerContext) -> int: ...
 
-    def renderer(self, head: Head, choices: list[Choice], context: ServerContext) -> Renderer: ...
+    def grammar(self, fields: F, prompt: EncodedPrompt, context: ServerContext) -> GrammarSource | None:
+        """What holds the answer to this prompt to a form."""
+        ...
+
+    def form_name(self, fields: F) -> str:
+        """The field that the grammar comes from, for errors."""
+        ...
+
+    def parser(self, fields: F, prompt: EncodedPrompt, context: ServerContext) -> MessageParser:
+        """Of one answer's text."""
+        ...
+
+    def shown_ids(self, fields: F, context: ServerContext) -> frozenset[int]:
+        """Control tokens whose texts the parser needs."""
+        ...
+
+    def renderer(self, fields: F, head: Head, choices: Sequence[Choice], context: ServerContext) -> Renderer: ...
 
 
 class GenerateRoute:
@@ -100,7 +134,8 @@ class GenerateRoute:
             times = header_times(http.headers)
             self._check_door(http.headers, arrival)
             body = await read_json_object(http, limits)
-            await _unless_left(receive, self._answer(body, times, arrival, call, marks, writer))
+            answer = self._answer(body, times, arrival, call, marks, writer, ignored_of(scope))
+            await _unless_left(receive, answer, call)
         except ClientLeft:
             ledger.end(call, "client_cancelled", CLIENT_LEFT_STATUS)
             if (abort := scope.get(ABORT)) is not None:  # a reader that has stalled is not waited for
@@ -121,7 +156,7 @@ class GenerateRoute:
         """An open stream is told as its last event; before that the answer is the error itself."""
         if writer.started:
             try:
-                await writer.error(error)
+                await writer.end(writer.failure(error))
             except ClientLeft:
                 logger.info("call %s: nobody was left to be told of %s", call.id, error.code)
         call.shed_reason = error.reason if isinstance(error, Overloaded) else None
@@ -154,15 +189,24 @@ class GenerateRoute:
         client, admission = self._server.context.client, self._server.admission
         info = client.info
         assert info is not None, "an engine that is ready has said what it is"
-        admission.update(client.status().step_coefficients, info.max_rows, info.num_blocks * info.block_size)
+        pool_tokens = info.num_blocks * info.block_size
+        admission.update(client.status().step_coefficients, info.max_rows, pool_tokens, info.score_work)
         return admission
 
     async def _answer(
-        self, body: Mapping[str, Any], times: HeaderTimes, arrival: Arrival, call: Call, marks: Marks, writer: Writer
+        self,
+        body: Mapping[str, Any],
+        times: HeaderTimes,
+        arrival: Arrival,
+        call: Call,
+        marks: Marks,
+        writer: Writer,
+        ignored: list[str] | None,
     ) -> None:
         """From the fields to the last byte. The places in the queue are taken before anything is tokenized."""
         context = self._server.context
-        fields = self._api.parse(body)
+        fields = self._api.parse(body, ignored)
+        check_is_run(fields)
         check_model(fields.model, context)
         call.request_id, call.session_id = fields.request_id, fields.session_id
         marks.parsed_ns = context.clock.now_ns()
@@ -170,7 +214,8 @@ class GenerateRoute:
         self._check_open()
         admission = self._admission()
         estimates = self._api.estimates(fields)
-        num_sequences = len(estimates) * fields.n
+        num_sampled = self._api.num_sampled(fields)
+        num_sequences = len(estimates) * num_sampled
         rank = {"priority": fields.priority, "tenant": _tenant(arrival)}
         now_ns, asked = context.clock.now_ns(), self._api.asked(fields)
         admission.check(
@@ -185,12 +230,13 @@ class GenerateRoute:
         ids = [f"{call.id}-{index}" for index in range(num_sequences)]
         try:
             for index, request_id in enumerate(ids):
-                count = estimates[index // fields.n] if index % fields.n == 0 else 1
+                count = estimates[index // num_sampled] if index % num_sampled == 0 else 1
                 admission.admitted(request_id, now_ns, num_prompt_tokens=count, max_tokens=asked, **rank)
-            salt = cache_salt(arrival.key, fields.cache_salt)
+            salt = cache_salt(arrival.key, fields.cache_salt, is_shared=context.shared_prefix_cache)
             prompts = await self._api.prompts(fields, context, marks, salt)
+            grammars = await self._grammars(fields, prompts, marks)
             self._check_open()
-            choices = self._choices(fields, prompts, ids, salt, arrival, deadlines)
+            choices = self._choices(fields, prompts, grammars, ids, salt, arrival, deadlines)
             now_ns = context.clock.now_ns()
             for choice in choices:
                 request = choice.request
@@ -222,9 +268,13 @@ class GenerateRoute:
             fingerprint=context.fingerprint,
             include_usage=continuous or (options is not None and options.include_usage),
             continuous_usage=continuous,
-            logprobs=self._api.logprobs(fields),
+            logprobs=self._api.shown_logprobs(fields),
+            prompt_logprobs=fields.prompt_logprobs,
             return_token_ids=fields.return_token_ids,
+            return_prompt_text=fields.return_prompt_text,
             skip_special_tokens=fields.skip_special_tokens,
+            tokens_as_ids=fields.return_tokens_as_token_ids,
+            num_choices=fields.n,
         )
         generation = Generation(
             client=context.client,
@@ -235,9 +285,11 @@ class GenerateRoute:
             marks=marks,
             choices=choices,
             deadline_ns=deadlines.total_ns,
+            is_call_named=self._api.is_named(fields),
             hold_last=fields.timings and not head.include_usage,
         )
-        renderer = self._api.renderer(head, choices, context)
+        renderer = self._api.renderer(fields, head, choices, context)
+        writer.failure = renderer.failure
         try:
             generation.submit()
             if fields.stream:
@@ -247,34 +299,63 @@ class GenerateRoute:
         finally:
             await generation.close()
 
+    async def _grammars(self, fields: GenerationFields, prompts: list[EncodedPrompt], marks: Marks) -> list[str]:
+        """Compiled, one of each prompt; "" where the answer is free."""
+        context = self._server.context
+        begin_ns = context.clock.now_ns()
+        grammars: list[str] = []
+        for prompt in prompts:
+            source = self._api.grammar(fields, prompt, context)
+            if source is None:
+                grammars.append("")
+                continue
+            name = self._api.form_name(fields)
+            if context.workers is None:
+                raise UnsupportedParameter(f"{name} is given and this server holds no answer to a form", param=name)
+            grammars.append(await context.workers.compile(source, param=name))
+        if any(grammars):
+            marks.grammar_ns = context.clock.now_ns() - begin_ns
+        return grammars
+
     def _choices(
         self,
         fields: GenerationFields,
         prompts: list[EncodedPrompt],
+        grammars: list[str],
         ids: list[str],
         salt: bytes,
         arrival: Arrival,
         deadlines: Deadlines,
     ) -> list[Choice]:
-        """`n` of each prompt. A given seed holds for every prompt, so that each answer equals that of the prompt alone."""
-        context = self._server.context
+        """All sequences. A given seed holds for every prompt, so that each answer equals that of the prompt alone."""
+        context, api = self._server.context, self._api
         choices: list[Choice] = []
-        lengths = [self._api.max_tokens(fields, len(prompt.ids), context) for prompt in prompts]
+        lengths = [api.max_tokens(fields, len(prompt.ids), context) for prompt in prompts]
         # what all sequences share is checked and made once: there may be many, and lists may be long
         shared = sampling_params(
-            fields, context, max_tokens=min(lengths), logprobs=self._api.logprobs(fields), seed=fields.seed or 0
+            fields, context, max_tokens=min(lengths), logprobs=api.logprobs(fields), seed=fields.seed or 0
         )
-        ends, stops = end_ids(shared, context.tokenizer.eos_ids), StopStrings(stops_of(fields))
+        ends = end_ids(shared, context.tokenizer.eos_ids)
+        options = TextOptions(
+            stop=StopStrings(stops_of(fields)),
+            min_tokens=fields.min_tokens,
+            skip_special_tokens=fields.skip_special_tokens,
+            shown_ids=api.shown_ids(fields, context),
+            include_stop=fields.include_stop_str_in_output,
+        )
+        num_sampled = api.num_sampled(fields)
         for prompt_index, (prompt, max_tokens) in enumerate(zip(prompts, lengths, strict=True)):
             seed = context.draw_seed() if fields.seed is None else fields.seed
-            first = prompt_index * fields.n
-            for number in range(fields.n):
+            first = prompt_index * num_sampled
+            for number in range(num_sampled):
                 request = Request(
                     id=ids[first + number],
                     prompt_ids=prompt.ids,
                     params=msgspec.structs.replace(shared, max_tokens=max_tokens, seed=choice_seed(seed, number)),
                     end_ids=ends,
                     salt=salt,
+                    grammar=grammars[prompt_index],
+                    prompt_logprobs=None if number else api.prompt_logprobs(fields),
                     tenant=_tenant(arrival),
                     priority=fields.priority,
                     arrival_ns=arrival.received_ns,
@@ -282,44 +363,39 @@ class GenerateRoute:
                     queue_deadline_ns=deadlines.queue_ns,
                     sibling_of=ids[first] if number else "",
                 )
-                choices.append(Choice(first + number, request, self._text(fields, stops, prompt)))
+                parser = api.parser(fields, prompt, context)
+                choices.append(Choice(first + number, request, self._text(options, prompt), parser, prompt))
         return choices
 
-    def _text(self, fields: GenerationFields, stops: StopStrings, prompt: EncodedPrompt) -> TextStream:
+    def _text(self, options: TextOptions, prompt: EncodedPrompt) -> TextStream:
         context = self._server.context
-        make: Callable[..., TextStream] = TextStream
-        if prompt.opening is not None:
-            assert context.history is not None, "only a history knows where an answer begins"
-            make = partial(RememberedStream, history=context.history, opening=prompt.opening)
-        return make(
-            context.tokenizer,
-            stop=stops,
-            min_tokens=fields.min_tokens,
-            skip_special_tokens=fields.skip_special_tokens,
-        )
+        if prompt.opening is None:
+            return TextStream(context.tokenizer, **options)
+        assert context.history is not None, "only a history knows where an answer begins"
+        return RememberedStream(context.tokenizer, context.history, prompt.opening, **options)
 
     async def _stream(
         self, generation: Generation, renderer: Renderer, head: Head, fields: GenerationFields, writer: Writer
     ) -> None:
         silence_s = self._server.context.limits.silence_s
         call, choices = generation.call, generation.choices
-        async for deltas in generation.deltas(lambda: silence_s if writer.started else None):
-            if not deltas:
-                await writer.events(WAIT)
+        together = Together(fields.stream_interval)
+        async for found in generation.deltas(lambda: silence_s if writer.started else None):
+            if not found:
+                await writer.events(renderer.silence)
                 continue
+            deltas = together.take(found)
             usage = usage_so_far(choices) if head.continuous_usage else None
             data = []
             for delta in deltas:
                 last = generation.hold_last and delta is deltas[-1] and all(choice.ended for choice in choices)
                 data.append(renderer.chunk(delta, usage, self._timings(generation) if last else None))
-            await writer.events(b"".join(data))
+            if data:
+                await writer.events(b"".join(data))
             if not call.first_token_ns and call.num_output_tokens:
                 call.first_token_ns = self._server.context.clock.now_ns()
-        ending = DONE
-        if head.include_usage:
-            timings = self._timings(generation) if fields.timings else None
-            ending = renderer.usage_chunk(usage_so_far(choices), timings) + DONE
-        await writer.end(ending)
+        timings = self._timings(generation) if fields.timings and head.include_usage else None
+        await writer.end(renderer.ending(usage_so_far(choices), timings))
 
     async def _whole(
         self, generation: Generation, renderer: Renderer, fields: GenerationFields, writer: Writer
@@ -352,17 +428,23 @@ def _tenant(arrival: Arrival) -> str:
     return arrival.key.name if arrival.key is not None else ""
 
 
-async def _unless_left(receive: Receive, answer: Any) -> None:
-    """Runs the answer; if the client leaves first, ends it and raises ClientLeft."""
+async def _unless_left(receive: Receive, answer: Any, call: Call) -> None:
+    """Runs the answer. Ends it and raises ClientLeft if the client leaves first, or the error that the call is cut with
+    before it has sequences, which have their own way to be cut."""
     work = asyncio.ensure_future(answer)
     left = asyncio.ensure_future(_left(receive))
+    cut: asyncio.Future[JiljuError] = asyncio.get_running_loop().create_future()
+    call.cut = lambda error: None if cut.done() else cut.set_result(error)
     try:
-        await asyncio.wait({work, left}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, left, cut}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
             work.result()
             return
+        if cut.done():
+            raise cut.result()
         raise ClientLeft
     finally:
+        cut.cancel()
         for task in (work, left):
             task.cancel()
         await asyncio.gather(work, left, return_exceptions=True)

@@ -7,14 +7,13 @@ learns of them, and the abort of whatever is live when the call ends early. Know
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from jilju.clock import Clock
 from jilju.engine.admission import Admission
 from jilju.engine.client import EngineClient
 from jilju.engine.request import (
     EngineEvent,
-    FinishReason,
     PromptScored,
     Request,
     RequestAborted,
@@ -29,12 +28,29 @@ from jilju.serve.errors import error_of
 from jilju.serve.ledger import Call, Ledger
 from jilju.serve.timings import Marks
 from jilju.text.history import Opening
+from jilju.text.message import MessageParser, Part, PlainText
 from jilju.text.stream import TextStream
+
+FinishReason = Literal["stop", "length", "repetition", "tool_calls"]
 
 
 class EncodedPrompt(NamedTuple):
     ids: list[int]
     opening: Opening | None = None  # None: what answers it is not remembered
+    text: str | None = None  # as it was rendered, or given; None: it came as ids
+    num_truncated: int = 0  # tokens that were cut off, as the caller asked
+
+
+@dataclass(slots=True)
+class PromptScores:
+    """Of the prompt's tokens from the second on: the logprob of each, and of the likeliest in its place."""
+
+    logprobs: list[float] = field(default_factory=list)
+    tops: list[list[tuple[int, float]]] = field(default_factory=list)
+
+    def add(self, scored: PromptScored) -> None:
+        self.logprobs += scored.logprobs
+        self.tops += scored.tops or [[] for _ in scored.logprobs]
 
 
 @dataclass(slots=True, eq=False)
@@ -44,24 +60,69 @@ class Choice:
     index: int
     request: Request
     text: TextStream
+    parser: MessageParser = field(default_factory=PlainText)
+    prompt: EncodedPrompt | None = None
     num_tokens: int = 0  # up to the token that ended it
+    num_reasoning_tokens: int = 0
+    num_calls: int = 0  # tool calls begun
+    logprob: float = 0.0  # of all tokens
+    scores: PromptScores = field(default_factory=PromptScores)  # if they were asked for
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     times: RequestTimes | None = None  # with its terminal event
     ended: bool = False  # the terminal event is here
     last_token_ns: int = 0
     held: "Delta | None" = None  # the last delta, kept until the terminal event
+    is_reasoning: bool = False  # the last part was reasoning
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """One token's effect: its text, perhaps empty. `token` is None only for an answer without tokens."""
+    """The effect of one token, or of several: parts of the message, perhaps none. An answer may end without a token."""
 
     choice: Choice
-    text: str
-    token: TokenEvent | None
+    parts: tuple[Part, ...]
+    tokens: tuple[TokenEvent, ...]
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+
+    def joined(self, kind: Literal["text", "reasoning"]) -> str:
+        return "".join(part.text for part in self.parts if part.kind == kind)
+
+    def followed_by(self, later: "Delta") -> "Delta":
+        """One delta for both."""
+        return Delta(
+            self.choice,
+            self.parts + later.parts,
+            self.tokens + later.tokens,
+            later.finish_reason,
+            later.stop_reason,
+        )
+
+
+class Together:
+    """Puts so many tokens of a choice into one delta; its first token, and what ends it, go at once."""
+
+    def __init__(self, num_tokens: int):
+        self._num_tokens = num_tokens
+        self._waiting: dict[int, Delta] = {}  # by choice
+        self._begun: set[int] = set()
+
+    def take(self, deltas: Sequence[Delta]) -> list[Delta]:
+        """What goes out now; what stays is never an answer's last."""
+        if self._num_tokens == 1:
+            return list(deltas)
+        ready: list[Delta] = []
+        for delta in deltas:
+            index = delta.choice.index
+            if (earlier := self._waiting.pop(index, None)) is not None:
+                delta = earlier.followed_by(delta)
+            if delta.finish_reason is not None or index not in self._begun or len(delta.tokens) >= self._num_tokens:
+                self._begun.add(index)
+                ready.append(delta)
+            else:
+                self._waiting[index] = delta
+        return ready
 
 
 @dataclass(slots=True, eq=False)
@@ -76,6 +137,7 @@ class Generation:
     marks: Marks
     choices: Sequence[Choice]
     deadline_ns: int
+    is_call_named: bool = False  # the caller named the function to be called: then a call is a plain end
     hold_last: bool = False  # a sequence's last delta comes only with its terminal event, so that its times are known
     _queue: "asyncio.Queue[tuple[Choice | None, EngineEvent | BaseException, int]]" = field(
         default_factory=asyncio.Queue
@@ -164,7 +226,7 @@ class Generation:
                 delta = self._token(choice, event, at_ns)
             elif isinstance(event, RequestEnded):
                 choice.finish_reason = event.finish_reason
-                delta = Delta(choice, choice.text.finish().text, None, event.finish_reason)
+                delta = self._delta(choice, choice.text.finish().text, ())
             elif isinstance(event, RequestFailed):
                 self._end(choice, None)
                 raise error_of(event.code, event.message)
@@ -173,6 +235,7 @@ class Generation:
                 raise InternalError("the engine ended the request although nobody asked for it")
             else:
                 assert isinstance(event, PromptScored), f"an unknown event of the engine: {event!r}"
+                choice.scores.add(event)
         if is_terminal(event):
             self._end(choice, times)
             self.marks.last_event_ns = at_ns
@@ -187,13 +250,14 @@ class Generation:
     def _token(self, choice: Choice, event: TokenEvent, at_ns: int) -> Delta:
         assert event.index == choice.num_tokens, f"token {event.index} came where {choice.num_tokens} was next"
         choice.num_tokens += 1
+        choice.logprob += event.logprob or 0.0
         self.admission.token(choice.request.id)
         self.ledger.token(self.call, at_ns - choice.last_token_ns if choice.last_token_ns else None)
         choice.last_token_ns = at_ns
         self.marks.first_token_ns = self.marks.first_token_ns or at_ns
         params = choice.request.params
-        if event.finish_reason == "stop":  # an end id: it shows no text, but what was held back can be shown now
-            piece_text, stop = "", None
+        if event.token_id in choice.request.end_ids and event.finish_reason == "stop":
+            piece_text, stop = "", None  # it shows no text; what was held back can be shown now
             if event.token_id in params.stop_token_ids:
                 choice.stop_reason = event.token_id
         else:
@@ -205,7 +269,27 @@ class Generation:
         choice.finish_reason = event.finish_reason
         if stop is not None:
             choice.finish_reason, choice.stop_reason = "stop", stop
-        return Delta(choice, piece_text, event, choice.finish_reason, choice.stop_reason)
+        elif choice.finish_reason == "repetition":
+            choice.stop_reason = "repetition_detected"
+        return self._delta(choice, piece_text, (event,))
+
+    def _delta(self, choice: Choice, text: str, tokens: tuple[TokenEvent, ...]) -> Delta:
+        """What the text means. A token counts as reasoning if what it brought last, or what came last before it, is."""
+        parts = choice.parser.push(text) if text else []
+        if choice.finish_reason is not None:
+            parts += choice.parser.finish()
+        for part in parts:
+            choice.num_calls += part.kind == "call"
+            choice.is_reasoning = part.kind == "reasoning"
+        choice.num_reasoning_tokens += len(tokens) if choice.is_reasoning else 0
+        if (
+            choice.finish_reason == "stop"
+            and choice.stop_reason is None
+            and choice.num_calls
+            and not self.is_call_named
+        ):
+            choice.finish_reason = "tool_calls"
+        return Delta(choice, tuple(parts), tokens, choice.finish_reason, choice.stop_reason)
 
     def _end(self, choice: Choice, times: RequestTimes | None) -> None:
         assert not choice.ended, f"{choice.request.id} ended twice"

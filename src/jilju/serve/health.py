@@ -11,6 +11,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
+from jilju.serve.answer_types import Alive, Health, HealthChecks, Readiness, Version
 from jilju.serve.server import Server
 
 REASONS = {"loading": "loading", "restarting": "restarting", "draining": "draining", "gone": "engine_unavailable"}
@@ -21,20 +22,20 @@ def json_response(data: Any, status: int = 200) -> Response:
 
 
 async def livez(server: Server, request: Request) -> Response:
-    return json_response({"status": "ok"})
+    return json_response(Alive(status="ok"))
 
 
 async def readyz(server: Server, request: Request) -> Response:
     state = server.context.client.status().state
     reason = "draining" if server.drain.draining else REASONS.get(state)
-    return json_response({"ready": reason is None, "reason": reason}, 200 if reason is None else 503)
+    return json_response(Readiness(ready=reason is None, reason=reason), 200 if reason is None else 503)
 
 
 async def health(server: Server, request: Request) -> Response:
     status, ledger, clock = server.context.client.status(), server.ledger, server.context.clock
     stuck_s = server.context.limits.stuck_s
     pending_s = (clock.now_ns() - ledger.busy_since_ns) / 1e9 if ledger.num_live_sequences else 0.0
-    checks = {
+    checks: HealthChecks = {
         "steps": min(status.last_step_age_s, pending_s) <= stuck_s,
         "engine": status.state != "gone",
         "scheduler": not status.is_stuck,  # requests wait, none runs, and turn after turn brings no step: a defect
@@ -43,7 +44,7 @@ async def health(server: Server, request: Request) -> Response:
     healthy = (
         checks["steps"] and checks["engine"] and checks["scheduler"]
     )  # a ledger that does not balance is shown, and serving goes on
-    data = {
+    data: Health = {
         "status": "ok" if healthy else "unhealthy",
         "last_step_age_s": status.last_step_age_s,
         "running": status.num_running,
@@ -54,7 +55,7 @@ async def health(server: Server, request: Request) -> Response:
 
 
 async def version(server: Server, request: Request) -> Response:
-    return json_response({"version": server.context.version})
+    return json_response(Version(version=server.context.version))
 
 
 async def metrics(server: Server, request: Request) -> Response:

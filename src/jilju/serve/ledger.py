@@ -60,6 +60,7 @@ class Ledger:
         self.num_accepted: Counter[str] = Counter()  # by route
         self.num_ended: Counter[tuple[str, str]] = Counter()  # by state and code
         self.num_refused: Counter[str] = Counter()  # by code; never accepted
+        self.num_ignored_fields = 0  # unknown ones that a lenient server dropped
         self.num_live_sequences = 0
         self.busy_since_ns = 0  # since when sequences are live without a break
 
@@ -115,6 +116,8 @@ class Ledger:
 
 def state_of(error: JiljuError) -> CallState:
     """The terminal state of a call that ends with this error."""
+    if error.code == "request_cancelled":
+        return "client_cancelled"
     if error.code == "deadline_exceeded":
         return "deadline"
     return "shed" if error.code in ("overloaded", "not_ready") else "failed"

@@ -168,6 +168,7 @@ class Metrics:
             ("prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache", self.num_cached_tokens),
             ("preemptions", "Sequences put back to wait", self.num_preemptions),
             ("recomputed_tokens", "Tokens computed again", self.num_recomputed_tokens),
+            ("ignored_fields", "Unknown fields that were dropped", ledger.num_ignored_fields),
             ("engine_restarts", "Engines started after one died", status.num_restarts),
             ("resumed_streams", "Started sequences that an engine took over from a dead one", status.num_resumed),
             ("step_faults", "Steps that raised; parts of them were run again", status.num_step_faults),

@@ -4,12 +4,12 @@ Owns the entry's shape, which OpenAI, vLLM and Anthropic clients all read. Knows
 """
 
 import time
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from jilju.errors import ModelNotFound
+from jilju.serve.answer_types import ModelEntry, ModelList
 from jilju.serve.errors import shown
 from jilju.serve.health import json_response
 from jilju.serve.openai_completions import MAX_PROMPTS
@@ -17,7 +17,7 @@ from jilju.serve.sampling import MAX_CHOICES, MAX_DEADLINE_MS, MAX_SEQUENCES, MA
 from jilju.serve.server import Server
 
 
-def model_entry(server: Server) -> dict[str, Any]:
+def model_entry(server: Server) -> ModelEntry:
     context = server.context
     info, limits = context.client.info, context.limits
     context_tokens = context.context_tokens()
@@ -60,7 +60,7 @@ def model_entry(server: Server) -> dict[str, Any]:
 async def list_models(server: Server, request: Request) -> Response:
     name = server.context.model_name
     return json_response(
-        {"object": "list", "data": [model_entry(server)], "has_more": False, "first_id": name, "last_id": name}
+        ModelList(object="list", data=[model_entry(server)], has_more=False, first_id=name, last_id=name)
     )
 
 

@@ -12,24 +12,44 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from jilju.errors import EmptyPrompt, InvalidValue
-from jilju.serve.answer import Head, TokenTexts, Usage, chunk_event, finite, head_fields, prompt_ids_field
+from jilju.errors import ConflictingParameters, EmptyPrompt, InvalidValue, JiljuError
+from jilju.serve.answer import (
+    DONE,
+    WAIT,
+    Head,
+    Renderer,
+    TokenTexts,
+    Usage,
+    best,
+    chunk_event,
+    echo_text,
+    failure_event,
+    finite,
+    head_fields,
+    prompt_fields,
+)
+from jilju.serve.answer_types import TextChoice, TextLogprobs
+from jilju.serve.chat_prompt import OFF_LOOP_CHARS
 from jilju.serve.context import ServerContext
 from jilju.serve.fields import Rules, refuse
 from jilju.serve.generation import Choice, Delta, EncodedPrompt
-from jilju.serve.openai_chat import OFF_LOOP_CHARS
 from jilju.serve.sampling import (
-    LATER,
+    MAX_CHOICES,
     MAX_SEQUENCES,
     NO_OPS,
+    UNSUPPORTED,
     GenerationFields,
     TokenId,
     check_sequences,
     estimated_tokens,
     fit_max_tokens,
     take_generation_fields,
+    truncated,
 )
+from jilju.serve.structured import format_grammar, only_one, outputs_grammar
 from jilju.serve.timings import Marks, Timings
+from jilju.text.grammar import GrammarSource
+from jilju.text.message import MessageParser, PlainText
 
 MAX_PROMPTS = MAX_SEQUENCES
 DEFAULT_MAX_TOKENS = 16
@@ -41,20 +61,34 @@ class CompletionFields(GenerationFields, frozen=True, kw_only=True, forbid_unkno
     prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     add_special_tokens: bool = True
+    best_of: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    echo: bool = False
 
 
 COMPLETION = Rules.of(
     CompletionFields,
     no_ops=NO_OPS,
-    later=MappingProxyType(dict(LATER) | {"best_of": (1,), "suffix": (), "max_completion_tokens": ()}),
+    later=MappingProxyType(dict(UNSUPPORTED) | {"suffix": ("",), "max_completion_tokens": ()}),
     content=frozenset({"prompt_embeds"}),
 )
 
 
-def parse_completion(body: Mapping[str, Any]) -> CompletionFields:
-    fields = take_generation_fields(body, CompletionFields, COMPLETION)
-    check_sequences(len(prompts_of(fields)), fields.n)
+def parse_completion(body: Mapping[str, Any], ignored: list[str] | None = None) -> CompletionFields:
+    fields = take_generation_fields(body, CompletionFields, COMPLETION, ignored)
+    if fields.best_of is not None:
+        if fields.best_of < fields.n:
+            raise refuse("best_of", fields.best_of, f"{fields.n}..{MAX_CHOICES}: at least n")
+        if fields.best_of > fields.n and fields.stream:
+            raise ConflictingParameters(
+                f"best_of is {fields.best_of} with stream: true; the best are known at the end: ask for the whole answer",
+                param="best_of",
+            )
+    check_sequences(len(prompts_of(fields)), num_sampled(fields))
     return fields
+
+
+def num_sampled(fields: CompletionFields) -> int:
+    return fields.n if fields.best_of is None else fields.best_of
 
 
 def prompts_of(fields: CompletionFields) -> list[Prompt]:
@@ -89,11 +123,26 @@ class CompletionApi:
     path = "/v1/completions"
     id_prefix = "cmpl-"
 
-    def parse(self, body: Mapping[str, Any]) -> CompletionFields:
-        return parse_completion(body)
+    def parse(self, body: Mapping[str, Any], ignored: list[str] | None) -> CompletionFields:
+        return parse_completion(body, ignored)
 
     def logprobs(self, fields: CompletionFields) -> int | None:
+        """The best of several are found by the logprobs of their tokens."""
+        return 0 if fields.logprobs is None and num_sampled(fields) > fields.n else fields.logprobs
+
+    def shown_logprobs(self, fields: CompletionFields) -> int | None:
         return fields.logprobs
+
+    def prompt_logprobs(self, fields: CompletionFields) -> int | None:
+        """An echo shows those of the prompt with those of the answer."""
+        echoed = fields.logprobs if fields.echo else None
+        return echoed if fields.prompt_logprobs is None else max(fields.prompt_logprobs, echoed or 0)
+
+    def num_sampled(self, fields: CompletionFields) -> int:
+        return num_sampled(fields)
+
+    def is_named(self, fields: CompletionFields) -> bool:
+        return False
 
     async def prompts(
         self, fields: CompletionFields, context: ServerContext, marks: Marks, salt: bytes
@@ -105,7 +154,12 @@ class CompletionApi:
         else:
             encoded = self._encode(prompts, fields, context)
         marks.tokenize_ns = context.clock.now_ns() - begin_ns
-        return [EncodedPrompt(ids) for ids in encoded]
+        found: list[EncodedPrompt] = []
+        for prompt, ids in zip(prompts, encoded, strict=True):
+            kept = truncated(ids, fields, self.asked(fields), context.context_tokens())
+            text = prompt if isinstance(prompt, str) else None
+            found.append(EncodedPrompt(kept, None, text, len(ids) - len(kept)))
+        return found
 
     def _encode(self, prompts: list[Prompt], fields: CompletionFields, context: ServerContext) -> list[list[int]]:
         encoded: list[list[int]] = []
@@ -135,51 +189,82 @@ class CompletionApi:
     def max_tokens(self, fields: CompletionFields, num_prompt_tokens: int, context: ServerContext) -> int:
         return fit_max_tokens(num_prompt_tokens, self.asked(fields), context.context_tokens(), prompt="prompt")
 
-    def renderer(self, head: Head, choices: Sequence[Choice], context: ServerContext) -> "CompletionRenderer":
-        return CompletionRenderer(head, choices, TokenTexts(context.tokenizer, head.skip_special_tokens))
+    def grammar(self, fields: CompletionFields, prompt: EncodedPrompt, context: ServerContext) -> GrammarSource | None:
+        return only_one(
+            response_format=format_grammar(fields.response_format),
+            structured_outputs=outputs_grammar(fields.structured_outputs),
+        )
+
+    def form_name(self, fields: CompletionFields) -> str:
+        return "response_format" if fields.structured_outputs is None else "structured_outputs"
+
+    def parser(self, fields: CompletionFields, prompt: EncodedPrompt, context: ServerContext) -> MessageParser:
+        return PlainText()
+
+    def shown_ids(self, fields: CompletionFields, context: ServerContext) -> frozenset[int]:
+        return frozenset()
+
+    def renderer(
+        self, fields: CompletionFields, head: Head, choices: Sequence[Choice], context: ServerContext
+    ) -> Renderer:
+        return CompletionRenderer(head, choices, TokenTexts(context.tokenizer, head), fields)
 
 
 class CompletionRenderer:
-    def __init__(self, head: Head, choices: Sequence[Choice], texts: TokenTexts):
+    silence = WAIT
+
+    def __init__(self, head: Head, choices: Sequence[Choice], texts: TokenTexts, fields: CompletionFields):
         self._head, self._choices, self._texts = head, choices, texts
+        self._is_echoed = fields.echo
+        self._num_sampled = num_sampled(fields)
         self._first = True
+        self._opened: set[int] = set()  # choices whose echo was given
         self._offsets = [0] * len(choices)  # characters begun so far, of each choice
         self._text: list[list[str]] = [[] for _ in choices]
         self._token_ids: list[list[int]] = [[] for _ in choices]
         self._logprobs = [_no_logprobs() for _ in choices]
 
     def chunk(self, delta: Delta, usage: Usage | None, timings: Timings | None) -> bytes:
+        text, logprobs = self._content(delta)
         choice: dict[str, Any] = {
             "index": delta.choice.index,
-            "text": delta.text,
-            "logprobs": self._logprobs_of(delta),
+            "text": text,
+            "logprobs": logprobs,
             "finish_reason": delta.finish_reason,
             "stop_reason": delta.stop_reason,
         }
-        first: dict[str, Any] = {}
         if self._head.return_token_ids:
-            choice["token_ids"] = [] if delta.token is None else [delta.token.token_id]
-            first = prompt_ids_field(self._choices) if self._first else {}
+            choice["token_ids"] = [token.token_id for token in delta.tokens]
+        first = prompt_fields(self._head, self._choices, self._texts) if self._first else {}
         self._first = False
         return chunk_event(self._head, "text_completion", [choice], usage, timings, first)
 
-    def usage_chunk(self, usage: Usage, timings: Timings | None) -> bytes:
-        return chunk_event(self._head, "text_completion", [], usage, timings, {})
+    def ending(self, usage: Usage, timings: Timings | None) -> bytes:
+        if not self._head.include_usage:
+            return DONE
+        return chunk_event(self._head, "text_completion", [], usage, timings, {}) + DONE
+
+    def failure(self, error: JiljuError) -> bytes:
+        return failure_event(error)
 
     def add(self, delta: Delta) -> None:
         index = delta.choice.index
-        self._text[index].append(delta.text)
-        if delta.token is not None:
-            self._token_ids[index].append(delta.token.token_id)
-        if (logprobs := self._logprobs_of(delta)) is not None:
-            for name, values in logprobs.items():
-                self._logprobs[index][name] += values
+        text, logprobs = self._content(delta)
+        self._text[index].append(text)
+        self._token_ids[index] += [token.token_id for token in delta.tokens]
+        if logprobs is not None:
+            kept = self._logprobs[index]
+            kept["tokens"] += logprobs["tokens"]
+            kept["token_logprobs"] += logprobs["token_logprobs"]
+            kept["top_logprobs"] += logprobs["top_logprobs"]
+            kept["text_offset"] += logprobs["text_offset"]
 
     def whole(self, usage: Usage, timings: Timings | None) -> bytes:
-        rendered: list[dict[str, Any]] = []
-        for choice in self._choices:
-            entry: dict[str, Any] = {
-                "index": choice.index,
+        rendered: list[TextChoice] = []
+        for choice in self._shown_choices():
+            assert choice.finish_reason is not None, "a whole answer has ended"
+            entry: TextChoice = {
+                "index": len(rendered),
                 "text": "".join(self._text[choice.index]),
                 "logprobs": None if self._head.logprobs is None else self._logprobs[choice.index],
                 "finish_reason": choice.finish_reason,
@@ -189,35 +274,67 @@ class CompletionRenderer:
                 entry["token_ids"] = self._token_ids[choice.index]
             rendered.append(entry)
         data = head_fields(self._head, "text_completion") | {"service_tier": "default"}
-        if self._head.return_token_ids:
-            data |= prompt_ids_field(self._choices)
+        data |= prompt_fields(self._head, self._choices, self._texts)
         data |= {"choices": rendered, "usage": usage}
         if timings is not None:
             data["timings"] = timings
         return msgspec.json.encode(data)
 
-    def _logprobs_of(self, delta: Delta) -> dict[str, list[Any]] | None:
-        """`text_offset` is the character in which the token begins, counted in the answer."""
-        token = delta.token
-        if self._head.logprobs is None or token is None:
-            return None
-        index = delta.choice.index
-        token_bytes = self._texts.shown_bytes(token.token_id)
+    def _shown_choices(self) -> list[Choice]:
+        """Of each prompt the best, where more were sampled than are shown."""
+        size = self._num_sampled
+        prompts = [self._choices[start : start + size] for start in range(0, len(self._choices), size)]
+        return [choice for prompt in prompts for choice in best(prompt, self._head.num_choices)]
+
+    def _content(self, delta: Delta) -> tuple[str, TextLogprobs | None]:
+        """Text and logprobs of a delta; in front of a choice's first its prompt, if that is echoed."""
+        choice = delta.choice
+        text = delta.joined("text")
+        logprobs = None if self._head.logprobs is None else _no_logprobs()
+        if self._is_echoed and choice.index not in self._opened:
+            text = echo_text(choice, self._texts) + text
+            if logprobs is not None:
+                self._add_prompt(logprobs, choice)
+        self._opened.add(choice.index)
+        if logprobs is None or not (delta.tokens or logprobs["tokens"]):
+            return text, None
+        for token in delta.tokens:
+            top = list(token.top or ())
+            if token.logprob is not None and token.token_id not in dict(top):
+                top.append((token.token_id, token.logprob))
+            self._add_token(logprobs, choice.index, token.token_id, finite(token.logprob), top)
+        return text, logprobs
+
+    def _add_prompt(self, logprobs: TextLogprobs, choice: Choice) -> None:
+        ids, scores = choice.request.prompt_ids, self._choices[choice.index - choice.index % self._num_sampled].scores
+        self._add_token(logprobs, choice.index, ids[0], None, None)
+        for place, token_id in enumerate(ids[1:]):
+            top = list(scores.tops[place])
+            if token_id not in dict(top):
+                top.append((token_id, scores.logprobs[place]))
+            self._add_token(logprobs, choice.index, token_id, finite(scores.logprobs[place]), top)
+
+    def _add_token(
+        self,
+        logprobs: TextLogprobs,
+        index: int,
+        token_id: int,
+        logprob: float | None,
+        top: list[tuple[int, float]] | None,
+    ) -> None:
+        """`text_offset` is the character in which the token begins, counted in the choice's text."""
+        token_bytes = self._texts.shown_bytes(token_id)
         inside = bool(token_bytes) and _continues(token_bytes[0]) and self._offsets[index] > 0
-        offset = self._offsets[index] - inside
+        logprobs["tokens"].append(self._texts.text_of(token_id))
+        logprobs["token_logprobs"].append(logprob)
+        logprobs["top_logprobs"].append(
+            None if top is None else {self._texts.text_of(id_): finite(value) for id_, value in top}
+        )
+        logprobs["text_offset"].append(self._offsets[index] - inside)
         self._offsets[index] += sum(not _continues(byte) for byte in token_bytes)
-        top = {self._texts.text_of(token_id): finite(logprob) for token_id, logprob in token.top or ()}
-        text = self._texts.text_of(token.token_id)
-        top.setdefault(text, finite(token.logprob))
-        return {
-            "tokens": [text],
-            "token_logprobs": [finite(token.logprob)],
-            "top_logprobs": [top],
-            "text_offset": [offset],
-        }
 
 
-def _no_logprobs() -> dict[str, list[Any]]:
+def _no_logprobs() -> TextLogprobs:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
 
 

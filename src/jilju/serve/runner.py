@@ -1,7 +1,7 @@
 """The runner: a server process from bind to exit.
 
-Owns the socket, signals and the order of an ending: /readyz says 503, new calls are refused, live ones finish, the rest are
-told, the engine stops. Knows nothing of routes or of what an engine is.
+Owns the socket, the signals (SIGHUP: the keys are read anew) and the order of an ending: /readyz says 503, new calls are
+refused, live ones finish, the rest are told, the engine stops. Knows nothing of routes or of what an engine is.
 """
 
 import asyncio
@@ -103,6 +103,10 @@ async def serve(
     loop = asyncio.get_running_loop()
     for number in SIGNALS:
         loop.add_signal_handler(number, ending.signal, loop)
+    hangup = asyncio.Event()
+    if context.read_keys is not None:  # without a file to read, a hangup ends a process, as ever
+        loop.add_signal_handler(signal.SIGHUP, hangup.set)
+    reloading = asyncio.create_task(_reload_keys(server, hangup))
     serving = asyncio.create_task(http.serve(sockets=[listener]))
     starting = asyncio.create_task(context.client.start())
     stop = asyncio.create_task(ending.wanted.wait())
@@ -121,14 +125,16 @@ async def serve(
                 logger.error("the engine was given up; ending")
         await _drain(server, ending)
     finally:
-        for task in (starting, stop, lost):
+        for task in (starting, stop, lost, reloading):
             task.cancel()
-        await asyncio.gather(starting, stop, lost, return_exceptions=True)
+        await asyncio.gather(starting, stop, lost, reloading, return_exceptions=True)
         await context.client.stop()
+        if context.workers is not None:
+            await context.workers.close()
         http.should_exit = True
         http.force_exit = ending.hurry.is_set()
         await serving
-        for number in SIGNALS:
+        for number in (*SIGNALS, signal.SIGHUP):
             loop.remove_signal_handler(number)
         ending.done()
     return 0 if ending.wanted.is_set() else 1
@@ -138,6 +144,21 @@ async def _lost(client: EngineClient) -> None:
     """Returns when the engine, once ready, is given up."""
     while client.info is None or client.status().state != "gone":
         await asyncio.sleep(LOOK_S)
+
+
+async def _reload_keys(server: Server, hangup: asyncio.Event) -> None:
+    """At each hangup. What is wrong is logged, and the old keys stay."""
+    while await hangup.wait():
+        hangup.clear()
+        assert server.context.read_keys is not None, "hangups are handled where there is something to read"
+        try:
+            keys = await asyncio.to_thread(server.context.read_keys)
+        except ConfigError as error:
+            logger.error("the keys stay as they were: %s", error.message)
+            continue
+        server.keys.replace(keys)
+        server.quotas.keep(keys)
+        logger.info("read anew: %d keys (%s)", len(keys), ", ".join(key.name for key in keys))
 
 
 async def _drain(server: Server, ending: "_Ending") -> None:

@@ -6,24 +6,28 @@ leaves out. Knows nothing of messages, prompts or answers.
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
 
-from jilju.engine.request import MAX_BIAS, MAX_PRIORITY, SamplingParams
-from jilju.errors import ContextLengthExceeded, InvalidValue, ModelNotFound
-from jilju.plan.batch import MAX_BIASES
+from jilju.engine.request import MAX_BIAS, MAX_PATTERN, MAX_PRIORITY, RepetitionDetection, SamplingParams
+from jilju.errors import ConflictingParameters, ContextLengthExceeded, InvalidValue, ModelNotFound, UnsupportedParameter
+from jilju.plan.batch import MAX_BIASES, MAX_TOP
 from jilju.serve.body import shown_name
 from jilju.serve.context import ServerContext
 from jilju.serve.errors import shown
 from jilju.serve.fields import ANY, Rules, convert, refuse, take_fields
+from jilju.serve.structured import ResponseFormat, StructuredOutputs, take_response_format, take_structured_outputs
+from jilju.text.tokenizer import Tokenizer
 
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_CHOICES = 16  # of a prompt
+MAX_BAD_WORDS = 64
+MAX_LOGPROB_IDS = 128
 MAX_SEQUENCES = 128  # of a call: prompts x n
 MAX_DEADLINE_MS = 600_000
 BYTES_PER_TOKEN = 3  # of text, as long as it is not tokenized; few tokenizers stay below that
@@ -43,7 +47,16 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     continuous_usage_stats: bool = False
 
 
+class LoopFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What counts as a loop: a pattern of so many tokens, so many times in a row."""
+
+    max_pattern_size: Annotated[int, Meta(ge=1, le=MAX_PATTERN)]
+    min_pattern_size: Annotated[int, Meta(ge=1, le=MAX_PATTERN)] = 1
+    min_count: Annotated[int, Meta(ge=2, le=2**31 - 1)]
+
+
 STREAM_OPTIONS = Rules.of(StreamOptions, later=MappingProxyType({"include_obfuscation": (False,)}))
+LOOP_FIELDS = Rules.of(LoopFields)
 
 
 class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -63,10 +76,23 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: StopString | Annotated[list[StopString], Meta(max_length=MAX_STOPS)] = []
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] = []
+    bad_words: Annotated[list[StopString], Meta(max_length=MAX_BAD_WORDS)] = []
+    logprob_token_ids: Annotated[list[TokenId], Meta(max_length=MAX_LOGPROB_IDS)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_TOP)] | None = None
+    repetition_detection: LoopFields | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None  # -1: what fits
+    truncation_side: Literal["left", "right"] = "left"  # which end is cut off
     stream: bool = False
     stream_options: StreamOptions | None = None
+    stream_interval: Annotated[int, Meta(ge=1, le=2**31 - 1)] = 1
     return_token_ids: bool = False
+    return_tokens_as_token_ids: bool = False
+    return_prompt_text: bool = False
+    return_token_offsets: bool = False  # of a rendering only
     timings: bool = False
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     cache_salt: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
@@ -97,22 +123,8 @@ NO_OPS: Mapping[str, Any] = MappingProxyType(
     }
 )
 
-LATER: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+UNSUPPORTED: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
-        "bad_words": ([],),
-        "logprob_token_ids": ([],),
-        "prompt_logprobs": (),
-        "echo": (False,),
-        "response_format": ({"type": "text"},),
-        "structured_outputs": (),
-        "include_stop_str_in_output": (False,),
-        "truncate_prompt_tokens": (),
-        "truncation_side": ("left",),
-        "repetition_detection": (),
-        "stream_interval": (1,),
-        "return_tokens_as_token_ids": (False,),
-        "return_prompt_text": (False,),
-        "return_token_offsets": (False,),
         "guided_json": (),
         "guided_regex": (),
         "guided_choice": (),
@@ -137,15 +149,44 @@ LATER: Mapping[str, tuple[Any, ...]] = MappingProxyType(
 )
 
 
-def take_generation_fields(body: Mapping[str, Any], to: type[F], rules: Rules) -> F:
+def take_generation_fields(body: Mapping[str, Any], to: type[F], rules: Rules, ignored: list[str] | None = None) -> F:
     """The typed fields of a body whose own objects (messages, parts) are already reduced to what is taken."""
-    taken = take_fields(body, rules)
-    if isinstance(options := taken.get("stream_options"), dict):
-        taken["stream_options"] = take_fields(options, STREAM_OPTIONS, "stream_options")
+    taken = take_fields(body, rules, ignored=ignored)
+    for name, inner in (("stream_options", STREAM_OPTIONS), ("repetition_detection", LOOP_FIELDS)):
+        if isinstance(value := taken.get(name), dict):
+            taken[name] = take_fields(value, inner, name, ignored)
+    if "response_format" in taken:
+        taken["response_format"] = take_response_format(taken["response_format"], ignored)
+    if "structured_outputs" in taken:
+        taken["structured_outputs"] = take_structured_outputs(taken["structured_outputs"], ignored)
     fields = convert(taken, to)
+    _check_together(fields)
+    return fields
+
+
+def _check_together(fields: GenerationFields) -> None:
+    """What one field says of another."""
     if fields.stream_options is not None and not fields.stream:
         raise InvalidValue("stream_options is given without stream: true; leave it out", param="stream_options")
-    return fields
+    if fields.prompt_logprobs is not None and fields.stream:
+        raise ConflictingParameters(
+            "prompt_logprobs is given with stream: true; ask for the whole answer", param="prompt_logprobs"
+        )
+    if fields.truncate_prompt_tokens == 0:
+        raise refuse("truncate_prompt_tokens", 0, "1 or more tokens, or -1 for what fits")
+    loop = fields.repetition_detection
+    if loop is not None and loop.min_pattern_size > loop.max_pattern_size:
+        allowed = f"1..{loop.max_pattern_size}, the max_pattern_size"
+        raise refuse("repetition_detection.min_pattern_size", loop.min_pattern_size, allowed)
+
+
+def check_is_run(fields: GenerationFields) -> None:
+    """What only a route that renders takes."""
+    if fields.return_token_offsets:
+        raise UnsupportedParameter(
+            "return_token_offsets is true; only a route that renders has offsets; leave it out",
+            param="return_token_offsets",
+        )
 
 
 def check_model(model: str | None, context: ServerContext) -> None:
@@ -180,6 +221,11 @@ def sampling_params(
 ) -> SamplingParams:
     vocab_size = context.tokenizer.vocab_size
     _check_ids("stop_token_ids", fields.stop_token_ids, vocab_size)
+    _check_ids("logprob_token_ids", fields.logprob_token_ids or [], vocab_size)
+    if fields.logprob_token_ids and logprobs is None:
+        raise InvalidValue(
+            "logprob_token_ids is given without logprobs; ask for them or leave it out", param="logprob_token_ids"
+        )
     if fields.allowed_token_ids is not None:
         if len(fields.allowed_token_ids) > vocab_size:
             given = f"a list of {len(fields.allowed_token_ids)} ids"
@@ -207,7 +253,26 @@ def sampling_params(
         stop_token_ids=tuple(fields.stop_token_ids),
         ignore_eos=fields.ignore_eos,
         logprobs=logprobs,
+        logprob_token_ids=tuple(fields.logprob_token_ids) if fields.logprob_token_ids else None,
+        bad_words_ids=bad_words_ids(fields.bad_words, context.tokenizer),
+        repetition_detection=_loop(fields.repetition_detection),
     )
+
+
+def _loop(fields: LoopFields | None) -> RepetitionDetection | None:
+    if fields is None:
+        return None
+    return RepetitionDetection(
+        max_pattern_size=fields.max_pattern_size,
+        min_pattern_size=fields.min_pattern_size,
+        min_count=fields.min_count,
+    )
+
+
+def bad_words_ids(words: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The tokens of each word, as a text begins with it and as it stands behind a space."""
+    found = [tokenizer.encode(text) for word in words for text in (word, " " + word.lstrip(" "))]
+    return tuple(dict.fromkeys(tuple(ids) for ids in found if ids))
 
 
 def _check_ids(name: str, ids: list[int], vocab_size: int) -> None:
@@ -234,6 +299,18 @@ def _logit_bias(given: Mapping[str, Any], vocab_size: int) -> dict[int, float]:
 def end_ids(params: SamplingParams, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
     """Ids that end a sequence, each once."""
     return tuple(dict.fromkeys((() if params.ignore_eos else eos_ids) + params.stop_token_ids))
+
+
+def truncated(ids: list[int], fields: GenerationFields, max_tokens: int | None, context_tokens: int) -> list[int]:
+    """The prompt as far as the call lets it be cut: the end of it stays, or the beginning."""
+    limit = fields.truncate_prompt_tokens
+    if limit is None:
+        return ids
+    if limit == -1:
+        limit = max(1, context_tokens - (1 if max_tokens is None else max_tokens))
+    if len(ids) <= limit:
+        return ids
+    return ids[-limit:] if fields.truncation_side == "left" else ids[:limit]
 
 
 def fit_max_tokens(

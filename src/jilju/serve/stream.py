@@ -1,7 +1,7 @@
 """Streams: deltas to server-sent events on a socket, in time.
 
-Owns when bytes leave: status and headers with the first token, one event per token, a comment after silence, usage, `[DONE]`,
-and the error event that stands in its place. Knows nothing of JSON shapes (a renderer's) or of the engine.
+Owns when bytes leave: status and headers with the first token, and how long a reader may take nothing. Knows nothing of shapes
+(a renderer's) or of the engine.
 """
 
 import asyncio
@@ -11,17 +11,14 @@ from starlette.types import Send
 
 from jilju.clock import Clock
 from jilju.errors import JiljuError
-from jilju.serve.answer import event
+from jilju.serve.answer import failure_event
 from jilju.serve.body import ClientLeft
-from jilju.serve.errors import error_object
 
 EVENT_STREAM = (
     (b"content-type", b"text/event-stream"),
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # proxies: pass each event on at once
 )
-DONE = b"data: [DONE]\n\n"
-WAIT = b": wait\n\n"
 
 
 class Writer:
@@ -30,6 +27,7 @@ class Writer:
     def __init__(self, send: Send, clock: Clock, stall_s: float, note: Callable[[int, int], None]):
         self._send, self._clock, self._stall_s, self._note = send, clock, stall_s, note
         self.started = False
+        self.failure: Callable[[JiljuError], bytes] = failure_event  # the shape of a stream's last event when it fails
 
     async def events(self, data: bytes) -> None:
         """Opens the stream if it is not open."""
@@ -40,10 +38,6 @@ class Writer:
 
     async def end(self, data: bytes) -> None:
         await self._body(data, more=False)
-
-    async def error(self, error: JiljuError) -> None:
-        """The last event of a stream that fails: no `[DONE]` follows, so that nobody takes it for whole."""
-        await self._body(event({"error": error_object(error)}), more=False)
 
     async def whole(self, data: bytes) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]

@@ -43,6 +43,7 @@ class Marks:
     parsed_ns: int = 0
     render_ns: int = 0  # lengths
     tokenize_ns: int = 0
+    grammar_ns: int = 0
     submitted_ns: int = 0
     first_token_ns: int = 0  # at hand
     last_event_ns: int = 0  # the engine's terminal event at hand
@@ -76,7 +77,7 @@ def make_timings(
         "parse_ms": parse,
         "render_ms": marks.render_ns,
         "tokenize_ms": marks.tokenize_ns,
-        "grammar_ms": 0,
+        "grammar_ms": marks.grammar_ns,
         "queue_ms": queue,
         "prefill_ms": prefill,
         "stalled_ms": stalled,

@@ -4,8 +4,8 @@ Owns the two routes' fields and answers. Knows nothing of the engine.
 """
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
@@ -15,19 +15,29 @@ from starlette.responses import Response
 
 from jilju.errors import ConflictingParameters, MissingParameter
 from jilju.serve.answer import token_text
+from jilju.serve.answer_types import Detokenized, Tokenized
 from jilju.serve.body import read_json_object
+from jilju.serve.chat_messages import MAX_MESSAGES, Message, check_messages, take_messages, template_messages
+from jilju.serve.chat_prompt import OFF_LOOP_CHARS, check_variables, encode_chat_prompt, template_of
+from jilju.serve.context import ServerContext
 from jilju.serve.fields import Rules, convert, take_fields
+from jilju.serve.gate import ignored_of
 from jilju.serve.health import json_response
-from jilju.serve.openai_chat import MAX_MESSAGES, OFF_LOOP_CHARS, Message, encode_messages, take_messages, text_of
 from jilju.serve.openai_completions import check_ids
 from jilju.serve.sampling import TokenId, check_model
 from jilju.serve.server import Server
+from jilju.serve.tool_fields import Tools, take_tools, tool_specs
+from jilju.text.template import RenderOptions
 
 
 class TokenizeFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)] | None = None
+    tools: Tools = []
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] = {}
     add_special_tokens: bool | None = None  # prompt: true; messages: false
     return_token_strs: bool = False
 
@@ -37,34 +47,17 @@ class DetokenizeFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     tokens: list[TokenId]
 
 
-TOKENIZE = Rules.of(
-    TokenizeFields,
-    later=MappingProxyType(
-        {
-            "tools": ([],),
-            "add_generation_prompt": (True,),
-            "continue_final_message": (False,),
-            "chat_template_kwargs": ({},),
-        }
-    ),
-)
+TOKENIZE = Rules.of(TokenizeFields)
 DETOKENIZE = Rules.of(DetokenizeFields)
 
 
 async def tokenize(server: Server, request: Request) -> Response:
     context = server.context
     body = await read_json_object(request, context.limits)
-    taken: dict[str, Any] = take_fields(body, TOKENIZE)
-    if isinstance(taken.get("messages"), list):
-        taken["messages"] = take_messages(taken["messages"])
-    fields = convert(taken, TokenizeFields)
+    fields = _parse(body, ignored_of(request.scope))
     check_model(fields.model, context)
-    if fields.prompt is not None and fields.messages is not None:
-        raise ConflictingParameters("prompt and messages are both given; give one of them", param="prompt")
     if fields.messages is not None:
-        for index, message in enumerate(fields.messages):
-            text_of(message, f"messages[{index}]")
-        ids, _ = await encode_messages(fields.messages, context, add_special_tokens=bool(fields.add_special_tokens))
+        ids = await _chat_ids(fields, fields.messages, context)
     elif fields.prompt is not None:
         add = fields.add_special_tokens is not False
         if len(fields.prompt) > OFF_LOOP_CHARS:
@@ -77,16 +70,57 @@ async def tokenize(server: Server, request: Request) -> Response:
         [token_text(context.tokenizer.token_bytes(token_id)) for token_id in ids] if fields.return_token_strs else None
     )
     return json_response(
-        {"count": len(ids), "max_model_len": context.context_tokens(), "tokens": ids, "token_strs": strings}
+        Tokenized(count=len(ids), max_model_len=context.context_tokens(), tokens=ids, token_strs=strings)
     )
+
+
+def _parse(body: Mapping[str, Any], ignored: list[str] | None) -> TokenizeFields:
+    taken: dict[str, Any] = take_fields(body, TOKENIZE, ignored=ignored)
+    if isinstance(taken.get("messages"), list):
+        taken["messages"] = take_messages(taken["messages"], ignored)
+    if isinstance(taken.get("tools"), list):
+        taken["tools"] = take_tools(taken["tools"], ignored)
+    fields = convert(taken, TokenizeFields)
+    if fields.prompt is not None and fields.messages is not None:
+        raise ConflictingParameters("prompt and messages are both given; give one of them", param="prompt")
+    if fields.add_generation_prompt and fields.continue_final_message:
+        raise ConflictingParameters(
+            "add_generation_prompt and continue_final_message are both true; give one of them",
+            param="continue_final_message",
+        )
+    if fields.messages is None:
+        of_chat = ("tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")
+        if (name := next((name for name in of_chat if getattr(fields, name)), None)) is not None:
+            raise ConflictingParameters(f"{name} is given without messages; a prompt has none of it", param=name)
+    else:
+        check_messages(fields.messages)
+    return fields
+
+
+async def _chat_ids(fields: TokenizeFields, messages: list[Message], context: ServerContext) -> list[int]:
+    template = template_of(context)
+    check_variables(fields.chat_template_kwargs, template)
+    options: RenderOptions = {"variables": fields.chat_template_kwargs}
+    if fields.continue_final_message:
+        options["continue_final_message"] = True
+    elif fields.add_generation_prompt is not None:
+        options["add_generation_prompt"] = fields.add_generation_prompt
+    prompt = await encode_chat_prompt(
+        template_messages(messages),
+        tool_specs(fields.tools),
+        context,
+        options,
+        add_special_tokens=bool(fields.add_special_tokens),
+    )
+    return prompt.ids
 
 
 async def detokenize(server: Server, request: Request) -> Response:
     context = server.context
     body = await read_json_object(request, context.limits)
-    fields = convert(take_fields(body, DETOKENIZE), DetokenizeFields)
+    fields = convert(take_fields(body, DETOKENIZE, ignored=ignored_of(request.scope)), DetokenizeFields)
     check_model(fields.model, context)
     check_ids(fields.tokens, context.tokenizer.vocab_size, "tokens")
     decode = partial(context.tokenizer.decode, fields.tokens, skip_special_tokens=False)
     text = await asyncio.to_thread(decode) if len(fields.tokens) > OFF_LOOP_CHARS else decode()
-    return json_response({"prompt": text})
+    return json_response(Detokenized(prompt=text))

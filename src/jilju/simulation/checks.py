@@ -59,7 +59,9 @@ class EngineChecks:
 
     def submitted(self, request: Request) -> None:
         params, num_output = request.params, len(request.output_ids)
-        is_scored = request.score_prompt and not num_output and len(request.prompt_ids) > 1
+        is_scored = (
+            request.prompt_logprobs is not None and not num_output and request.num_scored < len(request.prompt_ids) - 1
+        )
         number = self._num_submitted
         self._num_submitted += 1
         if params.max_tokens > num_output or is_scored:

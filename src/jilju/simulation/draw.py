@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import msgspec
 
+from jilju.simulation.automaton import NOWHERE, Automaton
 from jilju.simulation.letters import letter
 from jilju.simulation.script import (
     SPECIAL_IDS,
@@ -35,6 +36,10 @@ FAULT_SPACING = (
 )
 BUSY = 0.4  # of the seeds fill the engine
 SLOW = 0.12  # of those have one row and an engine that stands still for a while, so that who waits grows old
+RULED = 0.3  # of the seeds have requests with rules for their tokens ...
+RULES_STREAM = 1 << 64  # ... which are drawn from a stream of their own: all else of a seed is as it is without them
+HELD = 0.2  # of the seeds have requests that are held to a grammar ...
+GRAMMARS_STREAM = 2 << 64  # ... which are drawn from a stream of their own too
 WORK_US = 1_000_000  # in which most of a script happens
 
 NATIVE_VOCAB = 300  # ids that prompts are drawn from
@@ -70,6 +75,10 @@ def draw(seed: int, *, is_native: bool = False) -> Script:
     if is_native:
         requests = [_native_request(rng, settings, request) for request in requests]
         faults += _native_kills(rng)
+    if (rules := Random(seed + RULES_STREAM)).random() < RULED:
+        requests = [_ruled(rules, settings, request) for request in requests]
+    if (grammars := Random(seed + GRAMMARS_STREAM)).random() < HELD:
+        requests = [_held(grammars, request) for request in requests]
     return Script(seed=seed, settings=settings, requests=requests, faults=faults)
 
 
@@ -213,7 +222,7 @@ def _request(
     if rng.random() < 0.05:
         fields["allowed_token_ids"] = tuple(sorted({rng.randrange(vocab_size) for _ in range(4)}))
     if rng.random() < 0.05:
-        fields["score_prompt"] = True
+        fields["prompt_logprobs"] = 0
     if rng.random() < rates["n"]:
         fields["n"] = rng.randrange(2, 5)
     if rng.random() < rates["priority"]:
@@ -234,7 +243,7 @@ def _request(
         prompt = [*prompt[: context - max_tokens - 1], vocab_size + SPECIAL_IDS[fault]]
         max_tokens = max(1, max_tokens)
         fields.pop("min_tokens", None)
-        fields.pop("score_prompt", None)
+        fields.pop("prompt_logprobs", None)
     return SimRequest(
         id=request_id,
         at_us=at_us,
@@ -261,6 +270,37 @@ def _native_request(rng: Random, settings: Settings, request: SimRequest) -> Sim
         some = rng.sample(range(settings.vocab_size), 24)
         changes |= {"allowed_token_ids": tuple(sorted(some)), "end_ids": tuple(sorted(some[:2]))}
     return msgspec.structs.replace(request, **changes)
+
+
+def _ruled(rng: Random, settings: Settings, request: SimRequest) -> SimRequest:
+    """Perhaps with words that must not come, an end at repetitions, logprobs of given ids, and more than scores of its prompt."""
+    changes: dict[str, object] = {}
+    if rng.random() < 0.3:
+        lengths = [rng.choice((1, 2, 2, 3)) for _ in range(rng.choice((1, 4, 12)))]
+        changes["bad_words_ids"] = tuple(tuple(_tokens(rng, settings, length)) for length in lengths)
+    if rng.random() < 0.3:
+        least = rng.choice((1, 1, 2))
+        changes["repetition"] = (least, least + rng.randrange(4), rng.choice((2, 2, 3)))
+        if rng.random() < 0.3:
+            changes["min_tokens"] = rng.randrange(request.max_tokens + 1)
+    if rng.random() < 0.2:
+        changes["logprob_token_ids"] = tuple(_tokens(rng, settings, rng.randrange(4)))
+    if rng.random() < 0.2 and not request.fault:
+        changes["prompt_logprobs"] = rng.choice((0, 1, 2))
+    return msgspec.structs.replace(request, **changes)
+
+
+def _held(rng: Random, request: SimRequest) -> SimRequest:
+    """Perhaps to a grammar: of few states, so that answers end and run into dead ends. A fault is to be seen, so not with one."""
+    num_states, num_classes = rng.randrange(1, 6), rng.choice((1, 2, 3, 5))
+    gaps, accepting = rng.choice((0.0, 0.1, 0.3, 0.6)), rng.choice((0.2, 0.5))
+    steps = [
+        [NOWHERE if rng.random() < gaps else rng.randrange(num_states) for _ in range(num_classes)]
+        for _ in range(num_states)
+    ]
+    automaton = Automaton(steps, [rng.random() < accepting for _ in range(num_states)])
+    is_held = rng.random() < 0.5 and not request.fault
+    return msgspec.structs.replace(request, grammar=automaton.to_text()) if is_held else request
 
 
 def _native_kills(rng: Random) -> list[Fault]:

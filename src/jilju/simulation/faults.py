@@ -13,7 +13,7 @@ import numpy as np
 
 from jilju.clock import VirtualClock
 from jilju.engine.link import FRAME_HEADER
-from jilju.engine.request import EngineEvent, TokenEvent, is_terminal
+from jilju.engine.request import EngineEvent, PromptScored, TokenEvent, is_terminal
 from jilju.plan import Batch, Executor, StepResult
 from jilju.simulation.script import SPECIAL_IDS, DeathCause, Fault, Script
 
@@ -119,10 +119,12 @@ def bent(frame: bytes, fault: Fault, number: int) -> list[tuple[bytes, bool]]:
 
 
 def forged(events: list[EngineEvent], choice: int) -> list[EngineEvent]:
-    """Events that cannot be: a token that is not the next, an event of nobody, one after the last."""
+    """Events that cannot be: a token or a score that is not the next, an event of nobody, one after the last."""
     first = events[0]
     if choice % 3 == 0 and isinstance(first, TokenEvent):
         return [msgspec.structs.replace(first, index=first.index + 1), *events[1:]]
+    if choice % 3 == 0 and isinstance(first, PromptScored):
+        return [msgspec.structs.replace(first, start=first.start + 1), *events[1:]]
     if choice % 3 == 1:
         return [*events, msgspec.structs.replace(first, request_id="nobody")]
     return [*events, next((event for event in events if is_terminal(event)), first)]

@@ -46,7 +46,11 @@ class SimRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     frequency_penalty: float = 0.0
     logit_bias: dict[int, float] = {}
     allowed_token_ids: tuple[int, ...] | None = None
-    score_prompt: bool = False
+    logprob_token_ids: tuple[int, ...] | None = None
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    repetition: tuple[int, int, int] | None = None  # sizes of the pattern, least and most, and how often it comes
+    prompt_logprobs: int | None = None
+    grammar: str = ""  # an automaton; "": none
     deadline_us: int = 0  # from the call on; 0: none
     max_queue_us: int = 0
     cancel_us: int = -1  # from the call on the client stays so long

@@ -38,6 +38,7 @@ from jilju.engine.loop import Engine
 from jilju.engine.request import (
     EngineEvent,
     PromptScored,
+    RepetitionDetection,
     Request,
     RequestAborted,
     RequestEnded,
@@ -76,7 +77,8 @@ class Solo:
     logprobs: list[float]
     tops: list[list[tuple[int, float]]]
     scores: list[float]
-    finish_reason: str  # stop, length, no_token
+    score_tops: list[list[tuple[int, float]]]
+    finish_reason: str  # stop, length, repetition, no_token
 
 
 class Backend(Protocol):
@@ -103,7 +105,7 @@ class _Stream:
     is_terminal: bool = False  # its terminal event came
     was_aborted: bool = False
     aborted_ns: int = 0
-    is_scored: bool = False  # the prompt's scores came
+    num_scored: int = 0  # tokens of the prompt whose scores came
     is_suspect: bool = False  # it was in the step of a death, and has made no token since
     deaths: Counter[str] = field(default_factory=Counter)  # counted here once more: with it in the step, by cause
     last_death_alone: bool = False
@@ -283,12 +285,15 @@ class World:
         if self.supervisor.state not in ("ready", "gone"):
             raise NotReady(f"the engine is {self.supervisor.state}", retry_after_s=1.0)
         status = self.supervisor.status(now_ns)
-        self.admission.update(status.step_coefficients, settings.max_rows, settings.num_blocks * settings.block_size)
+        info, pool_tokens = self.supervisor.info, settings.num_blocks * settings.block_size
+        assert info is not None, "an engine was ready"
+        self.admission.update(status.step_coefficients, settings.max_rows, pool_tokens, info.score_work)
+        num_scored = len(spec.prompt_ids) if spec.prompt_logprobs is not None else 0
         deadline_ns = now_ns + spec.deadline_us * 1000 if spec.deadline_us else 0
         queue_ns = now_ns + spec.max_queue_us * 1000 if spec.max_queue_us else 0
         self.admission.check(
             now_ns, num_prompt_tokens=len(spec.prompt_ids), max_tokens=spec.max_tokens, num_sequences=spec.n,
-            priority=spec.priority, tenant=spec.tenant, deadline_ns=deadline_ns, queue_deadline_ns=queue_ns,
+            num_scored_tokens=spec.n * num_scored, priority=spec.priority, tenant=spec.tenant, deadline_ns=deadline_ns, queue_deadline_ns=queue_ns,
         )  # fmt: skip
         requests = [self._request(spec, index, now_ns, deadline_ns, queue_ns) for index in range(spec.n)]
         for request in requests:
@@ -300,7 +305,8 @@ class World:
             self._streams[request.id] = stream
             count = 1 if request.sibling_of else len(spec.prompt_ids)
             self.admission.admitted(
-                request.id, now_ns, num_prompt_tokens=count, max_tokens=spec.max_tokens, priority=spec.priority, tenant=spec.tenant,
+                request.id, now_ns, num_prompt_tokens=count, max_tokens=spec.max_tokens, num_scored_tokens=num_scored,
+                priority=spec.priority, tenant=spec.tenant,
             )  # fmt: skip
             self._tell(Submit(request))
         self.ledger.sequences_submitted(caller.call, len(requests))
@@ -310,11 +316,12 @@ class World:
             temperature=spec.temperature, top_k=spec.top_k, top_p=spec.top_p, min_p=spec.min_p,
             repetition_penalty=spec.repetition_penalty, frequency_penalty=spec.frequency_penalty, logit_bias=spec.logit_bias,
             allowed_token_ids=spec.allowed_token_ids, seed=(spec.seed + index) % 2**63, max_tokens=spec.max_tokens,
-            min_tokens=spec.min_tokens, logprobs=spec.logprobs,
+            min_tokens=spec.min_tokens, logprobs=spec.logprobs, logprob_token_ids=spec.logprob_token_ids,
+            bad_words_ids=spec.bad_words_ids, repetition_detection=_repetition(spec),
         )  # fmt: skip
         return Request(
             id=f"{spec.id}-{index}", prompt_ids=spec.prompt_ids, params=params, end_ids=spec.end_ids,
-            salt=spec.salt.encode(), score_prompt=spec.score_prompt, tenant=spec.tenant, priority=spec.priority,
+            grammar=spec.grammar, salt=spec.salt.encode(), prompt_logprobs=spec.prompt_logprobs, tenant=spec.tenant, priority=spec.priority,
             arrival_ns=now_ns, deadline_ns=deadline_ns, queue_deadline_ns=queue_ns,
             sibling_of=f"{spec.id}-0" if index else "",
         )  # fmt: skip
@@ -361,9 +368,7 @@ class World:
             if isinstance(event, TokenEvent):
                 self._token(stream, event)
             elif isinstance(event, PromptScored):
-                solo = self._solo(stream)
-                law("I20 scores equal those alone", event.logprobs == solo.scores, event.request_id)
-                stream.is_scored = True
+                self._scores(stream, event)
             if is_terminal(event):
                 self._terminal(stream, event)
 
@@ -371,6 +376,17 @@ class World:
         if stream.solo is None:
             stream.solo = self.backend.alone(self.script, stream.request)
         return stream.solo
+
+    def _scores(self, stream: _Stream, event: PromptScored) -> None:
+        solo, first = self._solo(stream), stream.num_scored
+        law("I19 no score lost, none doubled", event.start == first + 1 and bool(event.logprobs), (event, first))
+        stream.num_scored = first + len(event.logprobs)
+        law("I20 scores equal those alone", event.logprobs == solo.scores[first : stream.num_scored], event)
+        law(
+            "I20 alternatives equal those alone",
+            (event.tops or []) == solo.score_tops[first : stream.num_scored],
+            event,
+        )
 
     def _token(self, stream: _Stream, event: TokenEvent) -> None:
         index, solo = event.index, stream.solo or self._solo(stream)
@@ -385,8 +401,7 @@ class World:
         stream.is_suspect = False
         stream.deaths["pressure alone"] = 0  # it has passed the place where it was
         self.tally.num_compared_tokens += 1
-        if index == 0 and stream.request.score_prompt:
-            law("the scores come before the first token", stream.is_scored, event)
+        law("the scores come before the first token", stream.num_scored == len(solo.scores), event)
         if stream.was_aborted:
             late_ns = self.clock.now_ns() - stream.aborted_ns
             law("I22 no token long after an abort", late_ns <= self._late_ns(), (event, late_ns))
@@ -398,7 +413,7 @@ class World:
         self.admission.token(stream.request.id)
         self.ledger.token(caller.call, None)
         caller.num_tokens += 1
-        if stream.text is not None and event.finish_reason != "stop":
+        if stream.text is not None and event.token_id not in stream.request.end_ids:
             piece = stream.text.push(event.token_id)
             stream.written += piece.text
             if piece.stop is not None:
@@ -434,6 +449,7 @@ class World:
             law("I18 tokens of an aborted one", event.num_tokens >= stream.num_tokens, event)
         else:
             law("I20 ends as alone", event.finish_reason == solo.finish_reason, (event, solo.finish_reason))  # type: ignore[union-attr]
+            law("I20 all scores came", stream.num_scored == len(solo.scores), (stream.num_scored, event))
             law("I20 as long as alone", stream.num_tokens == len(solo.tokens), (stream.num_tokens, len(solo.tokens)))
             times = event.times  # type: ignore[union-attr]
             assert times is not None, "a terminal event without its times"
@@ -470,7 +486,7 @@ class World:
         if not stream.is_stopped:
             last = stream.text.finish()
             stream.written += last.text
-        shown = solo.tokens[:-1] if solo.finish_reason == "stop" else solo.tokens
+        shown = solo.tokens[:-1] if solo.tokens and solo.tokens[-1] in stream.request.end_ids else solo.tokens
         whole = TextStream(self._tokenizer, stop=spec.stop, min_tokens=spec.min_tokens).whole(shown)
         law("I24 stream equals whole", stream.written == whole.text, (stream.written, whole.text))
         text = text_before_stop(
@@ -493,8 +509,12 @@ class World:
         elif event.code == "internal":
             law("only the culprit fails", spec.fault in ("raise", "bad_id") or self._may_be_unlucky(event), event)
         elif event.code == "nan_logits":
-            bad = spec.fault == "nan" or self._solo(stream).finish_reason == "no_token"
+            bad = spec.fault == "nan" or (self._solo(stream).finish_reason == "no_token" and not spec.grammar)
             law("only the culprit fails", bad, event)
+        elif event.code == "grammar_dead_end":
+            solo = self._solo(stream)
+            law("only a dead end is one", solo.finish_reason == "no_token" and bool(spec.grammar), event)
+            law("I25 dead ends are where they are alone", stream.num_tokens == len(solo.tokens), event)
         elif event.code == "request_quarantined":
             law("quarantine", _is_guilty(stream), (event, stream.deaths))
         elif event.code == "engine_unavailable":
@@ -881,11 +901,18 @@ class World:
         is_alright = (
             spec.fault != ""
             or (code in ("context_length_exceeded", "kv_capacity_exceeded") and self._is_too_long(spec))
-            or code in ("internal", "nan_logits", "request_quarantined")  # looked at when they came
+            or code in ("internal", "nan_logits", "grammar_dead_end", "request_quarantined")  # looked at when they came
             or code == "no_allowed_token"
             or (code == "engine_unavailable" and is_gone)
         )
         law("nobody fails for nothing", is_alright, f"{spec.id}: {caller.end}")
+
+
+def _repetition(spec: SimRequest) -> RepetitionDetection | None:
+    if spec.repetition is None:
+        return None
+    least, most, count = spec.repetition
+    return RepetitionDetection(min_pattern_size=least, max_pattern_size=most, min_count=count)
 
 
 def _is_guilty(stream: _Stream) -> bool:

@@ -90,7 +90,12 @@ class ByteLevelScheme:
         return list(chain.from_iterable(map(ids.__getitem__, pieces)))
 
     def token_bytes(self, token: str) -> bytes:
-        try:
-            return bytes([_BYTE_OF_CHAR[char] for char in token])
-        except KeyError:  # written as plain text in the file
-            return token.encode()
+        return bytes_of(token)
+
+
+def bytes_of(token: str) -> bytes:
+    """What a normal token, as it is written in the file, stands for."""
+    try:
+        return bytes([_BYTE_OF_CHAR[char] for char in token])
+    except KeyError:  # written as plain text in the file
+        return token.encode()

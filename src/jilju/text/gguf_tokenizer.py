@@ -6,14 +6,16 @@ nothing else. What is not known here is refused, never guessed. Knows nothing of
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from math import isfinite
 from typing import Any, Protocol
 
+import msgspec
 import numpy as np
 
 from jilju.errors import InvalidValue, ModelFileError
+from jilju.text import byte_level, spm
 from jilju.text.byte_level import PRE_TOKENIZERS, ByteLevelScheme
 from jilju.text.specials import longest_of
 from jilju.text.spm import SpmScheme
@@ -122,16 +124,7 @@ class GgufTokenizer:
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:
-        token = self._token(token_id)
-        match self._types[token_id]:
-            case 1:  # NORMAL
-                return self._scheme.token_bytes(token)
-            case 5:  # UNUSED: padding of the embedding table, stands for nothing
-                return b""
-            case 6:  # BYTE: load_tokenizer checked the form
-                return bytes([int(token[3:5], 16)])
-            case _:
-                return token.encode()
+        return _bytes_of(self._token(token_id), self._types[token_id], self._scheme.token_bytes)
 
     def token_text(self, token_id: int) -> str:
         shown = self.token_bytes(token_id).decode(errors="replace")
@@ -146,6 +139,39 @@ class GgufTokenizer:
         if not 0 <= token_id < self.vocab_size:
             raise InvalidValue(f"token id {token_id} is outside the vocabulary; allowed: 0 to {self.vocab_size - 1}")
         return self._tokens[token_id]
+
+
+def _bytes_of(token: str, type_: int, bytes_of_normal: Callable[[str], bytes]) -> bytes:
+    match type_:
+        case 1:  # NORMAL
+            return bytes_of_normal(token)
+        case 5:  # UNUSED: padding of the embedding table, stands for nothing
+            return b""
+        case 6:  # BYTE: its form was checked
+            return bytes([int(token[3:5], 16)])
+        case _:
+            return token.encode()
+
+
+class TokenTable(msgspec.Struct, frozen=True):
+    """What each id stands for: all that is to be known of a tokenizer to go from ids to bytes."""
+
+    tokens: list[bytes]
+    special_ids: frozenset[int]  # as of the tokenizer
+    eos_ids: tuple[int, ...]
+
+
+def load_token_table(metadata: Mapping[str, Any], *, file: str) -> TokenTable:
+    """As the file's tokenizer has it, without what it takes to read text: of `metadata` the merges and scores may be missing."""
+    fields = _Fields(metadata, file)
+    bytes_of_normal = byte_level.bytes_of if fields.text("tokenizer.ggml.model") == "gpt2" else spm.bytes_of
+    tokens, vocab = fields.tokens()
+    types = fields.token_types(tokens)
+    return TokenTable(
+        [_bytes_of(token, type_, bytes_of_normal) for token, type_ in zip(tokens, types, strict=True)],
+        frozenset(_ids_of(types, CONTROL, UNKNOWN)),
+        _end_ids(fields, vocab, types),
+    )
 
 
 def load_tokenizer(metadata: Mapping[str, Any], *, file: str) -> Tokenizer:

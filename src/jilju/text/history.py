@@ -14,10 +14,9 @@ import threading
 from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
-from jilju.text.stops import StopStrings
-from jilju.text.stream import Piece, TextStream
+from jilju.text.stream import Piece, TextOptions, TextStream
 from jilju.text.template import encode_piece
 from jilju.text.tokenizer import Tokenizer
 
@@ -105,12 +104,9 @@ class RememberedStream(TextStream):
         tokenizer: Tokenizer,
         history: History,
         opening: Opening,
-        *,
-        stop: StopStrings | tuple[str, ...] = (),
-        min_tokens: int = 0,
-        skip_special_tokens: bool = True,
+        **options: Unpack[TextOptions],
     ):
-        super().__init__(tokenizer, stop=stop, min_tokens=min_tokens, skip_special_tokens=skip_special_tokens)
+        super().__init__(tokenizer, **options)
         self._tokenizer, self._history, self._opening = tokenizer, history, opening
         self._ids: list[int] = []
         self._texts: list[str] = []

@@ -50,6 +50,10 @@ class TemplateRefusal(TemplateRuntimeError):
     """The template's own `raise_exception`: its message is for the caller."""
 
 
+class DeadlinePassed(SecurityError):
+    """The rendering was given no more time; with more it might have come to its end."""
+
+
 class Meter:
     """What one rendering may still do. A unit is a loop turn, a call, an element or a character that is made."""
 
@@ -64,7 +68,7 @@ class Meter:
         if self._left < 0:
             raise SecurityError(f"it does more work than the {self._limit} units that these messages allow")
         if self._clock.now_ns() > self._deadline_ns:
-            raise SecurityError("it runs longer than the time a rendering may take")
+            raise DeadlinePassed("it runs longer than the time a rendering may take")
 
     def admit(self, value: Any) -> Any:
         """Charge a value that the template has made. Iterators become lists, so that nothing runs unseen later."""

@@ -50,7 +50,7 @@ class SpmScheme:
         ]
 
     def token_bytes(self, token: str) -> bytes:
-        return token.replace(SPACE, " ").encode()
+        return bytes_of(token)
 
     def _independent(self, texts: Sequence[str]) -> tuple[list[str], list[int]]:
         """The texts cut wherever no token holds the two characters beside the cut: no merge reaches over it. The pieces of
@@ -110,6 +110,11 @@ class SpmScheme:
             if (left := before[at]) >= 0 and (rank := ranks[id_of(parts[left] + joined, none)]) < none:
                 heapq.heappush(queue, rank * num + left)
         return [part for part in parts if part]
+
+
+def bytes_of(token: str) -> bytes:
+    """What a normal token, as it is written in the file, stands for."""
+    return token.replace(SPACE, " ").encode()
 
 
 def _codes(text: str) -> NDArray[np.uint32]:

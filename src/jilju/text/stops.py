@@ -63,8 +63,9 @@ class StopStrings:
 class StopMatcher:
     """One text's matcher; its state is the longest beginning of a stop string that the text ends with."""
 
-    def __init__(self, stops: StopStrings | Iterable[str]):
+    def __init__(self, stops: StopStrings | Iterable[str], is_included: bool = False):
         self._strings = stops if isinstance(stops, StopStrings) else StopStrings(stops)
+        self._is_included = is_included  # the stop string itself leaves, as the last that does
         self._state = 0
         self._held = ""  # the last depth[state] characters, not given out yet
         self.matched: str | None = None
@@ -82,7 +83,7 @@ class StopMatcher:
                 self.matched = stop
                 whole = self._held + text[: index + 1]
                 self._held = ""
-                return whole[: len(whole) - len(stop)]
+                return whole if self._is_included else whole[: len(whole) - len(stop)]
         self._state = state
         whole = self._held + text
         leaving = len(whole) - self._strings.depth[state]

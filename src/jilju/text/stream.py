@@ -5,6 +5,7 @@ piece, empty while its text is held back. Knows nothing of requests, HTTP or eng
 """
 
 from collections.abc import Iterable
+from typing import TypedDict, Unpack
 
 import msgspec
 
@@ -18,21 +19,26 @@ class Piece(msgspec.Struct, frozen=True):
     stop: str | None = None  # the stop string that was found; nothing at or after it leaves
 
 
+class TextOptions(TypedDict, total=False):
+    stop: StopStrings | tuple[str, ...]
+    min_tokens: int  # so many first tokens give their text unmatched: no part of it counts towards a stop string
+    skip_special_tokens: bool  # true: control tokens have no text
+    shown_ids: frozenset[int]  # control tokens that have theirs nevertheless: a parser of the text needs it
+    include_stop: bool  # the stop string itself leaves, as the last that does
+
+
 class TextStream:
-    """One answer. The token that ends a sequence by its id is not pushed, unless its text is wanted. The first `min_tokens`
-    tokens give their text unmatched: no part of it counts towards a stop string."""
+    """One answer. The token that ends a sequence by its id is not pushed, unless its text is wanted."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
-        *,
-        stop: StopStrings | tuple[str, ...] = (),
-        min_tokens: int = 0,
-        skip_special_tokens: bool = True,
+        **options: Unpack[TextOptions],
     ):
-        self._detokenizer = Detokenizer(tokenizer, skip_special_tokens)
-        self._stops = StopMatcher(stop)
-        self._num_unmatched = min_tokens
+        skip = options.get("skip_special_tokens", True)
+        self._detokenizer = Detokenizer(tokenizer, skip, options.get("shown_ids", frozenset()))
+        self._stops = StopMatcher(options.get("stop", ()), options.get("include_stop", False))
+        self._num_unmatched = options.get("min_tokens", 0)
 
     def push(self, token_id: int) -> Piece:
         """The text that leaves with this token. After a stop string every piece is empty and names it."""

@@ -7,13 +7,14 @@ messages' form.
 
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, NamedTuple, TypedDict, Unpack
 
+from jinja2 import meta
 from jinja2.exceptions import SecurityError
 
 from jilju.clock import Clock, WallClock
 from jilju.errors import InvalidValue, JiljuError, ModelFileError, TemplateFailed
-from jilju.text.sandbox import METER, Meter, MeteredEnvironment, TemplateRefusal
+from jilju.text.sandbox import METER, DeadlinePassed, Meter, MeteredEnvironment, TemplateRefusal
 from jilju.text.specials import SpecialGuard
 from jilju.text.tokenizer import Tokenizer
 
@@ -30,6 +31,24 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 
 # Code points that never stand for a character: marks inside texts while a template handles them.
 NONCHARACTERS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
+
+
+# What a rendering itself gives a template, besides the tokens' texts.
+RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "tokenize"})
+
+
+class RenderOptions(TypedDict, total=False):
+    """How a conversation is rendered, and what it holds besides its messages."""
+
+    add_generation_prompt: bool
+    continue_final_message: bool
+    tools: Sequence[Mapping[str, Any]] | None  # {type: "function", function: {name, description, parameters}}
+    documents: Sequence[Mapping[str, str]] | None
+    variables: Mapping[str, Any]  # others that the template reads: names of ChatTemplate.variables
+
+
+class TemplateOverrun(TemplateFailed):
+    """A rendering that its budget cut off."""
 
 
 class ChatTemplate:
@@ -50,7 +69,9 @@ class ChatTemplate:
             given = f"{len(source)} characters" if isinstance(source, str) else type(source).__name__
             raise ModelFileError(file, field, given, f"text of at most {MAX_SOURCE_CHARS} characters")
         try:
-            self._template = MeteredEnvironment(now).compile_metered(source)
+            environment = MeteredEnvironment(now)
+            self._template = environment.compile_metered(source)
+            self.variables = frozenset(meta.find_undeclared_variables(environment.parse(source)))  # names that it reads
         except Exception as error:  # the file's program: whatever it breaks in the compiler is its fault
             raise ModelFileError(file, field, _described(error), "a jinja2 chat template") from None
         self.source = source
@@ -59,27 +80,29 @@ class ChatTemplate:
         self._guard: SpecialGuard | None = None
 
     def render(
-        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final_message: bool = False
+        self, messages: Sequence[Message], *, budget_ns: int = MAX_RENDER_NS, **options: Unpack[RenderOptions]
     ) -> str:
         """The text of a conversation. With `continue_final_message` it ends where the last message's content ends, for the
-        model to go on; a generation prompt has no place then. TemplateFailed with the template's own words if it refuses."""
+        model to go on; a generation prompt has no place then. TemplateFailed with the template's own words if it refuses,
+        TemplateOverrun if it takes longer than the budget."""
         plain = [_plain(message) for message in messages]
+        continues = options.get("continue_final_message", False)
         end_mark = ""
-        if continue_final_message:
-            end_mark = _unused_mark(plain, self.source)
+        if continues:
+            end_mark = _unused_mark([plain, options], self.source)
             if not plain or not isinstance(plain[-1].get("content"), str):
                 raise InvalidValue("the final message has no text content to continue", param="messages")
             plain[-1]["content"] += end_mark
-        num_chars = sum(map(len, _strings(plain)))
         variables = {
+            **options.get("variables", {}),
             "messages": plain,
-            "add_generation_prompt": add_generation_prompt and not continue_final_message,
-            "tools": None,
-            "documents": None,
+            "add_generation_prompt": options.get("add_generation_prompt", True) and not continues,
+            "tools": options.get("tools"),
+            "documents": options.get("documents"),
             **self._tokens,
         }
-        rendered = self._run(variables, num_chars)
-        if not continue_final_message:
+        rendered = self._run(variables, sum(map(len, _strings([plain, options]))), budget_ns)
+        if not continues:
             return rendered
         end = rendered.rfind(end_mark)
         if end < 0:
@@ -94,9 +117,9 @@ class ChatTemplate:
             self._guard = SpecialGuard(tokenizer.special_texts)
         return self._guard
 
-    def _run(self, variables: Mapping[str, Any], num_chars: int) -> str:
+    def _run(self, variables: Mapping[str, Any], num_chars: int, budget_ns: int) -> str:
         max_output = FREE_OUTPUT_CHARS + OUTPUT_PER_CHAR * num_chars
-        meter = Meter(FREE_UNITS + UNITS_PER_CHAR * num_chars, self._clock, self._clock.now_ns() + MAX_RENDER_NS)
+        meter = Meter(FREE_UNITS + UNITS_PER_CHAR * num_chars, self._clock, self._clock.now_ns() + budget_ns)
         pieces: list[str] = []
         length = 0
         try:
@@ -107,6 +130,8 @@ class ChatTemplate:
                 pieces.append(piece)
         except JiljuError:
             raise
+        except DeadlinePassed as error:
+            raise TemplateOverrun(f"the chat template fails on these messages: {error}", param="messages") from None
         except TemplateRefusal as refusal:
             raise TemplateFailed(
                 f"the chat template refuses these messages: {refusal.message}", param="messages"
@@ -118,28 +143,59 @@ class ChatTemplate:
         return "".join(pieces)
 
 
-def chat_pieces(
-    template: ChatTemplate,
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
-) -> list[str]:
-    """A rendered conversation: plain text and control tokens' texts in turn, plain first and last. Control tokens come from
-    the template alone: inside the messages their texts are broken by a mark before rendering, so that none is found there,
-    and the mark is taken out of the plain text afterwards.
+def load_template(
+    metadata: Mapping[str, Any], token_bytes: Callable[[int], bytes], *, file: str, source: str | None = None
+) -> ChatTemplate | None:
+    """The template of a GGUF file's metadata, or `source` in its place; None where there is none, as in base models."""
+    source = metadata.get("tokenizer.chat_template") if source is None else source
 
-    A template that deletes characters from a message could still join a control token's parts; none is known that does.
+    def text_of(key: str) -> str:
+        token_id = metadata.get(key)
+        return "" if token_id is None else token_bytes(token_id).decode("utf-8", errors="replace")
+
+    if source is None:
+        return None
+    bos_token, eos_token = text_of("tokenizer.ggml.bos_token_id"), text_of("tokenizer.ggml.eos_token_id")
+    return ChatTemplate(source, bos_token=bos_token, eos_token=eos_token, file=file)
+
+
+class GuardedChat(NamedTuple):
+    """A conversation that can be rendered, here or elsewhere: `pieces(template.render(chat.messages, **chat.options))`.
+
+    Control tokens come from the template alone: inside messages, tools, documents and variables their texts are broken by a mark
+    before rendering, so that none is found there, and the mark is taken out of the plain text afterwards. A template that deletes
+    characters from a message could still join a control token's parts; none is known that does.
     """
-    mark = _unused_mark(messages, template.source)
+
+    messages: list[Message]
+    options: RenderOptions
+    guard: SpecialGuard
+    mark: str
+
+    def pieces(self, rendered: str) -> list[str]:
+        """Plain text and control tokens' texts in turn, plain first and last."""
+        return [
+            piece if index % 2 == 1 else piece.replace(self.mark, "")
+            for index, piece in enumerate(self.guard.split(rendered))
+        ]
+
+
+def guard_chat(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message], **options: Unpack[RenderOptions]
+) -> GuardedChat:
+    mark = _unused_mark([messages, options], template.source)
     guard = template.guard_for(tokenizer)
-    guarded = [_guarded(message, guard, mark) for message in messages]
-    rendered = template.render(
-        guarded, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+    return GuardedChat(
+        [_guarded(message, guard, mark) for message in messages], _walked(options, guard, mark), guard, mark
     )
-    pieces = guard.split(rendered)
-    return [piece if index % 2 == 1 else piece.replace(mark, "") for index, piece in enumerate(pieces)]
+
+
+def chat_pieces(
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message], **options: Unpack[RenderOptions]
+) -> list[str]:
+    """A rendered conversation: plain text and control tokens' texts in turn, plain first and last."""
+    chat = guard_chat(template, tokenizer, messages, **options)
+    return chat.pieces(template.render(chat.messages, **chat.options))
 
 
 def encode_piece(tokenizer: Tokenizer, index: int, piece: str) -> list[int]:
@@ -148,45 +204,36 @@ def encode_piece(tokenizer: Tokenizer, index: int, piece: str) -> list[int]:
 
 
 def encode_chat(
-    template: ChatTemplate,
-    tokenizer: Tokenizer,
-    messages: Sequence[Message],
-    *,
-    add_generation_prompt: bool = True,
-    continue_final_message: bool = False,
+    template: ChatTemplate, tokenizer: Tokenizer, messages: Sequence[Message], **options: Unpack[RenderOptions]
 ) -> list[int]:
     """Ids of a conversation, the plain ones of its text."""
-    pieces = chat_pieces(
-        template,
-        tokenizer,
-        messages,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=continue_final_message,
-    )
+    pieces = chat_pieces(template, tokenizer, messages, **options)
     return [id_ for index, piece in enumerate(pieces) for id_ in encode_piece(tokenizer, index, piece)]
 
 
 def _guarded(message: Message, guard: SpecialGuard, mark: str) -> Message:
     """The message with every text of its author's guarded; roles are ours."""
-
-    def walk(value: Any) -> Any:
-        match value:
-            case str():
-                return guard.guarded(value, mark)
-            case dict():  # names of fields: broken where they hold a control token, otherwise what the template looks for
-                return {guard.broken(str(key), mark): walk(item) for key, item in value.items()}
-            case list() | tuple():
-                return [walk(item) for item in value]
-        return value
-
     role = message.get("role")
     if role not in ROLES:
         raise InvalidValue(f"a message's role is {role!r:.80}; allowed: {', '.join(ROLES)}", param="messages")
-    return {**{key: walk(value) for key, value in message.items()}, "role": role}
+    guarded: Message = {**_walked(message, guard, mark), "role": role}
+    return guarded
 
 
-def _unused_mark(messages: Sequence[Message], source: str) -> str:
-    used = set(source).union(*_strings(list(messages)))
+def _walked(value: Any, guard: SpecialGuard, mark: str) -> Any:
+    """A tree of lists and dicts with every text in it guarded."""
+    match value:
+        case str():
+            return guard.guarded(value, mark)
+        case dict():  # names of fields: broken where they hold a control token, otherwise what the template looks for
+            return {guard.broken(str(key), mark): _walked(item, guard, mark) for key, item in value.items()}
+        case list() | tuple():
+            return [_walked(item, guard, mark) for item in value]
+    return value
+
+
+def _unused_mark(values: Any, source: str) -> str:
+    used = set(source).union(*_strings(values))
     for mark in NONCHARACTERS:
         if mark not in used:
             return mark

@@ -130,14 +130,15 @@ class NativeExecutor:
             logprobs=np.empty(n, np.float32),
             top_ids=np.empty((n, MAX_TOP), np.int32),
             top_logprobs=np.empty((n, MAX_TOP), np.float32),
+            wanted_logprobs=np.empty(len(batch.wanted_ids), np.float32),
             finite=np.empty(n, np.bool_),
         )
         self._model.run(
             batch.token_ids, batch.starts, batch.counts, batch.block_tables, batch.logit_tokens, batch.targets, batch.positions,
             batch.seeds, batch.temperatures, batch.top_ks, batch.top_ps, batch.min_ps, batch.num_top, batch.repetition_penalties,
             batch.presence_penalties, batch.frequency_penalties, batch.penalty_starts, batch.penalty_ids, batch.penalty_counts,
-            batch.bias_starts, batch.bias_ids, batch.biases, batch.banned_starts, batch.banned_ids, batch.mask_rows, batch.masks,
-            result.token_ids, result.logprobs, result.top_ids, result.top_logprobs, result.finite,
+            batch.bias_starts, batch.bias_ids, batch.biases, batch.banned_starts, batch.banned_ids, batch.wanted_starts, batch.wanted_ids,
+            batch.mask_rows, batch.masks, batch.masks_ready, result.token_ids, result.logprobs, result.top_ids, result.top_logprobs, result.wanted_logprobs, result.finite,
         )  # fmt: skip
         return result
 

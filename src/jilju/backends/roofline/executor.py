@@ -75,7 +75,9 @@ class RooflineExecutor:
     def wait(self) -> StepResult:
         batch, self._batch = self._batch, None
         assert batch is not None, "wait before launch"
-        result = sample(self.slots.append(batch), batch, self._vocab_size)
+        words = self.slots.append(batch)
+        batch.wait_for_masks()
+        result = sample(words, batch, self._vocab_size)
         self._clock.advance_ns(self._next_step_ns(batch.shape))
         return result
 

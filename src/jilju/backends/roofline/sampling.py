@@ -44,7 +44,8 @@ def sample(words: Words, batch: Batch, vocab_size: int) -> StepResult:
     np.copyto(token_ids, batch.targets, where=is_scored)
     finite |= is_scored
     top_ids, top_logprobs = _tops(words, batch.num_top, vocab_size)
-    return StepResult(token_ids, logprob_words(words, token_ids), top_ids, top_logprobs, finite)
+    wanted_logprobs = logprob_words(np.repeat(words, np.diff(batch.wanted_starts)), batch.wanted_ids)
+    return StepResult(token_ids, logprob_words(words, token_ids), top_ids, top_logprobs, wanted_logprobs, finite)
 
 
 def _penalties(batch: Batch) -> Words:

@@ -1,0 +1,30 @@
+"""POST /v1/messages/count_tokens: how many tokens of input a message would have.
+
+Owns nothing but the way there, which is that of /v1/messages up to the prompt's ids: so both count the same. Knows nothing of
+the engine.
+"""
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jilju.serve.anthropic_messages import MessagesApi, parse_messages
+from jilju.serve.auth import cache_salt
+from jilju.serve.body import read_json_object
+from jilju.serve.gate import arrival_of, ignored_of
+from jilju.serve.health import json_response
+from jilju.serve.message_types import CountedTokens
+from jilju.serve.sampling import check_model
+from jilju.serve.server import Server
+from jilju.serve.timings import Marks
+
+
+async def count_tokens(server: Server, request: Request) -> Response:
+    """Under the salt of the message itself: an answer that was given under it may stand for other ids than its text's plain
+    ones."""
+    context, arrival = server.context, arrival_of(request.scope)
+    body = await read_json_object(request, context.limits)
+    fields = parse_messages(body, ignored_of(request.scope), needs_max_tokens=False)
+    check_model(fields.model, context)
+    salt = cache_salt(arrival.key, fields.cache_salt, is_shared=context.shared_prefix_cache)
+    (prompt,) = await MessagesApi().prompts(fields, context, Marks(received_ns=arrival.received_ns), salt)
+    return json_response(CountedTokens(input_tokens=len(prompt.ids)))
