@@ -18,13 +18,15 @@ from jilju.engine.admission import Admission
 from jilju.engine.request import Request
 from jilju.errors import EngineUnavailable, InternalError, JiljuError, NotReady, Overloaded, UnsupportedParameter
 from jilju.serve.answer import Head, Renderer, usage_so_far
-from jilju.serve.auth import cache_salt
+from jilju.serve.auth import cache_salt, priority_of
 from jilju.serve.body import ClientLeft, read_json_object
 from jilju.serve.context import ServerContext
 from jilju.serve.deadlines import Deadlines, HeaderTimes, header_times, make_deadlines
 from jilju.serve.gate import Arrival, arrival_of, ignored_of
 from jilju.serve.generation import Choice, EncodedPrompt, Generation, Together
 from jilju.serve.ledger import CLIENT_LEFT_STATUS, Call, state_of
+from jilju.serve.places import Places
+from jilju.serve.quota import tokens_to_charge
 from jilju.serve.sampling import (
     GenerationFields,
     check_is_run,
@@ -212,41 +214,29 @@ class GenerateRoute:
         marks.parsed_ns = context.clock.now_ns()
         deadlines = make_deadlines(call.received_ns, times, fields, context.limits)
         self._check_open()
-        admission = self._admission()
-        estimates = self._api.estimates(fields)
-        num_sampled = self._api.num_sampled(fields)
-        num_sequences = len(estimates) * num_sampled
-        rank = {"priority": fields.priority, "tenant": _tenant(arrival)}
-        now_ns, asked = context.clock.now_ns(), self._api.asked(fields)
-        admission.check(
-            now_ns,
-            num_prompt_tokens=sum(estimates),
-            max_tokens=asked,
-            num_sequences=num_sequences,
-            deadline_ns=deadlines.total_ns,
-            queue_deadline_ns=deadlines.queue_ns,
-            **rank,
+        estimates, num_sampled = self._api.estimates(fields), self._api.num_sampled(fields)
+        asked = self._api.asked(fields)
+        charge = tokens_to_charge(sum(estimates), asked, len(estimates) * num_sampled)
+        self._server.quotas.charge(call, arrival.key, charge)
+        places = Places(
+            admission=self._admission(),
+            clock=context.clock,
+            call_id=call.id,
+            priority=priority_of(arrival.key, fields.priority),
+            tenant=_tenant(arrival),
+            is_scored=self._api.prompt_logprobs(fields) is not None,
         )
-        ids = [f"{call.id}-{index}" for index in range(num_sequences)]
+        ids = places.take(estimates, num_sampled, asked, deadlines)
         try:
-            for index, request_id in enumerate(ids):
-                count = estimates[index // num_sampled] if index % num_sampled == 0 else 1
-                admission.admitted(request_id, now_ns, num_prompt_tokens=count, max_tokens=asked, **rank)
             salt = cache_salt(arrival.key, fields.cache_salt, is_shared=context.shared_prefix_cache)
             prompts = await self._api.prompts(fields, context, marks, salt)
             grammars = await self._grammars(fields, prompts, marks)
             self._check_open()
-            choices = self._choices(fields, prompts, grammars, ids, salt, arrival, deadlines)
-            now_ns = context.clock.now_ns()
-            for choice in choices:
-                request = choice.request
-                count = 1 if request.sibling_of else request.num_prompt_tokens
-                most = request.params.max_tokens
-                admission.admitted(request.id, now_ns, num_prompt_tokens=count, max_tokens=most, **rank)
+            choices = self._choices(fields, prompts, grammars, ids, salt, places, arrival, deadlines)
+            places.settle([choice.request for choice in choices])
             await self._generate(fields, choices, deadlines, call, marks, writer)
         finally:
-            for request_id in ids:  # those that never reached the engine
-                admission.ended(request_id, context.clock.now_ns(), None)
+            places.give_back(ids)
 
     async def _generate(
         self,
@@ -324,6 +314,7 @@ class GenerateRoute:
         grammars: list[str],
         ids: list[str],
         salt: bytes,
+        places: Places,
         arrival: Arrival,
         deadlines: Deadlines,
     ) -> list[Choice]:
@@ -356,8 +347,8 @@ class GenerateRoute:
                     salt=salt,
                     grammar=grammars[prompt_index],
                     prompt_logprobs=None if number else api.prompt_logprobs(fields),
-                    tenant=_tenant(arrival),
-                    priority=fields.priority,
+                    tenant=places.tenant,
+                    priority=places.priority,
                     arrival_ns=arrival.received_ns,
                     deadline_ns=deadlines.total_ns,
                     queue_deadline_ns=deadlines.queue_ns,

@@ -96,7 +96,7 @@ class GenerationFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
     timings: bool = False
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] = 1
     cache_salt: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
-    priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None  # 0, or the key's floor
     deadline_ms: Annotated[int, Meta(ge=1, le=MAX_DEADLINE_MS)] | None = None
     max_queue_ms: Annotated[int, Meta(ge=1, le=MAX_DEADLINE_MS)] | None = None
     request_id: Label | None = None
