@@ -42,6 +42,21 @@ def test_hosts_are_names_or_addresses():
     )
 
 
+def test_settings_of_the_door(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = resolve_serve_config(
+        None,
+        {"api_key_file": "keys.toml", "lenient": True, "allow_request_template": True},
+        {"JILJU_ALLOW_ORIGIN": "https://a.example,http://B.example:3000", "JILJU_SHARED_PREFIX_CACHE": "yes"},
+    )
+    assert config.api_key_file == str(tmp_path / "keys.toml")
+    assert config.allow_origin == ("https://a.example", "http://b.example:3000")
+    assert config.lenient and config.shared_prefix_cache and config.allow_request_template
+    plain = resolve_serve_config(None, {}, {})
+    assert not (plain.lenient or plain.shared_prefix_cache or plain.allow_request_template or plain.allow_origin)
+    assert plain.api_key_file is None
+
+
 def test_with_auto_makes_a_new_config():
     config = resolve_serve_config(None, {"threads": "auto"}, {})
     assert config.threads is None
@@ -88,6 +103,11 @@ def test_bytes(text, count):
         ({"allow_host": ("https://foo",)}, ["--allow-host", "https://foo"]),
         ({"api_key": ("short",)}, ["--api-key", "8 printable"]),
         ({"api_key": ("a=12345678", "a=87654321")}, ["distinct"]),
+        ({"api_key": ("a=12345678", "b=12345678")}, ["--api-key", "a and b", "the same secret"]),
+        ({"api_key_file": "~nobody-here/x"}, ["--api-key-file", "~nobody-here/x", "a file"]),
+        ({"api_key_file": ""}, ["--api-key-file", "empty"]),
+        ({"allow_origin": ("https://a.example/x",)}, ["--allow-origin", "https://a.example/x", "scheme://host"]),
+        ({"lenient": "maybe"}, ["--lenient", "true or false"]),
     ],
 )
 def test_refusals_name_flag_given_and_allowed(flags, words):

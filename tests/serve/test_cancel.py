@@ -1,21 +1,27 @@
 """Cancel: calls that end by their caller's word, at every point of their way, and whose they must be."""
 
 import asyncio
+import gc
+import json
+import socket
 import threading
 from collections.abc import Callable
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
 from jilju.config import ApiKey
 from jilju.serve.endings import MAX_ENDINGS, Endings
 from jilju.serve.ledger import Call
 from jilju.serve.server import Server
+from jilju.serve.transport import Transport
 
 from .conftest import Connect
 from .stub import ByteTokenizer, StubClient
 from .test_answers import CHAT, COMPLETIONS, chat_body, events_of
+from .test_sockets import head, running
 
 pytestmark = pytest.mark.anyio
 
@@ -171,3 +177,28 @@ def test_the_memory_of_endings_is_bounded() -> None:
     assert endings.by_id("1", None) is None and endings.by_label("once", None) is None
     assert endings.by_label("often", None) == ("5", "completed") and endings.by_id("2", None) == "completed"
     assert endings.by_id("2", "alice") is None and endings.by_label("often", "alice") is None
+
+
+async def test_a_reader_that_stalls_is_not_waited_for() -> None:
+    """Its call is in the middle of a write that does not end; the engine is free at once."""
+    stub = StubClient(answer=lambda request: b"x" * 200_000)
+    async with running(stub, max_context=200_000) as (port, _):
+        assert stub.info is not None
+        stub.info = msgspec.structs.replace(stub.info, max_context=200_000)
+        body = json.dumps(chat_body(stream=True, max_tokens=199_000)).encode()
+        deaf = socket.socket()
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(deaf, ("127.0.0.1", port))
+        labelled = head(CHAT, body).replace(b"\r\n\r\n", b"\r\nX-Client-Request-Id: deaf\r\n\r\n")
+        await asyncio.get_running_loop().sock_sendall(deaf, labelled + body)
+        while not writes_wait():
+            await asyncio.sleep(0.1)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+            assert (await cancel(http, "deaf")).json()["state"] == "client_cancelled"
+        assert stub.aborted == [stub.requests[0].id]
+        deaf.close()
+
+
+def writes_wait() -> bool:
+    return any(isinstance(item, Transport) and item.flow is not None and item.flow.write_paused for item in gc.get_objects())

@@ -302,7 +302,13 @@ async def test_unknown_fields_are_named_and_dropped_where_that_is_wanted(
 
 async def test_lenience_is_for_unknown_fields_alone_and_its_header_is_bounded(connect: Connect) -> None:
     async with connect(lenient=True) as (http, _):
-        for field in ({"functions": [{}]}, {"temperature": 9}, {"prompt_embeds": "x"}, {"store": True}):
+        refused: list[dict[str, Any]] = [
+            {"functions": [{}]},
+            {"temperature": 9},
+            {"prompt_embeds": "x"},
+            {"store": True},
+        ]
+        for field in refused:
             answer = await http.post(CHAT, json=chat_body(**field, unknown=1))
             assert answer.status_code == 400
             assert answer.json()["error"]["param"] in field
@@ -310,3 +316,30 @@ async def test_lenience_is_for_unknown_fields_alone_and_its_header_is_bounded(co
     assert many.status_code == 200
     named = many.headers["x-jilju-ignored"]
     assert named.endswith(", ...") and len(named) <= 1030 and named.startswith("0" * 200)
+
+
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS, "/tokenize", "/detokenize", "/v1/embeddings"])
+async def test_a_name_of_a_model_is_that_name_and_nothing_else(connect: Connect, path: str) -> None:
+    """No path, no other case, no letter that looks like another."""
+    fields: dict[str, dict[str, Any]] = {
+        CHAT: {"messages": [USER]},
+        "/detokenize": {"tokens": [1]},
+        "/v1/embeddings": {"input": "x"},
+    }
+    async with connect() as (http, _):
+        for name in (
+            "../../etc/passwd",
+            "/etc/passwd",
+            "",
+            "x" * 10_240,
+            "STUB",
+            "\u0455tub",
+            "stub ",
+            "stub\0",
+            "stub/",
+        ):
+            answer = await http.post(path, json=fields.get(path, {"prompt": "x"}) | {"model": name})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found"), name
+            assert len(answer.json()["error"]["message"]) < 500
+        for name in ("../../etc/passwd", "..%2f..%2fetc%2fpasswd", "STUB", "x" * 10_240, "stub/"):
+            assert (await http.get(f"/v1/models/{name}")).status_code == 404

@@ -128,16 +128,18 @@ class GenerateRoute:
                 received_ns=arrival.received_ns,
             )
         )
+        cut: asyncio.Future[JiljuError] = asyncio.get_running_loop().create_future()
+        call.cut = lambda error: None if cut.done() else cut.set_result(error)
         marks = Marks(received_ns=arrival.received_ns)
         limits = self._server.context.limits
-        writer = Writer(send, self._server.context.clock, limits.stall_s, marks.note_send)
+        writer = Writer(send, self._server.context.clock, marks.note_send)
         try:
             http = HttpRequest(scope, receive)
             times = header_times(http.headers)
             self._check_door(http.headers, arrival)
             body = await read_json_object(http, limits)
             answer = self._answer(body, times, arrival, call, marks, writer, ignored_of(scope))
-            await _unless_left(receive, answer, call)
+            await _unless_left(receive, answer, cut)
         except ClientLeft:
             ledger.end(call, "client_cancelled", CLIENT_LEFT_STATUS)
             if (abort := scope.get(ABORT)) is not None:  # a reader that has stalled is not waited for
@@ -216,13 +218,14 @@ class GenerateRoute:
         self._check_open()
         estimates, num_sampled = self._api.estimates(fields), self._api.num_sampled(fields)
         asked = self._api.asked(fields)
+        priority = priority_of(arrival.key, fields.priority)
         charge = tokens_to_charge(sum(estimates), asked, len(estimates) * num_sampled)
         self._server.quotas.charge(call, arrival.key, charge)
         places = Places(
             admission=self._admission(),
             clock=context.clock,
             call_id=call.id,
-            priority=priority_of(arrival.key, fields.priority),
+            priority=priority,
             tenant=_tenant(arrival),
             is_scored=self._api.prompt_logprobs(fields) is not None,
         )
@@ -419,13 +422,10 @@ def _tenant(arrival: Arrival) -> str:
     return arrival.key.name if arrival.key is not None else ""
 
 
-async def _unless_left(receive: Receive, answer: Any, call: Call) -> None:
-    """Runs the answer. Ends it and raises ClientLeft if the client leaves first, or the error that the call is cut with
-    before it has sequences, which have their own way to be cut."""
+async def _unless_left(receive: Receive, answer: Any, cut: "asyncio.Future[JiljuError]") -> None:
+    """Runs the answer. Ends it and raises ClientLeft if the client leaves first, or the error that the call is cut with."""
     work = asyncio.ensure_future(answer)
     left = asyncio.ensure_future(_left(receive))
-    cut: asyncio.Future[JiljuError] = asyncio.get_running_loop().create_future()
-    call.cut = lambda error: None if cut.done() else cut.set_result(error)
     try:
         await asyncio.wait({work, left, cut}, return_when=asyncio.FIRST_COMPLETED)
         if work.done():
@@ -435,7 +435,6 @@ async def _unless_left(receive: Receive, answer: Any, call: Call) -> None:
             raise cut.result()
         raise ClientLeft
     finally:
-        cut.cancel()
         for task in (work, left):
             task.cancel()
         await asyncio.gather(work, left, return_exceptions=True)

@@ -23,7 +23,7 @@ from jilju.engine.request import (
     TokenEvent,
     is_terminal,
 )
-from jilju.errors import DeadlineExceeded, InternalError, JiljuError
+from jilju.errors import DeadlineExceeded, InternalError
 from jilju.serve.errors import error_of
 from jilju.serve.ledger import Call, Ledger
 from jilju.serve.timings import Marks
@@ -139,9 +139,7 @@ class Generation:
     deadline_ns: int
     is_call_named: bool = False  # the caller named the function to be called: then a call is a plain end
     hold_last: bool = False  # a sequence's last delta comes only with its terminal event, so that its times are known
-    _queue: "asyncio.Queue[tuple[Choice | None, EngineEvent | BaseException, int]]" = field(
-        default_factory=asyncio.Queue
-    )
+    _queue: "asyncio.Queue[tuple[Choice, EngineEvent | BaseException, int]]" = field(default_factory=asyncio.Queue)
     _pumps: list["asyncio.Task[None]"] = field(default_factory=list)
     _num_restarts: int = 0
 
@@ -155,11 +153,6 @@ class Generation:
         finally:
             self.ledger.sequences_submitted(self.call, len(taken))
             self._pumps = [asyncio.create_task(self._pump(choice, events)) for choice, events in taken]
-        self.call.cut = self.cut
-
-    def cut(self, error: JiljuError) -> None:
-        """End the call with this error, from outside."""
-        self._queue.put_nowait((None, error, self.clock.now_ns()))
 
     async def deltas(self, silence_s: Callable[[], float | None]) -> AsyncIterator[list[Delta]]:
         """What came since the last turn, in order; an empty list after `silence_s()` seconds without anything."""
@@ -203,7 +196,7 @@ class Generation:
         except Exception as error:
             self._queue.put_nowait((choice, error, self.clock.now_ns()))
 
-    async def _next(self, silence_s: float | None) -> "tuple[Choice | None, EngineEvent | BaseException, int]":
+    async def _next(self, silence_s: float | None) -> "tuple[Choice, EngineEvent | BaseException, int]":
         left_s = (self.deadline_ns - self.clock.now_ns()) / 1e9
         if left_s <= 0:
             allowed_s = (self.deadline_ns - self.call.received_ns) / 1e9
@@ -211,10 +204,9 @@ class Generation:
         async with asyncio.timeout(left_s if silence_s is None else min(left_s, silence_s)):
             return await self._queue.get()
 
-    def _take(self, choice: Choice | None, event: "EngineEvent | BaseException", at_ns: int) -> list[Delta]:
+    def _take(self, choice: Choice, event: "EngineEvent | BaseException", at_ns: int) -> list[Delta]:
         if isinstance(event, BaseException):
             raise event
-        assert choice is not None, "only an error comes without a choice"
         delta: Delta | None = None
         times = None if isinstance(event, PromptScored | RequestFailed) else event.times
         if times is not None and times.scheduled_ns:

@@ -1,10 +1,9 @@
 """Streams: deltas to server-sent events on a socket, in time.
 
-Owns when bytes leave: status and headers with the first token, and how long a reader may take nothing. Knows nothing of shapes
-(a renderer's) or of the engine.
+Owns when bytes leave: status and headers with the first token. Knows nothing of shapes (a renderer's), of the engine, or of how
+long a reader may take nothing (the transport's).
 """
 
-import asyncio
 from collections.abc import Callable
 
 from starlette.types import Send
@@ -22,17 +21,17 @@ EVENT_STREAM = (
 
 
 class Writer:
-    """One answer's way to the socket. A reader that takes nothing for `stall_s` has left."""
+    """One answer's way to the socket."""
 
-    def __init__(self, send: Send, clock: Clock, stall_s: float, note: Callable[[int, int], None]):
-        self._send, self._clock, self._stall_s, self._note = send, clock, stall_s, note
+    def __init__(self, send: Send, clock: Clock, note: Callable[[int, int], None]):
+        self._send, self._clock, self._note = send, clock, note
         self.started = False
         self.failure: Callable[[JiljuError], bytes] = failure_event  # the shape of a stream's last event when it fails
 
     async def events(self, data: bytes) -> None:
         """Opens the stream if it is not open."""
         if not self.started:
-            await self._bounded({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
+            await self._told({"type": "http.response.start", "status": 200, "headers": EVENT_STREAM})
             self.started = True
         await self._body(data, more=True)
 
@@ -41,20 +40,18 @@ class Writer:
 
     async def whole(self, data: bytes) -> None:
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
-        await self._bounded({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._told({"type": "http.response.start", "status": 200, "headers": headers})
         self.started = True
         await self._body(data, more=False)
 
     async def _body(self, data: bytes, *, more: bool) -> None:
         begin_ns = self._clock.now_ns()
-        await self._bounded({"type": "http.response.body", "body": data, "more_body": more})
+        await self._told({"type": "http.response.body", "body": data, "more_body": more})
         self._note(begin_ns, self._clock.now_ns())
 
-    async def _bounded(self, message: dict[str, object]) -> None:
+    async def _told(self, message: dict[str, object]) -> None:
+        """The transport drops a reader that takes nothing for too long."""
         try:
-            async with asyncio.timeout(self._stall_s):
-                await self._send(message)
-        except TimeoutError:
-            raise ClientLeft(f"the reader took nothing for {self._stall_s:g} s") from None
+            await self._send(message)
         except OSError as error:
             raise ClientLeft(str(error)) from error
