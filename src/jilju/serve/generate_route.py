@@ -298,7 +298,8 @@ class GenerateRoute:
         begin_ns = context.clock.now_ns()
         grammars: list[str] = []
         for prompt in prompts:
-            source = self._api.grammar(fields, prompt, context)
+            # in a thread: schemas of many tools take their time
+            source = await asyncio.to_thread(self._api.grammar, fields, prompt, context)
             if source is None:
                 grammars.append("")
                 continue

@@ -43,7 +43,7 @@ from jilju.text.grammar import GrammarSource
 from jilju.text.message import MessageParser
 from jilju.text.reasoning import ReasoningStyle, reasoning_of
 from jilju.text.template import ChatTemplate, RenderOptions
-from jilju.text.tools import ToolFamily, family_of, make_parser
+from jilju.text.tools import ToolFamily, family_of, held_tools, make_parser
 
 MAX_DOCUMENTS = 128
 
@@ -218,7 +218,7 @@ class ChatApi:
         if calls.allowed:
             family, style = _styles(fields, prompt, context)
             text = family.grammar(
-                calls.allowed,
+                held_tools(calls.allowed),
                 choice="required" if calls.is_required else "auto",
                 parallel=fields.parallel_tool_calls and not calls.is_named,
                 reasoning=style,

@@ -9,6 +9,7 @@ Knows nothing of tokens, HTTP or templates beyond their source.
 """
 
 from jilju.text.tools.family import ToolFamily, family_of, make_parser
+from jilju.text.tools.held import held_tools
 from jilju.text.tools.spec import ToolSpec, template_tools
 
-__all__ = ["ToolFamily", "ToolSpec", "family_of", "make_parser", "template_tools"]
+__all__ = ["ToolFamily", "ToolSpec", "family_of", "held_tools", "make_parser", "template_tools"]
