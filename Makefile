@@ -7,7 +7,7 @@
 #   make install-check  install the wheel without a compiler, let it answer   make image-check  what the container's image does
 #   make sanitize  the C++ tests under the sanitizers               make test-neon  the C++ tests for AArch64, in an emulator
 #   make soak     100,000 seeds of the simulation   make coverage       branches of the scheduler that the simulation takes
-#   make bugs     how soon the simulation sees planted bugs
+#   make bugs     how soon the simulation sees planted bugs         make soak-api       generated calls against a real server
 #   make conformance  write docs/conformance.md     make clients        other people's clients against a server
 #   make clean    remove environments and builds    make soak-native    the simulation's seeds on the native backend
 
@@ -20,7 +20,7 @@ comma := ,
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
-.PHONY: serve test test-neon check sanitize soak soak-native bugs coverage conformance clients bench bench-http bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-quality
+.PHONY: serve test test-neon check sanitize soak soak-native soak-api bugs coverage conformance clients bench bench-http bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-quality
 .PHONY: peers oracle oracle-write dev clean wheel install-check image-check
 .DELETE_ON_ERROR:
 
@@ -62,8 +62,8 @@ test: .venv-dev/installed
 	@.venv-dev/bin/python -m pytest $(ARGS)
 
 check: .venv-dev/installed
-	.venv-dev/bin/ruff format --check src tests benchmarks scripts
-	.venv-dev/bin/ruff check src tests benchmarks scripts
+	.venv-dev/bin/ruff format --check src tests benchmarks scripts deploy
+	.venv-dev/bin/ruff check src tests benchmarks scripts deploy
 	.venv-dev/bin/mypy
 	.venv-dev/bin/python -m pytest tests/test_tidy.py
 
@@ -117,6 +117,11 @@ conformance: .venv-dev/installed
 clients: .venv-dev/installed .venv-clients/installed .venv-clients-old/installed
 	@.venv-dev/bin/jilju pull smollm2-135m
 	@.venv-dev/bin/python -m tests.clients.run .venv-clients .venv-clients-old
+
+# some 13,000 generated calls against a real server, by its own description: ARGS="--examples 20" for fewer
+soak-api: .venv-dev/installed
+	@.venv-dev/bin/jilju pull smollm2-135m
+	@.venv-dev/bin/python -m tests.serve.soak_api $(ARGS)
 
 test-neon: .venv-native/installed
 	@PATH="$(CURDIR)/.venv-native/bin:$$PATH" scripts/test_neon

@@ -22,7 +22,7 @@ def verify_unit(root: Path) -> None:
         print(f"SKIPPED: {UNIT.name} (systemd-analyze is not there)")
         return
     shutil.copy(UNIT, root / "etc/systemd/system")
-    command = ["chroot", root, "systemd-analyze", "verify", "--man=no", UNIT.name]
+    command = ["chroot", str(root), "systemd-analyze", "verify", "--man=no", UNIT.name]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
     about = [line for line in done.stdout.splitlines() if "jilju" in line]
     if done.returncode or about:
@@ -56,7 +56,9 @@ def run_unit(root: Path, port: int, model: Path | None) -> None:
         init = booted(machine)
         if init is None:
             said = " ".join(log.read_text(errors="replace").split())[-300:]
-            print(f"SKIPPED: {UNIT.name} is not run (systemd does not boot in a container here: {said or 'it says nothing'})")
+            print(
+                f"SKIPPED: {UNIT.name} is not run (systemd does not boot in a container here: {said or 'it says nothing'})"
+            )
             return
         watch(init, Client(f"http://127.0.0.1:{port}", KEY))
     finally:

@@ -19,7 +19,7 @@ import pytest
 
 from jilju.cli import commands
 from jilju.config import SERVE_OPTIONS
-from jilju.serve.context import Limits
+from jilju.serve.context import ServeLimits
 from tests.system.conftest import Server, needs_smollm2
 
 ROOT = Path(__file__).parents[1]
@@ -111,8 +111,9 @@ def test_the_unit_starts_a_command_that_there_is(unit):
 
 
 def test_the_unit_leaves_time_to_drain(unit):
-    limits = {field.name: field.default for field in msgspec.structs.fields(Limits)}
+    limits = {field.name: field.default for field in msgspec.structs.fields(ServeLimits)}
     assert int(unit["TimeoutStopSec"]) >= limits["drain_s"] + 5
+    assert int(unit["LimitNOFILE"]) > limits["connections"]
     assert unit["KillMode"] == "mixed", "the server ends its engine itself"
 
 
@@ -162,23 +163,28 @@ def test_kernels_that_are_missing_are_found(script):
     told = "generic native-generic\navx512 the instruction set avx512 was asked for, but this CPU lacks it (...)\n"
     assert check_wheel.kernel_sets(told) == ["generic"]
     with pytest.raises(script("serving").CheckFailed, match="avx2"):
-        check_wheel.kernel_sets("avx2 there is no instruction set avx2; there are generic\n")
+        check_wheel.kernel_sets("avx2 the instruction set 'avx2' is unknown here; allowed: generic\n")
 
 
-def health(port: int | str, key: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "JILJU_PORT": str(port), "JILJU_API_KEY": key}
+def health(port: int | str, key: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "JILJU_PORT": str(port), "JILJU_API_KEY": key, **more}
     command = [sys.executable, str(ROOT / "deploy" / "healthcheck.py")]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 @needs_smollm2
-def test_health_is_readiness_with_the_key():
+def test_health_is_readiness_with_a_key_that_may_look(tmp_path):
     server = Server("smollm2-135m", "--context", "256", "--kv-memory", "64MiB", "--api-key", "me=a-long-secret")
     port = server.url.rpartition(":")[2]
     try:
-        ready, strange = health(port, "you=another-secret,me=a-long-secret"), health(port, "me=a-long-secret")
-        assert (ready.returncode, strange.returncode) == (1, 0)
-        assert "invalid_api_key" in ready.stdout and '"ready":true' in strange.stdout
+        ready, strange = health(port, "me=a-long-secret"), health(port, "you=another-secret")
+        assert (ready.returncode, strange.returncode) == (0, 1)
+        assert '"ready":true' in ready.stdout and "invalid_api_key" in strange.stdout
+        keys = tmp_path / "keys.toml"
+        keys.touch(mode=0o600)
+        keys.write_text('[[key]]\nname = "page"\nkey = "a-third-secret"\nscopes = ["generate"]\n')
+        blind = health(port, "", JILJU_API_KEY_FILE=str(keys))
+        assert blind.returncode == 0 and "/livez" in blind.stdout
     finally:
         assert server.stop() == 0
     after = health(port, "me=a-long-secret")
