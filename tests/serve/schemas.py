@@ -281,9 +281,7 @@ def realistic() -> Iterable[Schema]:
             "user": obj("name", name=STRING | {"maxLength": 5}, manager={"anyOf": [{"$ref": "#/$defs/user"}, NULL]})
         }
     }
-    yield obj(
-        "이름 나이", 이름=STRING | {"pattern": "^[가-힣]{2,4}$"}, 나이=INTEGER | {"minimum": 0, "maximum": 99}
-    )
+    yield obj("이름 나이", 이름=STRING | {"pattern": "^[가-힣]{2,4}$"}, 나이=INTEGER | {"minimum": 0, "maximum": 99})
 
 
 def is_address(kind: Any) -> Any:

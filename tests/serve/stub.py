@@ -7,6 +7,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jilju.clock import Clock, WallClock
 from jilju.engine.client import EngineInfo, EngineState, EngineStatus
@@ -88,14 +89,22 @@ def logprobs_of(token_id: int, count: int) -> list[tuple[int, float]]:
 
 
 class StubCompiler:
-    """Takes every grammar as it is, and remembers it."""
+    """Takes every grammar as it is, and remembers it. Renders what a busy machine had no time to render inline."""
 
     def __init__(self) -> None:
         self.sources: list[GrammarSource] = []
+        self.template: ChatTemplate | None = None  # the context's
 
     async def compile(self, source: GrammarSource, *, param: str | None = None) -> str:
         self.sources.append(source)
         return f"{source.kind}: {source.text}"
+
+    async def render(
+        self, messages: Sequence[Mapping[str, Any]], options: Mapping[str, Any], *, template: str | None = None
+    ) -> str:
+        found = self.template if template is None else ChatTemplate(template, file="the request")
+        assert found is not None, "without a template nothing is rendered"
+        return found.render(messages, **options)  # type: ignore[arg-type]
 
     async def close(self) -> None:
         pass
@@ -253,4 +262,7 @@ def make_context(client: StubClient | None = None, **changes: object) -> ServerC
         "fingerprint": "fp_stub",
         "version": "0.0.test",
     }
-    return ServerContext(**(settings | changes))  # type: ignore[arg-type]
+    context = ServerContext(**(settings | changes))  # type: ignore[arg-type]
+    if isinstance(context.workers, StubCompiler):
+        context.workers.template = context.template
+    return context

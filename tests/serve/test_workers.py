@@ -219,14 +219,14 @@ async def test_equal_sources_are_compiled_once_and_at_most_two_at_a_time(start: 
 
 
 async def test_what_was_compiled_is_remembered_and_what_was_refused(start: Start):
-    invalid = GrammarSource(SCHEMA, '{"type":"nothing"}')
+    valid, invalid = GrammarSource(SCHEMA, "true"), GrammarSource(SCHEMA, '{"type":"nothing"}')
     async with start(num_processes=1) as workers:
-        assert (await told(workers, INTEGER), await told(workers, invalid)) == ("ok", INVALID)
+        assert (await told(workers, valid), await told(workers, invalid)) == ("ok", INVALID)
         os.kill(*workers.process_ids, signal.SIGKILL)
         dead = workers.process_ids
-        assert (await told(workers, INTEGER), await told(workers, invalid)) == ("ok", INVALID)
+        assert (await told(workers, valid), await told(workers, invalid)) == ("ok", INVALID)
         assert workers.process_ids == dead  # nobody was asked
-        assert await told(workers, GrammarSource("regex", INTEGER.text)) == "ok"  # the kind counts, too
+        assert await told(workers, GrammarSource("regex", valid.text)) == "ok"  # the kind counts, too
         assert workers.process_ids != dead
 
 
@@ -400,7 +400,7 @@ def test_a_rendering_beyond_its_budget_is_an_overrun(model: str):
 
 
 async def test_templates_of_requests_are_bounded_and_refused_with_their_reason(start: Start):
-    async with start(num_processes=1) as workers:
+    async with start(num_processes=1, template_s=60.0) as workers:
         assert (
             await workers.render(HELLO, {"variables": {"x": 3}}, template="{{ messages[0].content * x }}")
             == "hello" * 3
@@ -408,6 +408,7 @@ async def test_templates_of_requests_are_bounded_and_refused_with_their_reason(s
         for template, expected in [
             ("{% if %}", "chat_template is no template"),
             ("{{ raise_exception('not so') }}", "not so"),
+            (LOOP, "fails on these messages"),  # by its units or its time, whichever ends first
             ("{{ messages[9].content.x }}", "fails on these messages"),
             (
                 "{% set n = namespace(t='ab') %}{% for i in range(40) %}{% set n.t = n.t ~ n.t %}{% endfor %}",
@@ -417,8 +418,9 @@ async def test_templates_of_requests_are_bounded_and_refused_with_their_reason(s
             with pytest.raises(TemplateFailed) as caught:
                 await workers.render(HELLO, {}, template=template)
             assert expected in caught.value.message and ".gguf" not in caught.value.message
-        with pytest.raises(InvalidValue):
+        with pytest.raises(JiljuError) as refused:
             await workers.render([], {"continue_final_message": True})
+        assert (refused.value.code, refused.value.param) == (InvalidValue.code, "messages")
         assert len(workers.process_ids) == 1
 
 
@@ -429,7 +431,7 @@ async def test_a_template_that_takes_too_long_is_killed_and_the_pool_goes_on(sta
         first = workers.process_ids[0]
         deep = "{{ " + "(" * 40 + "1" + ")" * 40 + " }}"
         with pytest.raises(TemplateFailed, match="takes longer"):
-            await workers.render(HELLO, {}, template=deep * 4000)
+            await workers.render(HELLO, {}, template=deep * 2900)
         assert not is_alive(first)
         assert "hello" in await workers.render(HELLO, {})
 

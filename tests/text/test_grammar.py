@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jilju.errors import GrammarTooComplex, InvalidGrammar
@@ -280,6 +280,7 @@ def test_a_regex_without_a_bound_is_too_complex(regex):
 
 
 @given(st.lists(st.text(max_size=6), min_size=1, max_size=8), st.text(max_size=6))
+@example(["\x7f", "a"], "\x7fa")
 @settings(max_examples=60, deadline=None)
 def test_a_choice_takes_its_texts_and_no_other(choices, other):
     source = GrammarSource("choice", json.dumps(choices, ensure_ascii=False))

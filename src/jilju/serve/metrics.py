@@ -141,6 +141,7 @@ class Metrics:
             ("ready", "1 if new calls are taken", int(ready)),
             ("ledger_imbalance", "Broken conservation laws; must be 0", ledger.imbalance() + status.imbalance),
             ("last_step_age_seconds", "Since the engine's last step ended", status.last_step_age_s),
+            ("compile_cache_bytes", "Compiled grammars that are kept", _compile_cache_bytes(context)),
         ):
             gauge = GaugeMetricFamily(f"jilju_{name}", text, labels=["model"])
             gauge.add_metric(model, value)
@@ -242,3 +243,7 @@ class _Scrape(Collector):
 
     def collect(self) -> Iterator[Metric]:
         return self._metrics.families()
+
+
+def _compile_cache_bytes(context: ServerContext) -> int:
+    return 0 if context.workers is None else context.workers.compile_cache_bytes

@@ -14,7 +14,7 @@ from jilju.serve.fields import Rules, refuse, take_fields
 from jilju.text.grammar import GrammarSource
 
 MAX_GRAMMAR_BYTES = 256 << 10
-MAX_CHOICES = 10_000
+MAX_CHOICES = 1024
 
 
 class JsonSchemaFormat(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -99,7 +99,10 @@ def _choice(text: str) -> str:
         raise InvalidGrammar("choice is empty; give at least one text")
     if len(choices) > MAX_CHOICES:
         raise GrammarTooComplex(f"choice has {len(choices)} texts; allowed: at most {MAX_CHOICES}")
-    texts = [msgspec.json.encode(choice).decode() for choice in dict.fromkeys(choices) if choice]
+    # Lark's texts are JSON's, but for DEL, which Lark takes only escaped
+    texts = [
+        msgspec.json.encode(choice).decode().replace("\x7f", "\\u007f") for choice in dict.fromkeys(choices) if choice
+    ]
     start = ["TEXT"] * bool(texts) + ['""'] * (
         "" in choices
     )  # one terminal: an automaton, where a rule would be tried text by text
