@@ -91,6 +91,8 @@ def logprobs_of(token_id: int, count: int) -> list[tuple[int, float]]:
 class StubCompiler:
     """Takes every grammar as it is, and remembers it. Renders what a busy machine had no time to render inline."""
 
+    compile_cache_bytes = 0
+
     def __init__(self) -> None:
         self.sources: list[GrammarSource] = []
         self.template: ChatTemplate | None = None  # the context's
