@@ -266,13 +266,13 @@ BUGS = (
         "length_before_stop", "tokens", "An end id that comes as the last allowed token ends the answer by length.",
         (
             Edit(
-                Scheduler._append, "if token_id in sequence.end_ids:", "if token_id in sequence.end_ids and sequence.wants_token:",
+                Scheduler._append, "if token_id in sequence.end_ids or", "if (token_id in sequence.end_ids and sequence.wants_token) or",
             ),
         ),
     ),
     Bug(
         "wild_id_committed", "tokens", "Only negative ids are taken for out of range.",
-        (Edit(Scheduler.commit, "not 0 <= token_ids[logits.stop - 1] < self._vocab_size", "token_ids[logits.stop - 1] < 0"),),
+        (Edit(Scheduler._error_of, "not 0 <= token_id < self._vocab_size", "token_id < 0"),),
     ),
     Bug(
         "nan_row_committed", "tokens", "The check for NaN leaves out the row that is sampled from.",
@@ -411,7 +411,7 @@ BUGS = (
     ),
     Bug(
         "last_events_not_told", "endings", "An engine without work does not take another turn, so it keeps the last step's events.",
-        (Edit(EngineTurns.has_work, "self.events or self._submits", "self._submits"),),
+        (Edit(EngineTurns._has_news, "self.events or self._submits", "self._submits"),),
     ),
     Bug(
         "abort_before_taken_lost", "endings", "An abort that comes before the engine has taken the request does nothing.",

@@ -52,7 +52,7 @@ def test_the_swarm_holds_every_option(scripts):
     assert {request.fault for request in requests} == set(get_args(RequestFault))
     for name in (
         "n", "tenant", "salt", "priority", "temperature", "min_tokens", "end_ids", "stop", "logprobs", "repetition_penalty",
-        "frequency_penalty", "logit_bias", "allowed_token_ids", "logprob_token_ids", "bad_words_ids", "repetition", "prompt_logprobs", "deadline_us", "max_queue_us", "cancel_us",
+        "frequency_penalty", "logit_bias", "allowed_token_ids", "logprob_token_ids", "bad_words_ids", "repetition", "grammar", "prompt_logprobs", "deadline_us", "max_queue_us", "cancel_us",
         "cancel_after", "stall_after",
     ):  # fmt: skip
         assert len({str(getattr(request, name)) for request in requests}) > 1, name

@@ -261,4 +261,10 @@ class NativeBackend:
                 else:
                     assert isinstance(event, RequestEnded), f"alone, a request that was accepted fails: {event}"
                     finish_reason = event.finish_reason
+        if finish_reason == "no_token" and not solo.tokens and request.prompt_logprobs is not None:
+            # its last step failed, which would have brought all scores at once: in other company chunks before it bring some
+            scored = msgspec.structs.replace(
+                request, grammar="", params=msgspec.structs.replace(request.params, max_tokens=0, min_tokens=0)
+            )
+            solo = self._compute_alone(script, scored)
         return replace(solo, finish_reason=finish_reason)

@@ -13,6 +13,7 @@ from jilju.engine.sequence import Sequence
 from jilju.plan import Batch
 
 _UINT64 = 2**64 - 1  # a seed is int64; its bits key the noise
+_LEAST_PENALTY = float(np.finfo(np.float32).tiny)  # in a batch's precision less would be 0, which nothing is divided by
 
 _NO_IDS = np.empty(0, np.int32)
 _NO_VALUES = np.empty(0, np.float32)
@@ -108,7 +109,7 @@ class _Logits:
         self.top_ks.append(params.top_k)
         self.top_ps.append(params.top_p)
         self.min_ps.append(params.min_p)
-        self.repetition_penalties.append(params.repetition_penalty)
+        self.repetition_penalties.append(max(params.repetition_penalty, _LEAST_PENALTY))
         self.presence_penalties.append(params.presence_penalty)
         self.frequency_penalties.append(params.frequency_penalty)
         if target < 0:

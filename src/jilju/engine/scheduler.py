@@ -598,6 +598,8 @@ class Scheduler:
             sequence.num_scored = row.scored.stop
             events.append(self._scores(row, logits, result))
         if row.is_sampled and sequence.grammar is not None and sequence.grammar.is_empty:  # it is whole
+            if sequence.first_token_ns:
+                sequence.last_token_ns = now_ns  # until now it might have had another
             events.append(RequestEnded(request_id=sequence.id, finish_reason="stop", times=sequence.times()))
             self._finish(sequence)
         elif row.is_sampled:
