@@ -9,6 +9,7 @@
 #   make soak     100,000 seeds of the simulation   make coverage       branches of the scheduler that the simulation takes
 #   make bugs     how soon the simulation sees planted bugs         make soak-api       generated calls against a real server
 #   make conformance  write docs/conformance.md     make clients        other people's clients against a server
+#   make soak-structured  200 schemas on a real server
 #   make clean    remove environments and builds    make soak-native    the simulation's seeds on the native backend
 
 SHELL := /bin/bash
@@ -20,7 +21,7 @@ comma := ,
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
-.PHONY: serve test test-neon check sanitize soak soak-native soak-api bugs coverage conformance clients bench bench-http bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-quality
+.PHONY: serve test test-neon check sanitize soak soak-native soak-api soak-structured bugs coverage conformance clients bench bench-http bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-structured bench-quality
 .PHONY: peers oracle oracle-write dev clean wheel install-check image-check
 .DELETE_ON_ERROR:
 
@@ -103,6 +104,11 @@ soak-native: .venv-dev/installed
 	@.venv-dev/bin/jilju pull smollm2-135m
 	@.venv-dev/bin/python benchmarks/soak_native.py $(ARGS)
 
+# over 200 schemas, greedy and sampled, streamed and whole, alone and not, and across kills: ARGS="--schemas 20 --seeds 1" for less
+soak-structured: .venv-dev/installed
+	@mkdir -p $(RESULTS) && .venv-dev/bin/jilju pull smollm2-135m
+	@.venv-dev/bin/python -m tests.system.soak_structured --json $(RESULTS)/soak-structured.json $(ARGS)
+
 # Writes docs/conformance.md from the rules that the server goes by; the suite tries every cell of it.
 conformance: .venv-dev/installed
 	@.venv-dev/bin/python -m tests.serve.conformance
@@ -148,7 +154,7 @@ JILJU := .venv-dev/bin/jilju
 NAMED := smollm2-135m gemma3-270m qwen2.5-coder-0.5b
 LOADS := --prefill 512 --contexts 128,512
 
-bench: bench-machine bench-models bench-engine bench-start bench-serve bench-load bench-http bench-quality bench-bars
+bench: bench-machine bench-models bench-engine bench-start bench-serve bench-load bench-http bench-structured bench-quality bench-bars
 
 bench-bars: .venv-dev/installed
 	@$(JILJU) bench bars $(RESULTS)
@@ -195,6 +201,11 @@ bench-load: .venv-dev/installed
 bench-http: .venv-dev/installed
 	@mkdir -p $(RESULTS) && .venv-dev/bin/jilju pull smollm2-135m
 	@.venv-dev/bin/python benchmarks/over_http.py --json $(RESULTS)/over-http.json $(ARGS)
+
+# masks of a step, streams beside hostile grammars, the first grammar after a start: five minutes
+bench-structured: .venv-dev/installed
+	@mkdir -p $(RESULTS) && .venv-dev/bin/jilju pull smollm2-135m
+	@.venv-dev/bin/python benchmarks/structured.py --json $(RESULTS)/structured.json $(ARGS)
 
 # of the named models, and of one in every other number format
 bench-quality: .venv-dev/installed .venv-llama-cpp/installed

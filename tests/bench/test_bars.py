@@ -11,13 +11,16 @@ from jilju.bench.bars import (
     PREFILL,
     SIXTEEN,
     CancellationFigures,
+    HostileFigures,
     LongPromptFigures,
+    MaskFigures,
     MemoryFigures,
     OpenLoop,
     OverloadFigures,
     QualityFigures,
     ServedFigures,
     StartFigures,
+    StructuredFigures,
     bars_of,
     read_results,
 )  # fmt: skip
@@ -93,6 +96,21 @@ def memory(growth_mib: float) -> MemoryFigures:
     )  # fmt: skip
 
 
+def structured(mask_share: float, refusal_s: float, change: float, num_failed: int) -> StructuredFigures:
+    masks = MaskFigures(
+        model="m", vocab_size=49152, num_rows=8, num_rounds=7, step_ms=10.0, held_step_ms=10.1, share=0.01, greedy_step_ms=10.0,
+        greedy_held_step_ms=10.0, greedy_share=mask_share, in_loop_step_ms=11.0, in_loop_share=0.1, fill_p50_ms=0.4, fill_p99_ms=1.0,
+        fill_max_ms=2.0, others_share=0.0,
+    )  # fmt: skip
+    hostile = HostileFigures(
+        model="m", num_streams=4, rate=2.0, num_rounds=6, num_sent=100, num_refused=50, num_failed=num_failed, refusal_p50_s=0.01,
+        refusal_max_s=refusal_s, answer_max_s=2.0, quiet_p50_ms=8.0, quiet_p99_ms=10.0, plain_p50_ms=8.0, plain_p99_ms=10.0,
+        hostile_p50_ms=8.0, hostile_p99_ms=10.0, hostile_max_ms=20.0, p50_change=0.0, p99_change=change, p99_change_from_plain=0.0,
+        others_share=0.0,
+    )  # fmt: skip
+    return StructuredFigures(masks=masks, hostile=hostile, first=None)
+
+
 def write(folder, good: bool) -> None:
     def put(name: str, value: object) -> None:
         (folder / name).write_bytes(msgspec.json.encode(value))
@@ -125,6 +143,7 @@ def write(folder, good: bool) -> None:
     put("long-prompt.json", long_prompt(0, 1.1) if good else long_prompt(2, 1.4))
     put("cancellations.json", cancellations(0, 0) if good else cancellations(1, 3))
     put("memory.json", memory(1.5 if good else 2.5))
+    put("structured.json", structured(0.04, 1.0, 0.05, 0) if good else structured(0.06, 2.1, 0.2, 1))
     put("quality-m.json", {"extra": 1, **msgspec.to_builtins(QualityFigures(
         model="m", compared=[*compared, Compared("llama.cpp", 10.1, 3e-3, 1e-4)]))})  # fmt: skip
 

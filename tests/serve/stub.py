@@ -5,6 +5,7 @@ Owns no law of the engine: it gives what a request's params ask for, token by to
 
 import asyncio
 import hashlib
+import re
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,7 @@ from jilju.text.template import ChatTemplate
 
 BOS, EOS, EOT = 256, 257, 258
 SPECIALS = {"<|bos|>": BOS, "<|eos|>": EOS, "<|im_end|>": EOT}
+SPECIAL = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
 TEMPLATE = (
     "{% for m in messages %}{{ '[' + m.role + ']' + m.content + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
@@ -55,10 +57,8 @@ class ByteTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
         ids = [BOS] if add_special_tokens and self.add_bos else []
-        while text:
-            found = next((s for s in SPECIALS if parse_special and text.startswith(s)), None)
-            ids += list(text[0].encode()) if found is None else [SPECIALS[found]]
-            text = text[1:] if found is None else text[len(found) :]
+        for piece in SPECIAL.split(text) if parse_special else [text]:
+            ids += [SPECIALS[piece]] if parse_special and piece in SPECIALS else piece.encode()
         return ids
 
     def token_bytes(self, token_id: int) -> bytes:

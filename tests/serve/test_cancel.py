@@ -201,4 +201,6 @@ async def test_a_reader_that_stalls_is_not_waited_for() -> None:
 
 
 def writes_wait() -> bool:
-    return any(isinstance(item, Transport) and item.flow is not None and item.flow.write_paused for item in gc.get_objects())
+    return any(
+        isinstance(item, Transport) and item.flow is not None and item.flow.write_paused for item in gc.get_objects()
+    )

@@ -234,6 +234,7 @@ async def test_unknown_fields_at_every_depth(connect: Connect) -> None:
         (chat_body(response_format={"type": "json_schema"}), "missing_parameter", "response_format.json_schema"),
         (chat_body(response_format={"type": "json_schema", "json_schema": {"schema": {}}}), "missing_parameter", "response_format.json_schema.name"),
         (chat_body(response_format={"type": "grammar"}), "invalid_value", "response_format.type"),
+        (chat_body(response_format={"type": "text", "json_schema": {"name": "n", "schema": {}}}), "invalid_value", "response_format.json_schema"),
         (chat_body(reasoning_effort="low"), "unsupported_parameter", "reasoning_effort"),
         (chat_body(chat_template="{{ messages }}"), "unsupported_parameter", "chat_template"),
         (chat_body(chat_template_kwargs={"enable_thinking": True}), "invalid_value", "chat_template_kwargs"),

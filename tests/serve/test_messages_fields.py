@@ -282,7 +282,9 @@ async def test_a_prompt_that_does_not_fit_is_refused_and_output_is_what_is_left(
     stub = says("a" * 600, context=512)
     async with connect(stub, template=TEMPLATE) as (http, _):
         long = await http.post(MESSAGES, json=body("x" * 600))
-        assert long.status_code == 400 and long.json()["error"]["message"].startswith("the prompt has 618 tokens")
+        assert long.status_code == 400 and long.json()["error"]["message"].startswith(
+            "messages: the prompt has 618 tokens"
+        )
         answer = (await http.post(MESSAGES, json=body(max_tokens=100_000))).json()
     assert stub.requests[0].params.max_tokens == 512 - len("[user]hello\n[assistant]")
     assert answer["stop_reason"] == "model_context_window_exceeded"

@@ -94,14 +94,23 @@ def _events(url: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 continue
             assert answer.status_code == 200, answer.read()
             is_done = False
-            for line in answer.iter_lines():
-                if line.startswith("data: {"):
+            for line in _lines(answer):
+                if line.startswith(b"data: {"):
                     chunk = msgspec.json.decode(line[6:])
                     assert "error" not in chunk, chunk
                     yield from chunk["choices"]
-                is_done = is_done or line == "data: [DONE]"
+                is_done = is_done or line == b"data: [DONE]"
             assert is_done, "the stream ended without [DONE]"
             return
+
+
+def _lines(answer: httpx.Response) -> Iterator[bytes]:
+    """Of an event stream, which a line feed ends and nothing else: iter_lines() would cut at U+2028 in a text, too."""
+    held = b""
+    for piece in answer.iter_bytes():
+        *lines, held = (held + piece).split(b"\n")
+        yield from lines
+    yield held
 
 
 def _wait(answer: httpx.Response) -> None:

@@ -43,6 +43,9 @@ SERVED, SERVED_SHARED = (3.0, 1 / 3), (4.0, 1 / 5)
 # Under load: of the peak at ten times the peak, ms of a refusal, s until first tokens are as before, of the bound of a step, MiB.
 KEPT, REFUSAL_MS, RECOVERY_S, GAP_SHARE, GROWTH_MIB = 0.80, 50.0, 10.0, 1.25, 2.0
 
+# Of a decode step that masks may add; of the p99 gap of streams beside hostile grammars; s until one of these is refused.
+MASK_SHARE, HOSTILE_CHANGE, GRAMMAR_REFUSAL_S = 0.05, 0.10, 2.0
+
 T = TypeVar("T")
 
 
@@ -168,6 +171,77 @@ class MemoryFigures(msgspec.Struct, frozen=True, kw_only=True):
         return self.server_anonymous + self.engine_anonymous
 
 
+class MaskFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Of rows that decode side by side, held to grammars and not; shares are of a step without, medians over rounds."""
+
+    model: str
+    vocab_size: int
+    num_rows: int
+    num_rounds: int
+    step_ms: float  # sampled
+    held_step_ms: float
+    share: float
+    greedy_step_ms: float
+    greedy_held_step_ms: float
+    greedy_share: float
+    in_loop_step_ms: float  # with masks filled by the step loop itself, for comparison
+    in_loop_share: float
+    fill_p50_ms: float  # of a step's masks, by the thread that fills them beside the model
+    fill_p99_ms: float
+    fill_max_ms: float
+    others_share: float
+
+
+class HostileFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Of streams beside hostile grammars; in turn beside plain calls, and with nothing beside them."""
+
+    model: str
+    num_streams: int
+    rate: float  # calls a second
+    num_rounds: int
+    num_sent: int
+    num_refused: int  # of them; the others turn out to be harmless
+    num_failed: int  # with a fault of ours, or without an answer
+    refusal_p50_s: float
+    refusal_max_s: float
+    answer_max_s: float  # of the harmless ones
+    quiet_p50_ms: float  # gaps between tokens
+    quiet_p99_ms: float
+    plain_p50_ms: float
+    plain_p99_ms: float
+    hostile_p50_ms: float
+    hostile_p99_ms: float
+    hostile_max_ms: float
+    p50_change: float  # from quiet to hostile, median over rounds
+    p99_change: float
+    p99_change_from_plain: float
+    others_share: float
+
+
+class FirstGrammarFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Of streams while the first grammar since a server's start comes; medians over starts."""
+
+    model: str
+    num_streams: int
+    num_starts: int
+    gap_p50_ms: float
+    gap_max_ms: float  # before it comes
+    stall_ms: float  # longest gap while it does
+    stall_max_ms: float
+    took_s: float
+    second_stall_ms: float  # while another one comes
+    second_took_s: float
+    others_share: float
+
+
+class StructuredFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """As `benchmarks/structured.py` writes it; None: that part was not measured."""
+
+    masks: MaskFigures | None
+    hostile: HostileFigures | None
+    first: FirstGrammarFigures | None
+
+
 class QualityFigures(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     compared: list[Compared]
@@ -185,6 +259,7 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     long_prompt: LongPromptFigures | None
     cancellations: CancellationFigures | None
     memory: MemoryFigures | None
+    structured: StructuredFigures | None
     qualities: list[QualityFigures]
 
 
@@ -212,6 +287,7 @@ def read_results(folder: Path) -> Results:
         long_prompt=next(iter(read("long-prompt", LongPromptFigures)), None),
         cancellations=next(iter(read("cancellations", CancellationFigures)), None),
         memory=next(iter(read("memory", MemoryFigures)), None),
+        structured=next(iter(read("structured", StructuredFigures)), None),
         qualities=read("quality-", QualityFigures),
     )
 
@@ -225,6 +301,7 @@ def bars_of(results: Results) -> list[Bar]:
         *_process(results),
         *_served(results),
         *_loads(results),
+        *_structured(results),
     ]
 
 
@@ -363,3 +440,16 @@ def _loads(results: Results) -> Iterator[Bar]:
     yield at_most("load", text + "sequences, blocks, calls left over", left.num_left if left else None, 0, "{:.0f}")
     growth = memory.anonymous / (1 << 20) if memory else None
     yield at_most("load", "growth of both processes over 8,000 requests, MiB", growth, GROWTH_MIB, "{:.1f}")
+
+
+def _structured(results: Results) -> Iterator[Bar]:
+    figures = results.structured
+    masks, hostile = (figures.masks, figures.hostile) if figures else (None, None)
+    share = max(masks.share, masks.greedy_share) if masks else None
+    yield at_most("form", "what masks of 8 rows add to a decode step", share, MASK_SHARE, "{:.1%}")
+    text = "hostile grammars beside streams: "
+    refusal = hostile.refusal_max_s if hostile else None
+    yield at_most("form", text + "s until the slowest is refused", refusal, GRAMMAR_REFUSAL_S, "{:.2f}")
+    change = hostile.p99_change if hostile else None
+    yield at_most("form", text + "p99 gap of a stream, beside quiet", change, HOSTILE_CHANGE, "{:+.0%}")
+    yield at_most("form", text + "faults of ours", hostile.num_failed if hostile else None, 0, "{:.0f}")

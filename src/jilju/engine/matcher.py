@@ -58,6 +58,7 @@ class Grammar:
     def __init__(self, matcher: Matcher, request: Request):
         self._matcher = matcher
         self._end_ids = np.array(sorted(request.end_ids), np.int64)
+        self._end_mask: np.ndarray | None = None  # of them, made with the first mask
         self._defect = ""
         self.is_empty = False  # no token is left in the mask that was filled last
         for token_id in request.output_ids:
@@ -90,24 +91,23 @@ class Grammar:
         try:
             self._matcher.fill(mask)
             if self.is_complete:
-                _set_bits(mask, self._end_ids)
+                mask |= self._ends(len(mask))
             if allowed is not None:
                 mask[: len(allowed)] &= allowed
                 mask[len(allowed) :] = 0
-            _clear_bits(mask, banned_ids)
+            if len(banned_ids):
+                np.bitwise_and.at(mask, banned_ids // 32, ~_bits(banned_ids))
         except Exception as error:  # a defect, which must not cost the neighbours their step
             logger.exception("a mask could not be filled")
             self._defect = f"its mask could not be filled: {error}"
             mask[:] = 0
         self.is_empty = not mask.any()
 
-
-def _set_bits(mask: np.ndarray, ids: np.ndarray) -> None:
-    np.bitwise_or.at(mask, ids // 32, _bits(ids))
-
-
-def _clear_bits(mask: np.ndarray, ids: np.ndarray) -> None:
-    np.bitwise_and.at(mask, ids // 32, ~_bits(ids))
+    def _ends(self, num_words: int) -> np.ndarray:
+        if self._end_mask is None:
+            self._end_mask = np.zeros(num_words, np.uint32)
+            np.bitwise_or.at(self._end_mask, self._end_ids // 32, _bits(self._end_ids))
+        return self._end_mask
 
 
 def _bits(ids: np.ndarray) -> np.ndarray:

@@ -85,11 +85,12 @@ def usage_so_far(choices: Sequence[Choice]) -> Usage:
     num_tokens = sum(choice.num_tokens for choice in choices)
     details = None
     if all(choice.ended for choice in choices):
+        num_written = sum(_num_written(choice) for choice in firsts)
         num_cached = sum(choice.times.num_cached_tokens for choice in firsts if choice.times is not None)
         num_truncated = sum(choice.prompt.num_truncated for choice in firsts if choice.prompt is not None)
         details = PromptTokensDetails(
             cached_tokens=num_cached,
-            cache_write_tokens=num_prompt_tokens - num_cached,
+            cache_write_tokens=num_written,
             truncated_tokens=num_truncated,
         )
     num_reasoning = sum(choice.num_reasoning_tokens for choice in choices)
@@ -100,6 +101,14 @@ def usage_so_far(choices: Sequence[Choice]) -> Usage:
         prompt_tokens_details=details,
         completion_tokens_details=CompletionTokensDetails(num_reasoning) if details is not None else None,
     )
+
+
+def _num_written(choice: Choice) -> int:
+    """Tokens of its prompt that were computed: of one that was in no step none were."""
+    times = choice.times
+    if times is not None and not times.scheduled_ns:
+        return 0
+    return choice.request.num_prompt_tokens - (0 if times is None else times.num_cached_tokens)
 
 
 DONE = b"data: [DONE]\n\n"
@@ -152,7 +161,7 @@ def prompt_fields(head: Head, choices: Sequence[Choice], texts: "TokenTexts") ->
     if head.return_prompt_text:
         fields["prompt_text"] = [prompt_text(choice, texts) for choice in firsts]
     if head.prompt_logprobs is not None:
-        fields["prompt_logprobs"] = [_prompt_logprobs(choice, texts) for choice in firsts]
+        fields["prompt_logprobs"] = [_prompt_logprobs(choice, head, texts) for choice in firsts]
     return {name: values[0] if len(values) == 1 else values for name, values in fields.items()}
 
 
@@ -171,12 +180,12 @@ def _given_text(choice: Choice) -> str | None:
     return None if prompt is None or prompt.num_truncated else prompt.text
 
 
-def _prompt_logprobs(choice: Choice, texts: "TokenTexts") -> list[dict[str, Any] | None]:
+def _prompt_logprobs(choice: Choice, head: Head, texts: "TokenTexts") -> list[dict[str, Any] | None]:
     """vLLM's form: null for the first token, then by id the logprob of the token that stands there and of the likeliest."""
     ids, scores = choice.request.prompt_ids, choice.scores
     places: list[dict[str, Any] | None] = [None]
     for index, logprob in enumerate(scores.logprobs):
-        top = scores.tops[index]
+        top = scores.tops[index][: head.prompt_logprobs]  # an echo may have asked for more
         place: dict[str, Any] = {
             str(token_id): {"logprob": finite(value), "rank": rank, "decoded_token": texts.text_of(token_id)}
             for rank, (token_id, value) in enumerate(top, 1)

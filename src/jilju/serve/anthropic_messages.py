@@ -14,7 +14,7 @@ from msgspec import Meta
 
 from jilju.errors import ConflictingParameters, MissingParameter, UnsupportedParameter
 from jilju.serve.answer import Head, Renderer
-from jilju.serve.chat_prompt import template_of
+from jilju.serve.chat_prompt import template_source
 from jilju.serve.context import ServerContext
 from jilju.serve.errors import shown
 from jilju.serve.fields import Rules, convert, refuse, take_fields
@@ -43,9 +43,9 @@ from jilju.serve.tool_fields import (
     ToolChoice,
     check_parameters,
     tool_specs,
+    unknown_tool,
 )
 from jilju.text.reasoning import reasoning_of
-from jilju.text.template import ChatTemplate
 
 
 class ToolFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -250,8 +250,10 @@ def _check_context_management(given: Any) -> None:
     path = "context_management"
     if not isinstance(given, dict) or given.keys() - {"edits"}:
         raise UnsupportedParameter(f"{path} is {shown(given)}; this server takes only {{edits}}", param=path)
-    edits = given.get("edits") or []
-    for index, edit in enumerate(edits if isinstance(edits, list) else [edits]):
+    edits = given.get("edits")
+    if not isinstance(edits, list | None):
+        raise refuse(f"{path}.edits", edits, "a list")
+    for index, edit in enumerate(edits or []):
         if edit not in NO_EDITS:
             where = f"{path}.edits[{index}]"
             raise UnsupportedParameter(
@@ -280,8 +282,7 @@ def _tool_choice(given: ChoiceFields | None, tools: Sequence[Tool]) -> ToolChoic
             raise MissingParameter("tool_choice.name is missing; name the tool", param="tool_choice.name")
         names = [tool.function.name for tool in tools]
         if given.name not in names:
-            known = ", ".join(names)[:200] or "none is given"
-            raise refuse("tool_choice.name", given.name, f"the name of one of the tools ({known})")
+            raise unknown_tool("tool_choice.name", given.name, names)
         return NamedTool(type="function", function=NamedFunction(name=given.name))
     if given.name is not None:
         raise refuse("tool_choice.name", given.name, "a name only with the type tool")
@@ -335,10 +336,10 @@ def _check_forms(fields: MessagesFields) -> None:
         )
 
 
-def settled(fields: MessagesFields, template: ChatTemplate) -> MessagesFields:
+def settled(fields: MessagesFields, source: str) -> MessagesFields:
     """Thinking as this template knows it: a switch, if it has one. `thinking` decides; an effort alone asks for thoughts."""
     thinking = fields.thinking
-    style = reasoning_of(template.source)
+    style = reasoning_of(source)
     if style is None or style.switch is None:
         asked = ["output_config.effort"] if fields.effort is not None else []
         asked += ["thinking"] if thinking is not None and thinking.type != "disabled" else []
@@ -365,7 +366,9 @@ class MessagesApi(ChatApi):
         self, fields: ChatFields, context: ServerContext, marks: Marks, salt: bytes
     ) -> list[EncodedPrompt]:
         assert isinstance(fields, MessagesFields), "this family's own parse made them"
-        return await super().prompts(settled(fields, template_of(context, fields.chat_template)), context, marks, salt)
+        return await super().prompts(
+            settled(fields, template_source(context, fields.chat_template)), context, marks, salt
+        )
 
     def max_tokens(self, fields: ChatFields, num_prompt_tokens: int, context: ServerContext) -> int:
         """As asked, or what is left of the context: clients of this API ask for as much as a model may ever write, and are

@@ -27,7 +27,7 @@ from jilju.serve.generate_route import Api, GenerateRoute
 from jilju.serve.openai_chat import ChatApi
 from jilju.serve.openai_completions import CompletionApi
 from jilju.serve.openai_responses import ResponsesApi
-from jilju.serve.openapi import openapi_json
+from jilju.serve.openapi import OpenapiRoute
 from jilju.serve.server import Server, make_server
 from jilju.serve.view_files import ViewRoutes, load_view
 
@@ -57,7 +57,7 @@ def app_of(server: Server) -> Starlette:
             _route("GET", "/health", partial(health.health, server), "metrics"),
             _route("GET", "/metrics", partial(health.metrics, server), "metrics"),
             _route("GET", "/version", partial(health.version, server), None),
-            _route("GET", "/openapi.json", partial(openapi_json, server), None),
+            _route("GET", "/openapi.json", OpenapiRoute(server).get, None),
             _route("GET", "/", view.index, "view"),
             _route("GET", "/view/{path:path}", view.file, "view"),
         ],

@@ -9,7 +9,8 @@ import contextlib
 import json
 import math
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 from starlette.requests import Request
@@ -17,6 +18,8 @@ from starlette.requests import Request
 from jilju.errors import BodyTooLarge, InvalidJson, InvalidValue, RequestTimeout, UnsupportedMediaType
 from jilju.serve.context import ServeLimits
 from jilju.serve.errors import shown
+
+T = TypeVar("T")
 
 MAX_DIGITS = 40
 DISCARD_S = 1.0
@@ -30,15 +33,18 @@ class ClientLeft(Exception):
     """The peer closed, reset, or stopped reading: there is nobody to answer."""
 
 
-async def read_json_object(request: Request, limits: ServeLimits) -> dict[str, Any]:
-    """The body of a POST as a JSON object."""
+async def read_fields(request: Request, limits: ServeLimits, take: Callable[[dict[str, Any]], T]) -> T:
+    """What `take` makes of the body of a POST, a JSON object. Of a long one it is made in a thread, like the object."""
     _check_media_type(request)
     raw = await _read(request, limits)
-    parse = asyncio.to_thread(parse_json, raw, limits.json_depth) if len(raw) > OFF_LOOP_BYTES else None
-    value = parse_json(raw, limits.json_depth) if parse is None else await parse
-    if not isinstance(value, dict):
-        raise InvalidJson(f"the body is {shown(value)}; it must be a JSON object")
-    return value
+
+    def taken() -> T:
+        value = parse_json(raw, limits.json_depth)
+        if not isinstance(value, dict):
+            raise InvalidJson(f"the body is {shown(value)}; it must be a JSON object")
+        return take(value)
+
+    return await asyncio.to_thread(taken) if len(raw) > OFF_LOOP_BYTES else taken()
 
 
 def _check_media_type(request: Request) -> None:
@@ -145,6 +151,7 @@ def _check_values(value: Any, path: str) -> None:
         _check_text(value, path)
     elif isinstance(value, float):
         if not math.isfinite(value):
+            path = shown_name(path)
             raise InvalidValue(
                 f"{path or 'the body'} is no finite number of at most {MAX_DIGITS} digits", param=path or None
             )
@@ -163,6 +170,7 @@ def _check_text(text: str, path: str) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
+            path = shown_name(path)
             raise InvalidValue(
                 f"{path or 'the body'} holds a lone surrogate at character {error.start}; send whole characters",
                 param=path or None,
@@ -170,5 +178,5 @@ def _check_text(text: str, path: str) -> None:
 
 
 def shown_name(name: str) -> str:
-    """A field's name as an error may repeat it."""
+    """A field's name, or the path of one, as an error may repeat it."""
     return name.encode("utf-8", "replace").decode()[:200]

@@ -4,7 +4,7 @@ Owns roles, text parts, tool calls and tool results at every depth, and the refu
 translate their own messages into these. Knows nothing of fields beside the messages, nor of templates.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -16,6 +16,7 @@ from jilju.serve.errors import shown
 from jilju.serve.fields import ANY, Rules, refuse, take_fields
 
 MAX_MESSAGES = 2048
+MAX_ARGUMENTS_DEPTH = 128  # objects and lists in a call's arguments; as deep as an answer's are read
 ROLES = "system, developer, user, assistant or tool"
 CACHE_MARKS = MappingProxyType({"cache_control": ANY, "prompt_cache_breakpoint": ANY})
 MEDIA_PARTS = frozenset({"image_url", "input_image", "image", "input_audio", "audio", "audio_url", "video", "video_url", "file",
@@ -157,10 +158,22 @@ def arguments_of(call: ToolCall, path: str) -> dict[str, Any]:
         arguments = msgspec.json.decode(call.function.arguments)
     except (msgspec.DecodeError, RecursionError):
         arguments = None
-    if not isinstance(arguments, dict):
+    if not isinstance(arguments, dict) or _nests_too_deep(arguments):
         where = f"{path}.function.arguments"
-        raise refuse(where, call.function.arguments, "the text of a JSON object")
+        raise refuse(where, call.function.arguments, f"the text of a JSON object, at most {MAX_ARGUMENTS_DEPTH} deep")
     return arguments
+
+
+def _nests_too_deep(value: Any) -> bool:
+    """What templates and guards walk through recursively."""
+    level = [value]
+    for _ in range(MAX_ARGUMENTS_DEPTH):
+        level = [inner for item in level if isinstance(item, dict | list) for inner in _values(item)]
+    return any(isinstance(item, dict | list) for item in level)
+
+
+def _values(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -185,6 +198,11 @@ def _template_message(message: Message) -> dict[str, Any]:
     if (reasoning := message.reasoning or message.reasoning_content) is not None:
         entry["reasoning_content"] = reasoning
     return entry
+
+
+def num_texts(messages: Sequence[Message]) -> int:
+    """Messages, and the parts of their contents."""
+    return sum(1 + (len(message.content) if isinstance(message.content, list) else 0) for message in messages)
 
 
 def num_bytes_of(messages: Sequence[Message]) -> int:

@@ -28,7 +28,9 @@ from jilju.text.tokenizer import Tokenizer
 from jilju.text.tools import ToolSpec, family_of, template_tools
 
 OFF_LOOP_CHARS = 4096  # longer texts are rendered and tokenized in a thread: about 1 ms of work
+MESSAGE_CHARS = 256  # what a message costs beside its text, in characters
 MAX_VARIABLE_CHARS = 1024
+MAX_REQUEST_TEMPLATE_CHARS = 32 << 10  # of a call's own template, which is compiled for it alone: up to a second
 INLINE_RENDER_NS = 50_000_000  # what takes longer is rendered by a worker, from the beginning
 
 
@@ -50,18 +52,40 @@ class TimedTokenizer:
         return ids
 
 
-def template_of(context: ServerContext, source: str | None = None) -> ChatTemplate:
-    """The model's own, or the one that a call brings, where that is allowed."""
-    if source is not None:
-        if not context.allow_request_template:
-            raise UnsupportedParameter(
-                "chat_template is given and this server uses the model's own; start it with --allow-request-template",
-                param="chat_template",
-            )
-        try:
-            return ChatTemplate(source, file="the request")
-        except Exception as error:
-            raise InvalidValue(f"chat_template is no template: {str(error)[:300]}", param="chat_template") from None
+def template_source(context: ServerContext, source: str | None = None) -> str:
+    """The text of the model's own template, or of the one that a call brings, where that is allowed."""
+    if source is None:
+        return template_of(context).source
+    if not context.allow_request_template:
+        raise UnsupportedParameter(
+            "chat_template is given and this server uses the model's own; start it with --allow-request-template",
+            param="chat_template",
+        )
+    if len(source) > MAX_REQUEST_TEMPLATE_CHARS:
+        given = f"a text of {len(source)} characters"
+        raise refuse("chat_template", given, f"at most {MAX_REQUEST_TEMPLATE_CHARS}")
+    return source
+
+
+async def template_for(context: ServerContext, source: str | None) -> ChatTemplate:
+    """The same, compiled."""
+    given = template_source(context, source)
+    return template_of(context) if source is None else await asyncio.to_thread(_compiled, given, context.tokenizer)
+
+
+def _compiled(source: str, tokenizer: Tokenizer) -> ChatTemplate:
+    def text_of(token_id: int | None) -> str:
+        return "" if token_id is None else tokenizer.token_bytes(token_id).decode(errors="replace")
+
+    bos_token, eos_token = text_of(tokenizer.bos_id), text_of(next(iter(tokenizer.eos_ids), None))
+    try:
+        return ChatTemplate(source, bos_token=bos_token, eos_token=eos_token, file="the request")
+    except Exception as error:
+        raise InvalidValue(f"chat_template is no template: {str(error)[:200]}", param="chat_template") from None
+
+
+def template_of(context: ServerContext) -> ChatTemplate:
+    """The model's own."""
     if context.template is None:
         raise TemplateFailed(
             f"{context.model_name} has no chat template: it continues text; send a prompt to /v1/completions instead, or serve a model "
@@ -107,11 +131,11 @@ async def encode_chat_prompt(
 ) -> EncodedPrompt:
     """With a salt, answers that are remembered under it keep their ids; without, all ids are the plain ones."""
     template = template or template_of(context)
-    entries, given = conversation(messages, tools, options, template)
     tokenizer = TimedTokenizer(context.tokenizer, context.clock)
 
     def render() -> tuple[GuardedChat, str | None]:
         """None: it takes longer than the loop can wait."""
+        entries, given = conversation(messages, tools, options, template)
         chat = guard_chat(template, tokenizer, entries, **given)
         try:
             return chat, template.render(chat.messages, budget_ns=budget_ns, **chat.options)
@@ -129,7 +153,7 @@ async def encode_chat_prompt(
         return EncodedPrompt(*context.history.encode(salt, pieces, tokenizer), text)
 
     budget_ns = MAX_RENDER_NS if context.workers is None else INLINE_RENDER_NS
-    is_long = _is_long(entries, tools)
+    is_long = template is not context.template or bool(tools) or _is_long(messages, options)
     begin_ns = context.clock.now_ns()
     chat, rendered = await asyncio.to_thread(render) if is_long else render()
     if rendered is None:
@@ -147,5 +171,9 @@ async def encode_chat_prompt(
     return prompt
 
 
-def _is_long(messages: Sequence[Mapping[str, Any]], tools: Sequence[ToolSpec]) -> bool:
-    return bool(tools) or sum(len(message["content"]) for message in messages) > OFF_LOOP_CHARS
+def _is_long(messages: Sequence[Mapping[str, Any]], options: RenderOptions) -> bool:
+    """Whether it may take more than a moment."""
+    if options.get("documents") or any("tool_calls" in message for message in messages):
+        return True
+    num_chars = sum(len(value) for message in messages for value in message.values() if isinstance(value, str))
+    return num_chars + MESSAGE_CHARS * len(messages) > OFF_LOOP_CHARS

@@ -4,15 +4,16 @@ Owns the fields and their rules. No model that is served declares pooling, so th
 the name of the model; one that is not is told what is wrong with it first. Knows nothing of the engine.
 """
 
+from functools import partial
 from types import MappingProxyType
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import msgspec
 from msgspec import Meta
 from starlette.requests import Request
 
 from jilju.errors import ContextLengthExceeded, EmptyPrompt, InvalidValue, UnsupportedTask
-from jilju.serve.body import read_json_object
+from jilju.serve.body import read_fields
 from jilju.serve.context import ServerContext
 from jilju.serve.errors import shown
 from jilju.serve.fields import ANY, Rules, convert, refuse, take_fields
@@ -36,15 +37,18 @@ EMBEDDING = Rules.of(EmbeddingFields, no_ops=MappingProxyType({"user": ANY}))
 
 async def embed(server: Server, request: Request) -> NoReturn:
     context = server.context
-    body = await read_json_object(request, context.limits)
-    fields = convert(take_fields(body, EMBEDDING, ignored=ignored_of(request.scope)), EmbeddingFields)
-    check_model(fields.model, context)
-    for path, value in inputs_of(fields):
-        _check_input(path, value, context)
+    await read_fields(request, context.limits, partial(_check, context, ignored_of(request.scope)))
     raise UnsupportedTask(
         f"the model {shown(context.model_name)} makes no embeddings: it has no pooling; "
         "use a server with a model that was made for them"
     )
+
+
+def _check(context: ServerContext, ignored: list[str] | None, body: dict[str, Any]) -> None:
+    fields = convert(take_fields(body, EMBEDDING, ignored=ignored), EmbeddingFields)
+    check_model(fields.model, context)
+    for path, value in inputs_of(fields):
+        _check_input(path, value, context)
 
 
 def inputs_of(fields: EmbeddingFields) -> list[tuple[str, str | list[int]]]:

@@ -68,8 +68,10 @@ def error_body(error: JiljuError) -> bytes:
 
 
 def message_error(error: JiljuError) -> dict[str, str]:
-    """Anthropic's form, on the routes of its messages."""
-    return {"type": MESSAGE_TYPES.get(error.status, "invalid_request_error"), "message": error.message}
+    """Anthropic's form, on the routes of its messages: it has no place for the field but the message's beginning."""
+    begins_so = error.param is None or error.message.startswith(error.param)
+    message = error.message if begins_so else f"{error.param}: {error.message}"
+    return {"type": MESSAGE_TYPES.get(error.status, "invalid_request_error"), "message": message}
 
 
 def message_error_body(error: JiljuError, call_id: str) -> bytes:

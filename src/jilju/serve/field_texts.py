@@ -59,7 +59,7 @@ FIELD_TEXTS: Mapping[str, str] = MappingProxyType(
         # its form
         "response_format": "the form that the answer is held to",
         "structured_outputs": "the form that the answer is held to: exactly one of the fields",
-        "text": "the form of the answer",
+        "ResponseFields.text": "the form of the answer",
         "StructuredOutputs.json": "a JSON schema, or its text",
         "regex": "a regular expression of the whole answer",
         "choice": "the answer is one of these",
@@ -116,6 +116,7 @@ FIELD_TEXTS: Mapping[str, str] = MappingProxyType(
         "reasoning_content": "another name of reasoning",
         "tool_call_id": "of a tool's message: the call that it is the result of",
         "arguments": "the text of a JSON object",
+        "ThinkingBlock.thinking": "earlier thoughts; empty where they were not shown",
         "encrypted_content": "as this server gave it",
         "signature": "as this server gave it",
         "tool_use_id": "the call that it is the result of",

@@ -23,6 +23,7 @@ ANY = object()  # in place of the values of a no-op: whatever it holds has no ef
 WHAT_AND_PATH = re.compile(r"(?P<what>.*?)(?: - at `\$(?P<path>.*)`)?", re.DOTALL)
 NAMED_FIELD = re.compile(r"Object (?P<how>missing required|contains unknown) field `(?P<name>.*)`", re.DOTALL)
 STEP = re.compile(r"\.(?P<name>[^.\[]+)|\[(?P<index>\d+)\]")
+VALUE = "[...]"  # the step to a value of an object without fields of its own: by which name is not told
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,9 @@ def convert(value: Any, to: type[T]) -> T:
 def _translated(message: str, root: Any, to: Any) -> InvalidValue | MissingParameter | UnknownParameter:
     parts = WHAT_AND_PATH.fullmatch(message)
     assert parts is not None, f"the pattern matches every text, given {message!r}"
-    what, path = parts["what"], (parts["path"] or "").lstrip(".")
+    what, steps = parts["what"], parts["path"] or ""
+    of_values, steps = VALUE in steps, steps.partition(VALUE)[0]
+    path = steps.lstrip(".")
     if named := NAMED_FIELD.fullmatch(what):
         name = shown_name(named["name"])
         where = f"{path}.{name}" if path else name
@@ -110,13 +113,15 @@ def _translated(message: str, root: Any, to: Any) -> InvalidValue | MissingParam
         return MissingParameter(f"{where} is missing; it is required", param=where)
     given: Any = root
     kinds: list[inspect.Type] = [inspect.type_info(to)]
-    for step in STEP.finditer(parts["path"] or ""):
+    for step in STEP.finditer(steps):
         given = given[step["name"]] if step["name"] is not None else given[int(step["index"])]
         kinds = [inner for kind in kinds for inner in _inner_types(kind, step["name"])]
     words = [shown_word for kind in kinds for shown_word in _words(kind)]
     allowed = what.removeprefix("Expected ").split(", got ")[0].replace("`", "")
     if words and isinstance(given, str):
         allowed = ", ".join(words)
+    if of_values:
+        allowed = f"an object whose values are {allowed}"
     return InvalidValue(f"{path or 'the body'} is {shown(given)}; allowed: {allowed}", param=path or None)
 
 

@@ -7,6 +7,7 @@ fields and shapes of a family: an `Api` has those.
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -15,11 +16,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.types import Receive, Scope, Send
 
 from jilju.engine.admission import Admission
-from jilju.engine.request import Request
+from jilju.engine.request import Request, SamplingParams
 from jilju.errors import EngineUnavailable, InternalError, JiljuError, NotReady, Overloaded, UnsupportedParameter
 from jilju.serve.answer import Head, Renderer, usage_so_far
 from jilju.serve.auth import cache_salt, priority_of
-from jilju.serve.body import ClientLeft, read_json_object
+from jilju.serve.body import ClientLeft, read_fields
 from jilju.serve.context import ServerContext
 from jilju.serve.deadlines import Deadlines, HeaderTimes, header_times, make_deadlines
 from jilju.serve.gate import Arrival, arrival_of, ignored_of
@@ -90,8 +91,12 @@ class Api(Protocol[F]):
 
     def max_tokens(self, fields: F, num_prompt_tokens: int, context: ServerContext) -> int: ...
 
+    def has_form(self, fields: F) -> bool:
+        """Whether the answer may be held to one."""
+        ...
+
     def grammar(self, fields: F, prompt: EncodedPrompt, context: ServerContext) -> GrammarSource | None:
-        """What holds the answer to this prompt to a form."""
+        """What holds the answer to this prompt to a form. May take its time."""
         ...
 
     def form_name(self, fields: F) -> str:
@@ -137,8 +142,8 @@ class GenerateRoute:
             http = HttpRequest(scope, receive)
             times = header_times(http.headers)
             self._check_door(http.headers, arrival)
-            body = await read_json_object(http, limits)
-            answer = self._answer(body, times, arrival, call, marks, writer, ignored_of(scope))
+            fields, estimates = await read_fields(http, limits, partial(self._taken, ignored_of(scope)))
+            answer = self._answer(fields, estimates, times, arrival, call, marks, writer)
             await _unless_left(receive, answer, cut)
         except ClientLeft:
             ledger.end(call, "client_cancelled", CLIENT_LEFT_STATUS)
@@ -197,27 +202,32 @@ class GenerateRoute:
         admission.update(client.status().step_coefficients, info.max_rows, pool_tokens, info.score_work)
         return admission
 
+    def _taken(self, ignored: list[str] | None, body: dict[str, Any]) -> tuple[GenerationFields, list[int]]:
+        """The fields, and roughly the tokens of each prompt."""
+        fields = self._api.parse(body, ignored)
+        return fields, self._api.estimates(fields)
+
     async def _answer(
         self,
-        body: Mapping[str, Any],
+        fields: GenerationFields,
+        estimates: list[int],
         times: HeaderTimes,
         arrival: Arrival,
         call: Call,
         marks: Marks,
         writer: Writer,
-        ignored: list[str] | None,
     ) -> None:
         """From the fields to the last byte. The places in the queue are taken before anything is tokenized."""
         context = self._server.context
-        fields = self._api.parse(body, ignored)
         check_is_run(fields)
         check_model(fields.model, context)
         call.request_id, call.session_id = fields.request_id, fields.session_id
         marks.parsed_ns = context.clock.now_ns()
         deadlines = make_deadlines(call.received_ns, times, fields, context.limits)
         self._check_open()
-        estimates, num_sampled = self._api.estimates(fields), self._api.num_sampled(fields)
-        asked = self._api.asked(fields)
+        num_sampled, asked = self._api.num_sampled(fields), self._api.asked(fields)
+        if asked is not None:  # more than the context is refused later, or taken for what is left of it
+            asked = min(asked, context.context_tokens())
         priority = priority_of(arrival.key, fields.priority)
         charge = tokens_to_charge(sum(estimates), asked, len(estimates) * num_sampled)
         self._server.quotas.charge(call, arrival.key, charge)
@@ -234,8 +244,10 @@ class GenerateRoute:
             salt = cache_salt(arrival.key, fields.cache_salt, is_shared=context.shared_prefix_cache)
             prompts = await self._api.prompts(fields, context, marks, salt)
             grammars = await self._grammars(fields, prompts, marks)
+            lengths = [self._api.max_tokens(fields, len(prompt.ids), context) for prompt in prompts]
+            params = await self._params(fields, min(lengths))
             self._check_open()
-            choices = self._choices(fields, prompts, grammars, ids, salt, places, arrival, deadlines)
+            choices = self._choices(fields, params, prompts, lengths, grammars, ids, salt, places, arrival, deadlines)
             places.settle([choice.request for choice in choices])
             await self._generate(fields, choices, deadlines, call, marks, writer)
         finally:
@@ -294,27 +306,42 @@ class GenerateRoute:
 
     async def _grammars(self, fields: GenerationFields, prompts: list[EncodedPrompt], marks: Marks) -> list[str]:
         """Compiled, one of each prompt; "" where the answer is free."""
+        if not self._api.has_form(fields):
+            return [""] * len(prompts)
         context = self._server.context
         begin_ns = context.clock.now_ns()
-        grammars: list[str] = []
-        for prompt in prompts:
-            # in a thread: schemas of many tools take their time
-            source = await asyncio.to_thread(self._api.grammar, fields, prompt, context)
-            if source is None:
-                grammars.append("")
-                continue
-            name = self._api.form_name(fields)
-            if context.workers is None:
-                raise UnsupportedParameter(f"{name} is given and this server holds no answer to a form", param=name)
-            grammars.append(await context.workers.compile(source, param=name))
-        if any(grammars):
-            marks.grammar_ns = context.clock.now_ns() - begin_ns
+
+        def sources() -> list[GrammarSource | None]:
+            """In a thread: schemas of many tools take their time."""
+            return [self._api.grammar(fields, prompt, context) for prompt in prompts]
+
+        name = self._api.form_name(fields)
+        grammars = [
+            "" if source is None else await compiled(source, name, context)
+            for source in await asyncio.to_thread(sources)
+        ]
+        marks.grammar_ns = context.clock.now_ns() - begin_ns
         return grammars
+
+    async def _params(self, fields: GenerationFields, max_tokens: int) -> SamplingParams:
+        """What all sequences share, checked and made once: there may be many, and lists may be long."""
+        make = partial(
+            sampling_params,
+            fields,
+            self._server.context,
+            max_tokens=max_tokens,
+            logprobs=self._api.logprobs(fields),
+            seed=fields.seed or 0,
+        )
+        takes_time = bool(fields.bad_words) or fields.allowed_token_ids is not None
+        return await asyncio.to_thread(make) if takes_time else make()
 
     def _choices(
         self,
         fields: GenerationFields,
+        params: SamplingParams,
         prompts: list[EncodedPrompt],
+        lengths: list[int],
         grammars: list[str],
         ids: list[str],
         salt: bytes,
@@ -325,12 +352,7 @@ class GenerateRoute:
         """All sequences. A given seed holds for every prompt, so that each answer equals that of the prompt alone."""
         context, api = self._server.context, self._api
         choices: list[Choice] = []
-        lengths = [api.max_tokens(fields, len(prompt.ids), context) for prompt in prompts]
-        # what all sequences share is checked and made once: there may be many, and lists may be long
-        shared = sampling_params(
-            fields, context, max_tokens=min(lengths), logprobs=api.logprobs(fields), seed=fields.seed or 0
-        )
-        ends = end_ids(shared, context.tokenizer.eos_ids)
+        ends = end_ids(params, context.tokenizer.eos_ids)
         options = TextOptions(
             stop=StopStrings(stops_of(fields)),
             min_tokens=fields.min_tokens,
@@ -346,7 +368,7 @@ class GenerateRoute:
                 request = Request(
                     id=ids[first + number],
                     prompt_ids=prompt.ids,
-                    params=msgspec.structs.replace(shared, max_tokens=max_tokens, seed=choice_seed(seed, number)),
+                    params=msgspec.structs.replace(params, max_tokens=max_tokens, seed=choice_seed(seed, number)),
                     end_ids=ends,
                     salt=salt,
                     grammar=grammars[prompt_index],
@@ -417,6 +439,13 @@ class GenerateRoute:
             seed=seed,
             now_ns=self._server.context.clock.now_ns(),
         )
+
+
+async def compiled(source: GrammarSource, name: str, context: ServerContext) -> str:
+    """As the engine takes it. `name`: the field that it comes from."""
+    if context.workers is None:
+        raise UnsupportedParameter(f"{name} is given and this server holds no answer to a form", param=name)
+    return await context.workers.compile(source, param=name)
 
 
 def _tenant(arrival: Arrival) -> str:

@@ -152,7 +152,11 @@ class Generation:
             taken.extend((choice, self.client.submit(choice.request)) for choice in self.choices)
         finally:
             self.ledger.sequences_submitted(self.call, len(taken))
-            self._pumps = [asyncio.create_task(self._pump(choice, events)) for choice, events in taken]
+            first: asyncio.Task[None] | None = None  # of the sequence whose prompt those behind it share
+            for choice, events in taken:
+                first = first if choice.request.sibling_of else None
+                self._pumps.append(asyncio.create_task(self._pump(choice, events, first)))
+                first = first or self._pumps[-1]
 
     async def deltas(self, silence_s: Callable[[], float | None]) -> AsyncIterator[list[Delta]]:
         """What came since the last turn, in order; an empty list after `silence_s()` seconds without anything."""
@@ -189,8 +193,13 @@ class Generation:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
 
-    async def _pump(self, choice: Choice, events: AsyncIterator[EngineEvent]) -> None:
+    async def _pump(
+        self, choice: Choice, events: AsyncIterator[EngineEvent], first: "asyncio.Task[None] | None"
+    ) -> None:
+        """A sibling that makes no token waits for no step, so it could end before its prompt's logprobs are there."""
         try:
+            if first is not None and choice.request.params.max_tokens == 0:
+                await asyncio.wait({first})
             async for event in events:
                 self._queue.put_nowait((choice, event, self.clock.now_ns()))
         except Exception as error:

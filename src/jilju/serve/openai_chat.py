@@ -4,7 +4,9 @@ Owns the chat's own fields and what the generating route asks of every family th
 made or sent, nor of the answer's shape.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -18,12 +20,14 @@ from jilju.serve.chat_messages import (
     Message,
     check_messages,
     num_bytes_of,
+    num_texts,
     take_messages,
     template_messages,
 )
-from jilju.serve.chat_prompt import check_variables, encode_chat_prompt, template_of
+from jilju.serve.chat_prompt import check_variables, encode_chat_prompt, template_for, template_source
 from jilju.serve.chat_shape import ChatRenderer
 from jilju.serve.context import ServerContext
+from jilju.serve.errors import shown
 from jilju.serve.fields import Rules
 from jilju.serve.generation import Choice, EncodedPrompt
 from jilju.serve.sampling import (
@@ -40,17 +44,18 @@ from jilju.serve.structured import format_grammar, only_one, outputs_grammar
 from jilju.serve.timings import Marks
 from jilju.serve.tool_fields import Calls, ToolChoice, Tools, calls_of, take_choice, take_tools, tool_specs
 from jilju.text.grammar import GrammarSource
-from jilju.text.message import MessageParser
+from jilju.text.message import MessageParser, PlainText
 from jilju.text.reasoning import ReasoningStyle, reasoning_of
 from jilju.text.template import ChatTemplate, RenderOptions
-from jilju.text.tools import ToolFamily, family_of, held_tools, make_parser
+from jilju.text.tools import ToolFamily, ToolSpec, family_of, held_tools, make_parser
 
 MAX_DOCUMENTS = 128
+MANY_TEXTS = 1000  # of messages: to join them takes some 0.2 ms
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
-class ChatFields(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class ChatFields(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fields=True, dict=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=MAX_MESSAGES)]
     max_completion_tokens: Count | None = None
     logprobs: bool = False
@@ -66,6 +71,16 @@ class ChatFields(GenerationFields, frozen=True, kw_only=True, forbid_unknown_fie
     chat_template_kwargs: dict[str, Any] = msgspec.field(default_factory=dict)
     chat_template: str | None = None
     documents: Annotated[list[dict[str, str]], Meta(max_length=MAX_DOCUMENTS)] = msgspec.field(default_factory=list)
+
+    @cached_property
+    def calls(self) -> Calls:
+        """What may and must be made of the tools. Checked once: their schemas may be large."""
+        return calls_of(tool_specs(self.tools), self.tool_choice)
+
+    @property
+    def told(self) -> tuple[ToolSpec, ...]:
+        """The tools that the model is told of."""
+        return self.calls.specs if self.tool_choice != "none" else ()
 
 
 CHAT = Rules.of(
@@ -115,12 +130,8 @@ def parse_chat(body: Mapping[str, Any], ignored: list[str] | None = None) -> Cha
             "add_generation_prompt and continue_final_message are both true; give one of them",
             param="continue_final_message",
         )
-    tool_calls(fields)
+    _ = fields.calls  # checked
     return fields
-
-
-def tool_calls(fields: ChatFields) -> Calls:
-    return calls_of(tool_specs(fields.tools), fields.tool_choice)
 
 
 def render_options(fields: ChatFields, template: ChatTemplate) -> RenderOptions:
@@ -132,7 +143,13 @@ def render_options(fields: ChatFields, template: ChatTemplate) -> RenderOptions:
         )
     variables = dict(fields.chat_template_kwargs)
     if (switch := _thinking_switch(fields, template)) is not None:
-        variables.setdefault(switch, fields.reasoning_effort != "none")
+        thinks = fields.reasoning_effort != "none"
+        if bool(variables.setdefault(switch, thinks)) != thinks:
+            where = f"chat_template_kwargs.{switch}"
+            raise ConflictingParameters(
+                f"{where} is {shown(variables[switch])}, and thinking is asked for otherwise besides; give one of them",
+                param=where,
+            )
     options: RenderOptions = {"variables": variables, "documents": fields.documents or None}
     if fields.continue_final_message:
         options["continue_final_message"] = True
@@ -179,15 +196,16 @@ class ChatApi:
         return fields.n
 
     def is_named(self, fields: ChatFields) -> bool:
-        return tool_calls(fields).is_named
+        return fields.calls.is_named
 
     async def prompts(
         self, fields: ChatFields, context: ServerContext, marks: Marks, salt: bytes
     ) -> list[EncodedPrompt]:
-        template = template_of(context, fields.chat_template)
+        template = await template_for(context, fields.chat_template)
+        make = partial(template_messages, fields.messages)
         prompt = await encode_chat_prompt(
-            template_messages(fields.messages),
-            tool_calls(fields).specs if fields.tool_choice != "none" else (),
+            await asyncio.to_thread(make) if num_texts(fields.messages) > MANY_TEXTS else make(),
+            fields.told,
             context,
             render_options(fields, template),
             marks,
@@ -212,9 +230,11 @@ class ChatApi:
             num_prompt_tokens, asked, context.context_tokens(), prompt=self.messages_name, max_tokens_name=name
         )
 
+    def has_form(self, fields: ChatFields) -> bool:
+        return _has_format(fields) or bool(fields.calls.allowed)
+
     def grammar(self, fields: ChatFields, prompt: EncodedPrompt, context: ServerContext) -> GrammarSource | None:
-        calls = tool_calls(fields)
-        tools = None
+        calls, tools = fields.calls, None
         if calls.allowed:
             family, style = _styles(fields, prompt, context)
             text = family.grammar(
@@ -234,16 +254,19 @@ class ChatApi:
     def form_name(self, fields: ChatFields) -> str:
         if fields.structured_outputs is not None:
             return "structured_outputs"
-        return "tools" if tool_calls(fields).allowed else self.format_name
+        return "tools" if fields.calls.allowed else self.format_name
 
     def parser(self, fields: ChatFields, prompt: EncodedPrompt, context: ServerContext) -> MessageParser:
+        if _has_format(fields):  # the answer has the form from its beginning, so it has no thoughts
+            return PlainText()
         family, style = _styles(fields, prompt, context)
-        return make_parser(family, tool_calls(fields).allowed, style)
+        return make_parser(family, fields.calls.allowed, style)
 
     def shown_ids(self, fields: ChatFields, context: ServerContext) -> frozenset[int]:
-        source = template_of(context, fields.chat_template).source
+        source = template_source(context, fields.chat_template)
         style = reasoning_of(source)
-        texts = (family_of(source).shown_specials if fields.tools else ()) + (style.shown_specials if style else ())
+        of_calls = family_of(source).shown_specials if fields.calls.allowed else ()
+        texts = of_calls + (style.shown_specials if style else ())
         specials = context.tokenizer.special_texts
         return frozenset(specials[text] for text in texts if text in specials)
 
@@ -251,10 +274,15 @@ class ChatApi:
         return ChatRenderer(head, choices, TokenTexts(context.tokenizer, head), fields.include_reasoning)
 
 
+def _has_format(fields: ChatFields) -> bool:
+    given = fields.response_format
+    return fields.structured_outputs is not None or (given is not None and given.type != "text")
+
+
 def _styles(
     fields: ChatFields, prompt: EncodedPrompt, context: ServerContext
 ) -> tuple[ToolFamily, ReasoningStyle | None]:
     """How the model writes calls, and thoughts if it has any: the end of the prompt says whether they are open."""
-    source = template_of(context, fields.chat_template).source
+    source = template_source(context, fields.chat_template)
     style = reasoning_of(source)
     return family_of(source), None if style is None else style.after(prompt.text or "")

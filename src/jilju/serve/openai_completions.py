@@ -83,7 +83,7 @@ def parse_completion(body: Mapping[str, Any], ignored: list[str] | None = None) 
                 f"best_of is {fields.best_of} with stream: true; the best are known at the end: ask for the whole answer",
                 param="best_of",
             )
-    check_sequences(len(prompts_of(fields)), num_sampled(fields))
+    check_sequences(len(prompts_of(fields)), num_sampled(fields), "n" if fields.best_of is None else "best_of")
     return fields
 
 
@@ -188,6 +188,9 @@ class CompletionApi:
 
     def max_tokens(self, fields: CompletionFields, num_prompt_tokens: int, context: ServerContext) -> int:
         return fit_max_tokens(num_prompt_tokens, self.asked(fields), context.context_tokens(), prompt="prompt")
+
+    def has_form(self, fields: CompletionFields) -> bool:
+        return fields.response_format is not None or fields.structured_outputs is not None
 
     def grammar(self, fields: CompletionFields, prompt: EncodedPrompt, context: ServerContext) -> GrammarSource | None:
         return only_one(
@@ -309,7 +312,7 @@ class CompletionRenderer:
         ids, scores = choice.request.prompt_ids, self._choices[choice.index - choice.index % self._num_sampled].scores
         self._add_token(logprobs, choice.index, ids[0], None, None)
         for place, token_id in enumerate(ids[1:]):
-            top = list(scores.tops[place])
+            top = scores.tops[place][: self._head.logprobs]  # more of them if prompt_logprobs asks for that
             if token_id not in dict(top):
                 top.append((token_id, scores.logprobs[place]))
             self._add_token(logprobs, choice.index, token_id, finite(scores.logprobs[place]), top)

@@ -9,9 +9,8 @@ from typing import Any
 
 from jilju.errors import ConflictingParameters, JiljuError, MissingParameter, UnsupportedParameter
 from jilju.serve.answer import Head, Renderer, TokenTexts
-from jilju.serve.chat_prompt import template_of
+from jilju.serve.chat_prompt import template_source
 from jilju.serve.context import SamplingDefaults, ServerContext
-from jilju.serve.fields import refuse
 from jilju.serve.generation import Choice, EncodedPrompt
 from jilju.serve.openai_chat import ChatApi, ChatFields
 from jilju.serve.response_fields import LOGPROBS, SEALED, FlatNamedTool, ResponseFields, TextFormat, parse_fields
@@ -22,7 +21,16 @@ from jilju.serve.responses_shape import ResponseRenderer
 from jilju.serve.sampling import GenerationFields, StreamOptions, fit_max_tokens
 from jilju.serve.structured import JsonSchemaFormat, ResponseFormat, schema_grammar
 from jilju.serve.timings import Marks
-from jilju.serve.tool_fields import FunctionTool, NamedFunction, NamedTool, Tool, ToolChoice, calls_of, tool_specs
+from jilju.serve.tool_fields import (
+    FunctionTool,
+    NamedFunction,
+    NamedTool,
+    Tool,
+    ToolChoice,
+    calls_of,
+    tool_specs,
+    unknown_tool,
+)
 from jilju.text.reasoning import reasoning_of
 
 
@@ -76,8 +84,7 @@ def _tools_of(given: ResponseFields) -> tuple[list[Tool], ToolChoice | None]:
     if not isinstance(choice, FlatNamedTool):
         return tools, choice
     if all(tool.name != choice.name for tool in given.tools):
-        names = ", ".join(tool.name for tool in given.tools)[:200] or "none is given"
-        raise refuse("tool_choice.name", choice.name, f"the name of one of the tools ({names})")
+        raise unknown_tool("tool_choice.name", choice.name, [tool.name for tool in given.tools])
     return tools, NamedTool(type="function", function=NamedFunction(name=choice.name))
 
 
@@ -164,7 +171,7 @@ class ResponsesApi(ChatApi):
 def _check_effort(fields: ChatFields, context: ServerContext) -> None:
     if fields.reasoning_effort is None:
         return
-    style = reasoning_of(template_of(context).source)
+    style = reasoning_of(template_source(context))
     if style is None or style.switch is None:
         raise UnsupportedParameter(
             f"reasoning.effort is {fields.reasoning_effort} and this model has no such switch; leave it out",

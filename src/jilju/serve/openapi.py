@@ -1,191 +1,171 @@
 """GET /openapi.json: the routes in OpenAPI 3.1, made from the types that the routes themselves use.
 
-Owns how types and the rules beside them (fields without effect, fields that are refused) become schemas. Knows nothing of what
-a route does.
+Owns the description around the schemas: paths, answers by status, errors by code, headers, keys. Knows nothing of what a route
+does, nor of how a type becomes a schema.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jilju.serve.answer_types import (
-    ChatCompletion,
-    Detokenized,
-    ErrorAnswer,
-    ModelList,
-    Rendered,
-    TextCompletion,
-    Tokenized,
-)
-from jilju.serve.chat_messages import MESSAGE, PART, REFUSAL_PART, TOOL_CALL, Message, RefusalPart, TextPart, ToolCall
-from jilju.serve.embeddings import EMBEDDING, EmbeddingFields
-from jilju.serve.fields import ANY, Rules
-from jilju.serve.health import json_response
-from jilju.serve.openai_chat import CHAT, ChatFields
-from jilju.serve.openai_completions import COMPLETION, CompletionFields
-from jilju.serve.response_fields import FLAT_TOOL, RESPONSE, ResponseFields
+from jilju.serve.answer_types import ErrorAnswer
+from jilju.serve.deadlines import DEADLINE_HEADER, MAX_QUEUE_HEADER
+from jilju.serve.errors import BY_CODE
+from jilju.serve.gate import MESSAGES_PATH
+from jilju.serve.message_types import AnsweredText, AnsweredThinking, AnsweredToolUse, MessageErrorAnswer
+from jilju.serve.openapi_routes import ROUTES, Described
+from jilju.serve.openapi_schemas import Schema, make_schemas, schema_of
+from jilju.serve.response_types import OutputCall, OutputMessage, OutputReasoning
+from jilju.serve.sampling import MAX_DEADLINE_MS
 from jilju.serve.server import Server
-from jilju.serve.tokenize import DETOKENIZE, TOKENIZE, DetokenizeFields, TokenizeFields
-from jilju.serve.tool_fields import TOOL, Tool
 
-REF = "#/components/schemas/{name}"
-ERRORS = ("400", "401", "403", "404", "408", "413", "415", "429", "431", "499", "500", "503", "504")
-
-
-@dataclass(frozen=True, slots=True)
-class Described:
-    """One route. `body` and `answer` are types that msgspec knows, or None; `answer` of a text route is its media type."""
-
-    method: str
-    path: str
-    summary: str
-    body: Any = None
-    answer: Any = None
-    streams: bool = False
-    is_open: bool = False  # needs no key
-
-
-ROUTES: tuple[Described, ...] = (
-    Described("post", "/v1/chat/completions", "Answer a conversation", ChatFields, ChatCompletion, streams=True),
-    Described("post", "/v1/completions", "Continue texts", CompletionFields, TextCompletion, streams=True),
-    Described("post", "/v1/responses", "OpenAI's newer shape", ResponseFields, dict[str, Any], streams=True),
-    Described("post", "/v1/chat/completions/render", "The prompt of a chat, not run", ChatFields, Rendered),
-    Described(
-        "post", "/v1/completions/render", "The prompts of a completion, not run", CompletionFields, list[Rendered]
-    ),
-    Described("post", "/v1/embeddings", "Vectors of texts, of models that have them", EmbeddingFields, dict[str, Any]),
-    Described("post", "/v1/requests/{id}/cancel", "End a call", None, dict[str, Any]),
-    Described("post", "/tokenize", "Tokens of a text or a conversation", TokenizeFields, Tokenized),
-    Described("post", "/detokenize", "Text of tokens", DetokenizeFields, Detokenized),
-    Described("get", "/v1/models", "The model that is served", None, ModelList),
-    Described("get", "/v1/models/{model}", "One model", None, dict[str, Any]),
-    Described("get", "/livez", "Whether the server answers at all", None, dict[str, Any], is_open=True),
-    Described("get", "/readyz", "Whether new calls are taken", None, dict[str, Any]),
-    Described("get", "/health", "Whether work goes on", None, dict[str, Any]),
-    Described("get", "/version", "The version", None, dict[str, str]),
-    Described("get", "/openapi.json", "This description", None, dict[str, Any]),
-    Described("get", "/metrics", "Metrics for Prometheus", None, "text/plain"),
-)
-
-# What may stand in an object besides the fields of its type.
-RULES: tuple[tuple[str, Rules], ...] = (
-    ("ChatFields", CHAT),
-    ("CompletionFields", COMPLETION),
-    ("TokenizeFields", TOKENIZE),
-    ("DetokenizeFields", DETOKENIZE),
-    ("ResponseFields", RESPONSE),
-    ("FlatTool", FLAT_TOOL),
-    ("EmbeddingFields", EMBEDDING),
-    ("Message", MESSAGE),
-    ("TextPart", PART),
-    ("RefusalPart", REFUSAL_PART),
-    ("ToolCall", TOOL_CALL),
-    ("Tool", TOOL),
+OF_ALL = (400, 401, 403, 408, 429, 431, 500)  # connection, head and key, and our own faults
+OF_KIND = {"generates": (404, 413, 415, 499, 503, 504), "reads": (404, 413, 415), "ends": (404,), "looks": ()}
+PARTS_OF_ANSWERS = (
+    AnsweredText, AnsweredThinking, AnsweredToolUse, OutputCall, OutputMessage, OutputReasoning, ErrorAnswer, MessageErrorAnswer
+)  # fmt: skip
+ABOUT = (
+    "A null means that a field is left out. A field that is unknown is %s, one that is described as having no effect is not "
+    "looked at, and one that is described as not supported takes only the values that mean off."
 )
 
 
-async def openapi_json(server: Server, request: Request) -> Response:
-    return json_response(describe(server.context.version, ROUTES, dict(RULES)))
+class OpenapiRoute:
+    """Made once, when somebody first asks."""
+
+    def __init__(self, server: Server):
+        self._server = server
+        self._body = b""
+
+    async def get(self, request: Request) -> Response:
+        context = self._server.context
+        if not self._body:
+            description = describe(context.version, model=context.model_name, lenient=context.lenient)
+            self._body = msgspec.json.encode(description)
+        return Response(self._body, media_type="application/json")
 
 
-def describe(version: str, routes: Sequence[Described], rules: Mapping[str, Rules]) -> dict[str, Any]:
-    """The whole description."""
-    types = [t for route in routes for t in (route.body, route.answer) if t is not None and not isinstance(t, str)]
-    types += [Message, TextPart, RefusalPart, ToolCall, Tool, ErrorAnswer]
-    _, schemas = msgspec.json.schema_components(types, ref_template=REF)
-    for name, schema in schemas.items():
-        _allow_null(schema)
-        if name in rules:
-            _add_rules(schema, rules[name])
-    schemas["Message"]["properties"]["content"] = {
-        "anyOf": [
-            {"type": "string"},
-            {"type": "null"},
-            {"type": "array", "minItems": 1, "items": {"anyOf": [_ref("TextPart"), _ref("RefusalPart")]}},
-        ]
-    }
+def describe(version: str, routes: Sequence[Described] = ROUTES, *, model: str, lenient: bool) -> dict[str, Any]:
+    """The whole description. `lenient`: of a server that drops fields that it does not know."""
+    bodies = [route.body for route in routes if route.body is not None]
+    answers = [route.answer for route in routes if not isinstance(route.answer, str | None)]
+    about = ABOUT % ("dropped and named in a header" if lenient else "refused")
     return {
         "openapi": "3.1.0",
-        "info": {"title": "jilju", "version": version},
-        "paths": _paths(routes, types),
+        "info": {"title": "jilju", "version": version, "description": about},
+        "paths": _paths(routes),
         "components": {
-            "schemas": dict(sorted(schemas.items())),
+            "schemas": make_schemas(bodies, [*answers, *PARTS_OF_ANSWERS], model=model, lenient=lenient),
+            "responses": _errors(),
+            "headers": _headers(),
             "securitySchemes": {
                 "bearer": {"type": "http", "scheme": "bearer"},
+                "basic": {"type": "http", "scheme": "basic", "description": "the key as password"},
                 "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
             },
         },
     }
 
 
-def _paths(routes: Sequence[Described], types: Sequence[Any]) -> dict[str, Any]:
+def _paths(routes: Sequence[Described]) -> dict[str, Any]:
     paths: dict[str, Any] = {}
     for route in routes:
+        words = [word.strip("{}") for word in route.path.split("/") if word]
         operation: dict[str, Any] = {
             "summary": route.summary,
-            "operationId": f"{route.method}_{route.path.strip('/').replace('/', '_').replace('{', '').replace('}', '')}",
-            "security": [] if route.is_open else [{}, {"bearer": []}, {"key": []}],
-            "responses": {"200": _answer(route)},
+            "operationId": "_".join([route.method, *words]).replace(".", "_"),
+            # the empty one: of a server without keys
+            "security": [] if route.no_key else [{}, {"bearer": []}, {"basic": []}, {"key": []}],
+            "parameters": _parameters(route),
+            "responses": _answers(route),
         }
-        if route.path in ("/readyz", "/health"):
-            operation["responses"]["503"] = {
-                "description": "it is not so", "content": {"application/json": {"schema": {"type": "object"}}},
-            }  # fmt: skip
-        for status in ERRORS:
-            content = {"application/json": {"schema": _ref("ErrorAnswer")}}
-            operation["responses"].setdefault(status, {"description": "an error", "content": content})
         if route.body is not None:
-            schema = _schema_of(route.body)
-            operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": schema}}}
-        names = [part[1:-1] for part in route.path.split("/") if part.startswith("{")]
-        if names:
-            operation["parameters"] = [
-                {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
-                for name in names
-            ]
+            content = {"application/json": {"schema": schema_of(route.body)}}
+            operation["requestBody"] = {"required": True, "content": content}
         paths.setdefault(route.path, {})[route.method] = operation
     return paths
 
 
-def _answer(route: Described) -> dict[str, Any]:
+def _parameters(route: Described) -> list[dict[str, Any]]:
+    names = [word[1:-1] for word in route.path.split("/") if word.startswith("{")]
+    found: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}} for name in names
+    ]
+    if route.kind == "generates":
+        times = {"type": "integer", "minimum": 1, "maximum": MAX_DEADLINE_MS}
+        for name, what in ((DEADLINE_HEADER, "deadline_ms"), (MAX_QUEUE_HEADER, "max_queue_ms")):
+            told = f"as the field {what}; the smaller of both holds"
+            found.append({"name": name, "in": "header", "description": told, "schema": times})
+    return found
+
+
+def _answers(route: Described) -> dict[str, Any]:
+    """By status. An answer that comes with 503 too is no error."""
+    answers: dict[str, Any] = {}
+    if (good := _good(route)) is not None:
+        answers["200"] = good
+        if route.also_503:
+            answers["503"] = good | {"description": "the answer, if it is not so"}
+    if route.also_304:
+        answers["304"] = {"description": "it has not changed", "headers": _carried("x-request-id")}
+    prefix = "message_error" if route.path.startswith(MESSAGES_PATH) else "error"
+    has_key = [status for status in OF_ALL if not (route.no_key and status == 401)]
+    by_path = [404] if "{" in route.path or route.also_304 else []
+    for status in sorted({*has_key, *by_path, *OF_KIND[route.kind]}):
+        answers.setdefault(str(status), {"$ref": f"#/components/responses/{prefix}_{status}"})
+    return answers
+
+
+def _good(route: Described) -> dict[str, Any] | None:
+    if route.answer is None:
+        return None
     if isinstance(route.answer, str):
-        return {"description": "the answer", "content": {route.answer: {"schema": {"type": "string"}}}}
-    content: dict[str, Any] = {"application/json": {"schema": _schema_of(route.answer)}}
-    if route.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
-    return {"description": "the answer", "content": content}
+        content: dict[str, Any] = {route.answer: {"schema": {"type": "string"}}}
+    else:
+        content = {"application/json": {"schema": schema_of(route.answer)}}
+    text = "the answer"
+    if route.events:
+        content["text/event-stream"] = {}  # events have no schema in this version of OpenAPI
+        text += f"; with stream: true, {route.events}"
+    return {"description": text, "headers": _carried("x-request-id", "x-jilju-ignored"), "content": content}
 
 
-def _schema_of(answer: Any) -> dict[str, Any]:
-    (schema,), _ = msgspec.json.schema_components([answer], ref_template=REF)
-    return schema
+def _errors() -> dict[str, Any]:
+    """One of each status and form, with the codes that it may have."""
+    codes: dict[int, list[str]] = {}
+    for code, error in BY_CODE.items():
+        codes.setdefault(error.status, []).append(code)
+    statuses = sorted({*OF_ALL, *(status for some in OF_KIND.values() for status in some)})
+    found: dict[str, Any] = {}
+    for prefix, kind in (("error", ErrorAnswer), ("message_error", MessageErrorAnswer)):
+        for status in statuses:
+            reason = "cancelled" if status == 499 else HTTPStatus(status).phrase
+            waits = ("retry-after", "retry-after-ms") if status in (429, 503) else ()
+            final = ("x-should-retry",) if status >= 500 else ()
+            found[f"{prefix}_{status}"] = {
+                "description": f"{reason}: {', '.join(codes[status])}",
+                "headers": _carried("x-request-id", *waits, *final),
+                "content": {"application/json": {"schema": schema_of(kind)}},
+            }
+    return found
 
 
-def _ref(name: str) -> dict[str, str]:
-    return {"$ref": REF.format(name=name)}
+def _headers() -> dict[str, Any]:
+    def header(text: str, schema: Schema, *, required: bool = False) -> dict[str, Any]:
+        return {"description": text, "schema": schema} | ({"required": True} if required else {})
+
+    return {
+        "x-request-id": header("the call's id: it is in the log, and the end of an answer's id", {"type": "string"}, required=True),
+        "x-jilju-ignored": header("with --lenient: paths of the fields that were dropped", {"type": "string"}),
+        "retry-after": header("whole seconds to wait", {"type": "integer", "minimum": 1, "maximum": 60}),
+        "retry-after-ms": header("the same wait exactly", {"type": "integer", "minimum": 1, "maximum": 60_000}),
+        "x-should-retry": header("false: the same call would fail again", {"enum": ["false"]}),
+    }  # fmt: skip
 
 
-def _allow_null(schema: dict[str, Any]) -> None:
-    """A null means that a field is left out, wherever it may be left out."""
-    required = set(schema.get("required", ()))
-    properties = schema.get("properties", {})
-    for name, inner in properties.items():
-        if name not in required and {"type": "null"} not in inner.get("anyOf", ()):
-            default = {"default": inner.pop("default")} if "default" in inner else {}
-            properties[name] = {"anyOf": [inner, {"type": "null"}], **default}
-
-
-def _add_rules(schema: dict[str, Any], rules: Rules) -> None:
-    """Fields without effect take any value or a few; refused ones only what means off."""
-    properties = schema["properties"]
-    for name, allowed in rules.no_ops.items():
-        what = "has no effect"
-        properties[name] = {"description": what} | ({} if allowed is ANY else {"enum": [*allowed, None]})
-    for name, off in rules.later.items():
-        properties[name] = {"description": "not supported", "enum": [*off, None]}
-    for name in rules.content:
-        properties[name] = {"description": "not supported", "enum": [None]}
+def _carried(*names: str) -> dict[str, Any]:
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from jilju.engine.request import MAX_BIAS
+from jilju.plan.batch import MAX_BIASES
 from jilju.serve import anthropic_messages as messages
 from jilju.serve.chat_messages import (
     CALLED_FUNCTION,
@@ -38,13 +40,19 @@ from jilju.serve.response_fields import (
 )
 from jilju.serve.response_fields import STREAM_OPTIONS as RESPONSE_STREAM_OPTIONS
 from jilju.serve.response_input import ITEM_RULES, PART_RULES
-from jilju.serve.sampling import LOOP_FIELDS, STREAM_OPTIONS
+from jilju.serve.sampling import LOOP_FIELDS, STREAM_OPTIONS, TOKEN_KEY
 from jilju.serve.structured import JSON_SCHEMA_FORMAT, RESPONSE_FORMAT, STRUCTURED_OUTPUTS
 from jilju.serve.tokenize import DETOKENIZE, TOKENIZE
-from jilju.serve.tool_fields import FUNCTION_TOOL, NAMED_FUNCTION, NAMED_TOOL, TOOL
+from jilju.serve.tool_fields import FUNCTION_TOOL, NAME, NAMED_FUNCTION, NAMED_TOOL, TOOL
 
 REF = "#/components/schemas/{name}"
 Schema = dict[str, Any]
+BIASES: Schema = {
+    "type": "object",
+    "maxProperties": MAX_BIASES,
+    "propertyNames": {"pattern": f"^({TOKEN_KEY.pattern})$"},
+    "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+}
 
 
 class Composed(NamedTuple):
@@ -116,8 +124,8 @@ KINDS: Mapping[tuple[str, str], tuple[str, ...]] = MappingProxyType(
 )
 
 
-def make_schemas(bodies: Sequence[Any], answers: Sequence[Any], *, lenient: bool) -> dict[str, Schema]:
-    """All schemas by name. `lenient`: bodies may hold more fields, which are dropped."""
+def make_schemas(bodies: Sequence[Any], answers: Sequence[Any], *, model: str, lenient: bool) -> dict[str, Schema]:
+    """All schemas by name. `model` is the one that is served. `lenient`: bodies may hold more fields, which are dropped."""
     composed = [body for body in bodies if isinstance(body, Composed)]
     types = [body for body in bodies if not isinstance(body, Composed)]
     asked = _components([*types, messages.OwnFields, messages.SharedFields, TextPart, RefusalPart])
@@ -125,7 +133,7 @@ def make_schemas(bodies: Sequence[Any], answers: Sequence[Any], *, lenient: bool
     asked |= {body.name: _composed(body, own, shared) for body in composed}
     for name, schema in asked.items():
         _finish_body(name, schema, lenient=lenient)
-    _say_more(asked, lenient=lenient)
+    _say_more(asked, model, lenient=lenient)
     told = _components(answers)
     for (name, field), kinds in KINDS.items():
         told[name]["properties"][field] = {"type": "array", "items": {"anyOf": [ref(kind) for kind in kinds]}}
@@ -171,9 +179,7 @@ def _finish_body(name: str, schema: Schema, *, lenient: bool) -> None:
         if (text := FIELD_TEXTS.get(f"{name}.{field}") or FIELD_TEXTS.get(field)) is not None:
             properties[field] = {"description": text} | properties[field]
     for field, values in rules.no_ops.items():
-        properties[field] = {"description": "has no effect"} | (
-            {} if values is ANY else {"enum": [*values, None]}
-        )
+        properties[field] = {"description": "has no effect"} | ({} if values is ANY else {"enum": [*values, None]})
     for field, off in rules.later.items():
         properties[field] = {"description": "not supported", "enum": [*off, None]}
     for field in rules.content:
@@ -181,33 +187,55 @@ def _finish_body(name: str, schema: Schema, *, lenient: bool) -> None:
     schema["additionalProperties"] = lenient
 
 
-def _say_more(schemas: dict[str, Schema], *, lenient: bool) -> None:
-    """Where objects differ by a field's value, or a list may not be empty."""
+def _say_more(schemas: dict[str, Schema], model: str, *, lenient: bool) -> None:
+    """What routes check themselves."""
+    for name, schema in schemas.items():
+        if "model" in schema["properties"]:
+            _set(schemas, name, "model", or_null({"enum": [model]}))
+        if "logit_bias" in schema["properties"]:
+            _set(schemas, name, "logit_bias", or_null(BIASES))
+    for name in ("FunctionTool", "FlatTool", "ToolFields"):
+        _set(schemas, name, "name", {"type": "string", "pattern": f"^{NAME.pattern}$"})
+    _say_more_of_texts(schemas)
+    _say_more_of_responses(schemas, lenient=lenient)
+
+
+def _say_more_of_texts(schemas: dict[str, Schema]) -> None:
+    """Content of messages: there is some, and parts of some kinds."""
     parts = {"type": "array", "minItems": 1, "items": {"anyOf": [ref("TextPart"), ref("RefusalPart")]}}
     _set(schemas, "Message", "content", {"anyOf": [{"type": "string"}, parts, {"type": "null"}]})
     for name in ("MessageItem", "Turn"):
         schemas[name]["properties"]["content"]["anyOf"][1]["minItems"] = 1
-    schemas["MessageItem"]["required"].remove("type")  # a message needs no type
+    _set(schemas, "MessageItem", "type", or_null(schemas["MessageItem"]["properties"]["type"]))  # a message needs none
+    schemas["MessageItem"]["required"].remove("type")
     (items,) = (form for form in schemas["ResponseFields"]["properties"]["input"]["anyOf"] if form["type"] == "array")
     del items["items"]["discriminator"]
+
+
+def _say_more_of_responses(schemas: dict[str, Schema], *, lenient: bool) -> None:
+    """What /v1/responses takes of a field that other routes have too, and forms of answers, by their type."""
     include = {"type": "array", "items": {"enum": [LOGPROBS, SEALED]}}
     _set(schemas, "ResponseFields", "include", or_null(include))
-    options: Schema = {"type": "object", "properties": {}, "required": []}
-    schemas["ResponseStreamOptions"] = options
-    for field, off in RESPONSE_STREAM_OPTIONS.later.items():
-        options["properties"][field] = {"enum": [*off, None]}
-    options["additionalProperties"] = lenient
+    options = {field: {"enum": [*off, None]} for field, off in RESPONSE_STREAM_OPTIONS.later.items()}
+    schemas["ResponseStreamOptions"] = {"type": "object", "properties": options, "additionalProperties": lenient}
     _set(schemas, "ResponseFields", "stream_options", or_null(ref("ResponseStreamOptions")))
-    whole = schemas["TextFormat"]
-    plain = {"type": {"enum": ["text", "json_object"]}}
-    schema = whole["properties"] | {"type": {"enum": ["json_schema"]}}
-    schema |= {name: _not_null(schema[name]) for name in ("name", "schema")}
-    schemas["TextFormat"] = {
-        "anyOf": [
-            {"type": "object", "properties": plain, "required": ["type"], "additionalProperties": lenient},
-            whole | {"properties": schema, "required": ["type", "name", "schema"]},
-        ]
-    }
+    for name, of_schemas in (("TextFormat", ("name", "schema")), ("ResponseFormat", ("json_schema",))):
+        schemas[name] = {
+            "anyOf": [_plain_form(schemas[name], lenient=lenient), _schema_form(schemas[name], of_schemas)]
+        }
+
+
+def _plain_form(form: Schema, *, lenient: bool) -> Schema:
+    properties: Schema = {"type": {"enum": ["text", "json_object"]}}
+    if "json_schema" in form["properties"]:
+        properties["json_schema"] = {"type": "null"}
+    return {"type": "object", "properties": properties, "required": ["type"], "additionalProperties": lenient}
+
+
+def _schema_form(form: Schema, required: Sequence[str]) -> Schema:
+    properties = form["properties"] | {"type": {"enum": ["json_schema"]}}
+    properties |= {name: _not_null(properties[name]) for name in required}
+    return form | {"properties": properties, "required": ["type", *required]}
 
 
 def _set(schemas: dict[str, Schema], name: str, field: str, schema: Schema) -> None:

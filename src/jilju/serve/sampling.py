@@ -199,9 +199,9 @@ def estimated_tokens(num_bytes: int) -> int:
     return max(1, num_bytes // BYTES_PER_TOKEN)
 
 
-def check_sequences(num_prompts: int, n: int) -> None:
+def check_sequences(num_prompts: int, n: int, name: str = "n") -> None:
     if num_prompts * n > MAX_SEQUENCES:
-        raise refuse("n", n, f"1..{MAX_SEQUENCES // num_prompts} with {num_prompts} prompts, {MAX_SEQUENCES} in all")
+        raise refuse(name, n, f"1..{MAX_SEQUENCES // num_prompts} with {num_prompts} prompts, {MAX_SEQUENCES} in all")
 
 
 def choice_seed(seed: int, choice: int) -> int:

@@ -56,6 +56,8 @@ def take_response_format(given: Any, ignored: list[str] | None) -> Any:
         return given
     taken = take_fields(given, RESPONSE_FORMAT, "response_format", ignored)
     if isinstance(schema := taken.get("json_schema"), dict):
+        if taken.get("type") in ("text", "json_object"):
+            raise refuse("response_format.json_schema", schema, "a schema only with the type json_schema")
         taken["json_schema"] = take_fields(schema, JSON_SCHEMA_FORMAT, "response_format.json_schema", ignored)
     return taken
 
@@ -65,7 +67,12 @@ def take_structured_outputs(given: Any, ignored: list[str] | None) -> Any:
 
 
 def format_grammar(given: ResponseFormat | None) -> GrammarSource | None:
-    if given is None or given.type == "text":
+    if given is None:
+        return None
+    if given.type != "json_schema" and given.json_schema is not None:
+        where = "response_format.json_schema"
+        raise ConflictingParameters(f"{where} is given with the type {given.type}; that has no schema", param=where)
+    if given.type == "text":
         return None
     if given.type == "json_object":
         return GrammarSource(kind="json_object")

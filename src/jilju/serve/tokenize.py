@@ -16,7 +16,7 @@ from starlette.responses import Response
 from jilju.errors import ConflictingParameters, MissingParameter
 from jilju.serve.answer import token_text
 from jilju.serve.answer_types import Detokenized, Tokenized
-from jilju.serve.body import read_json_object
+from jilju.serve.body import read_fields
 from jilju.serve.chat_messages import MAX_MESSAGES, Message, check_messages, take_messages, template_messages
 from jilju.serve.chat_prompt import OFF_LOOP_CHARS, check_variables, encode_chat_prompt, template_of
 from jilju.serve.context import ServerContext
@@ -53,8 +53,7 @@ DETOKENIZE = Rules.of(DetokenizeFields)
 
 async def tokenize(server: Server, request: Request) -> Response:
     context = server.context
-    body = await read_json_object(request, context.limits)
-    fields = _parse(body, ignored_of(request.scope))
+    fields = await read_fields(request, context.limits, partial(_parse, ignored=ignored_of(request.scope)))
     check_model(fields.model, context)
     if fields.messages is not None:
         ids = await _chat_ids(fields, fields.messages, context)
@@ -66,12 +65,14 @@ async def tokenize(server: Server, request: Request) -> Response:
             ids = context.tokenizer.encode(fields.prompt, add_special_tokens=add)
     else:
         raise MissingParameter("prompt is missing; give prompt or messages", param="prompt")
-    strings = (
-        [token_text(context.tokenizer.token_bytes(token_id)) for token_id in ids] if fields.return_token_strs else None
-    )
-    return json_response(
-        Tokenized(count=len(ids), max_model_len=context.context_tokens(), tokens=ids, token_strs=strings)
-    )
+
+    def answered() -> Response:
+        token_bytes, is_asked = context.tokenizer.token_bytes, fields.return_token_strs
+        strings = [token_text(token_bytes(token_id)) for token_id in ids] if is_asked else None
+        max_model_len = context.context_tokens()
+        return json_response(Tokenized(count=len(ids), max_model_len=max_model_len, tokens=ids, token_strs=strings))
+
+    return await asyncio.to_thread(answered) if len(ids) > OFF_LOOP_CHARS else answered()
 
 
 def _parse(body: Mapping[str, Any], ignored: list[str] | None) -> TokenizeFields:
@@ -117,10 +118,15 @@ async def _chat_ids(fields: TokenizeFields, messages: list[Message], context: Se
 
 async def detokenize(server: Server, request: Request) -> Response:
     context = server.context
-    body = await read_json_object(request, context.limits)
-    fields = convert(take_fields(body, DETOKENIZE, ignored=ignored_of(request.scope)), DetokenizeFields)
-    check_model(fields.model, context)
-    check_ids(fields.tokens, context.tokenizer.vocab_size, "tokens")
-    decode = partial(context.tokenizer.decode, fields.tokens, skip_special_tokens=False)
-    text = await asyncio.to_thread(decode) if len(fields.tokens) > OFF_LOOP_CHARS else decode()
+    ignored = ignored_of(request.scope)
+
+    def taken(body: dict[str, Any]) -> DetokenizeFields:
+        fields = convert(take_fields(body, DETOKENIZE, ignored=ignored), DetokenizeFields)
+        check_model(fields.model, context)
+        check_ids(fields.tokens, context.tokenizer.vocab_size, "tokens")
+        return fields
+
+    tokens = (await read_fields(request, context.limits, taken)).tokens
+    decode = partial(context.tokenizer.decode, tokens, skip_special_tokens=False)
+    text = await asyncio.to_thread(decode) if len(tokens) > OFF_LOOP_CHARS else decode()
     return json_response(Detokenized(prompt=text))

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from jilju.errors import InvalidValue, UnsupportedParameter
 from jilju.serve.chat_messages import CACHE_MARKS
-from jilju.serve.errors import shown
+from jilju.serve.errors import MAX_ECHO, shown
 from jilju.serve.fields import Rules, convert, refuse, take_fields
 from jilju.text.tools import ToolSpec
 
@@ -118,6 +118,13 @@ def check_parameters(schema: Mapping[str, Any], path: str) -> None:
         raise refuse(f"{path}.type", schema["type"], "object: arguments are an object")
 
 
+def unknown_tool(path: str, given: str, names: Sequence[str]) -> InvalidValue:
+    """Given and allowed are both the caller's words: half of what may be repeated for each."""
+    half = MAX_ECHO // 2
+    known = ", ".join(names)[:half] or "none is given"
+    return refuse(path, given[:half], f"the name of one of the tools ({known})")
+
+
 class Calls(NamedTuple):
     """What a call may and must make of its tools."""
 
@@ -133,8 +140,7 @@ def calls_of(specs: Sequence[ToolSpec], choice: ToolChoice | None) -> Calls:
     if isinstance(choice, NamedTool):
         named = tuple(spec for spec in told if spec.name == choice.function.name)
         if not named:
-            names = ", ".join(spec.name for spec in told)[:200] or "none is given"
-            raise refuse("tool_choice.function.name", choice.function.name, f"the name of one of the tools ({names})")
+            raise unknown_tool("tool_choice.function.name", choice.function.name, [spec.name for spec in told])
         return Calls(told, named, is_required=True, is_named=True)
     if choice == "none":
         return Calls(told)

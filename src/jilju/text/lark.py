@@ -94,7 +94,7 @@ def _tokens(text: str, translate_schema: Callable[[str], Any], written: list[str
             line += schema.count("\n")
             continue
         if kind == "directive" and piece not in ("%ignore", "%import"):
-            raise InvalidGrammar(f"line {line} of the grammar has {piece}; allowed: %ignore, %import and %json")
+            raise InvalidGrammar(f"line {line} of the grammar has {piece[:40]}; allowed: %ignore, %import and %json")
         if kind == "regex":
             check_regex(piece[1 : piece.rindex("/")], f"the regex on line {line} of the grammar")
         if kind == "mark" and piece in "([{":

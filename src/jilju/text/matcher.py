@@ -66,6 +66,10 @@ class GrammarMatcher:
         self._spend(time.thread_time_ns() - begin_ns - TOKEN_NS)
         return is_taken
 
+    def restart(self) -> None:
+        """Go back to the begin. What the tokens so far took is not given back."""
+        self._inner.reset()
+
     def _spend(self, ns: int) -> None:
         self._left_ns = min(FREE_NS, self._left_ns - ns)
         self._is_slow |= self._left_ns < 0
@@ -80,7 +84,9 @@ class GrammarSource:
         if not end_ids:
             raise ValueError("the model has no token that ends a text, so no answer of it can be held to a grammar")
         self._text = _Text(table, vocab_size, end_ids[0])
-        self._tokenizer = LLTokenizer(TokenizerWrapper(self._text), eos_token=end_ids)
+        wrapper = TokenizerWrapper(self._text)
+        self._tokenizer = LLTokenizer(wrapper, eos_token=end_ids)
+        wrapper.tokens = self._text.tokens = []  # the library has copied them
         self._text.tokenizer = self._tokenizer
         self._end_mask = np.zeros(-(-vocab_size // 32), np.uint32)
         for id_ in end_ids:

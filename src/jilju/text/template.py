@@ -21,6 +21,7 @@ from jilju.text.tokenizer import Tokenizer
 Message = Mapping[str, Any]  # role, content: a string or None, and whatever else the template reads
 
 MAX_SOURCE_CHARS = 256 * 1024
+MAX_SHOWN_CHARS = 200  # of a template's own words, which may be a caller's
 MAX_RENDER_NS = 1_000_000_000
 # What one rendering may cost: a template of some 100 operations a message that copies the content 32 times.
 FREE_UNITS, UNITS_PER_CHAR = 1 << 20, 32
@@ -134,7 +135,8 @@ class ChatTemplate:
             raise TemplateOverrun(f"the chat template fails on these messages: {error}", param="messages") from None
         except TemplateRefusal as refusal:
             raise TemplateFailed(
-                f"the chat template refuses these messages: {refusal.message}", param="messages"
+                f"the chat template refuses these messages: {(refusal.message or '')[:MAX_SHOWN_CHARS]}",
+                param="messages",
             ) from None
         except Exception as error:  # the file's program: whatever it raises is its failure
             raise TemplateFailed(
@@ -265,4 +267,4 @@ def _described(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it nests too deeply"
     text = str(error)
-    return f"{text[:300] or type(error).__name__}"
+    return text[:MAX_SHOWN_CHARS] or type(error).__name__

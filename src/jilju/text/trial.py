@@ -10,9 +10,11 @@ import re
 import numpy as np
 
 from jilju.errors import GrammarTooComplex, InvalidGrammar
+from jilju.text.matcher import GrammarMatcher
 from jilju.text.matcher import GrammarSource as Matchers
 
 NUM_STEPS = 16  # some grammars come apart only after a few tokens
+NUM_WALKS = 8  # and only on some ways
 # The library's own words for what it has no room for.
 TOO_COMPLEX = re.compile(
     r"too (?:many|large|big|deep|complex)|max is|fuel|exceed|unable to determine|panic", re.IGNORECASE
@@ -24,6 +26,12 @@ def try_out(grammar: str, matchers: Matchers, vocab_size: int) -> None:
     matcher = matchers.make(grammar)
     mask = np.zeros(-(-vocab_size // 32), np.uint32)
     choice = random.Random(len(grammar))
+    for _ in range(NUM_WALKS):
+        _walk(matcher, mask, choice)
+        matcher.restart()
+
+
+def _walk(matcher: GrammarMatcher, mask: np.ndarray, choice: random.Random) -> None:
     for _ in range(NUM_STEPS):
         _check(matcher.error)
         matcher.fill(mask)
