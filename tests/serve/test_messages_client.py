@@ -111,7 +111,8 @@ async def test_errors_are_the_clients_own() -> None:
     limits = ServeLimits(body_bytes=10_000)
     async with running(stub, keys=KEYS, limits=limits, **ROOM) as (port, _), client_of(port) as client:
         with pytest.raises(anthropic.AuthenticationError) as unknown_key:
-            await client_of(port, "wrong").messages.create(**body())
+            async with client_of(port, "wrong") as stranger:
+                await stranger.messages.create(**body())
         assert unknown_key.value.type == "authentication_error"
         assert unknown_key.value.request_id and unknown_key.value.api_message
         with pytest.raises(anthropic.BadRequestError, match=r"messages\[0\]\.content\[0\]\.type"):

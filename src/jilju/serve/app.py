@@ -18,12 +18,13 @@ from jilju.config import KeyScope
 from jilju.errors import JiljuError, MethodNotAllowed, RouteNotFound
 from jilju.serve import embeddings, health, models, render, tokenize
 from jilju.serve.anthropic_messages import MessagesApi
+from jilju.serve.api import Api
 from jilju.serve.cancel import CancelRoute
 from jilju.serve.context import ServerContext
 from jilju.serve.count_tokens import count_tokens
 from jilju.serve.errors import shown
 from jilju.serve.gate import Gate, NeedsScope
-from jilju.serve.generate_route import Api, GenerateRoute
+from jilju.serve.generate_route import GenerateRoute
 from jilju.serve.openai_chat import ChatApi
 from jilju.serve.openai_completions import CompletionApi
 from jilju.serve.openai_responses import ResponsesApi

@@ -6,9 +6,10 @@ fields and shapes of a family: an `Api` has those.
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import msgspec
 from starlette.datastructures import Headers
@@ -17,8 +18,17 @@ from starlette.types import Receive, Scope, Send
 
 from jilju.engine.admission import Admission
 from jilju.engine.request import Request, SamplingParams
-from jilju.errors import EngineUnavailable, InternalError, JiljuError, NotReady, Overloaded, UnsupportedParameter
+from jilju.errors import (
+    DeadlineExceeded,
+    EngineUnavailable,
+    InternalError,
+    JiljuError,
+    NotReady,
+    Overloaded,
+    UnsupportedParameter,
+)
 from jilju.serve.answer import Head, Renderer, usage_so_far
+from jilju.serve.api import Api
 from jilju.serve.auth import cache_salt, priority_of
 from jilju.serve.body import ClientLeft, read_fields
 from jilju.serve.context import ServerContext
@@ -44,74 +54,10 @@ from jilju.serve.timings import Marks, Timings, make_timings
 from jilju.serve.transport import ABORT
 from jilju.text.grammar import GrammarSource
 from jilju.text.history import RememberedStream
-from jilju.text.message import MessageParser
 from jilju.text.stops import StopStrings
 from jilju.text.stream import TextOptions, TextStream
 
 logger = logging.getLogger("jilju.serve")
-
-F = TypeVar("F", bound=GenerationFields)
-
-
-class Api(Protocol[F]):
-    """One family of generating routes."""
-
-    path: str
-    id_prefix: str
-
-    def parse(self, body: Mapping[str, Any], ignored: list[str] | None) -> F:
-        """`ignored` takes unknown fields, where they are let pass."""
-        ...
-
-    def logprobs(self, fields: F) -> int | None:
-        """That the engine is asked for."""
-        ...
-
-    def shown_logprobs(self, fields: F) -> int | None: ...
-
-    def prompt_logprobs(self, fields: F) -> int | None: ...
-
-    def num_sampled(self, fields: F) -> int:
-        """Sequences of each prompt; `n` of them are shown."""
-        ...
-
-    def is_named(self, fields: F) -> bool:
-        """Whether the caller named the function to be called."""
-        ...
-
-    async def prompts(self, fields: F, context: ServerContext, marks: Marks, salt: bytes) -> list[EncodedPrompt]: ...
-
-    def estimates(self, fields: F) -> list[int]:
-        """Tokens of each prompt, roughly and at once."""
-        ...
-
-    def asked(self, fields: F) -> int | None:
-        """Tokens of output at most; None: the rest of the context."""
-        ...
-
-    def max_tokens(self, fields: F, num_prompt_tokens: int, context: ServerContext) -> int: ...
-
-    def has_form(self, fields: F) -> bool:
-        """Whether the answer may be held to one."""
-        ...
-
-    def grammar(self, fields: F, prompt: EncodedPrompt, context: ServerContext) -> GrammarSource | None:
-        """What holds the answer to this prompt to a form. May take its time."""
-        ...
-
-    def form_name(self, fields: F) -> str:
-        """The field that the grammar comes from, for errors."""
-        ...
-
-    def parser(self, fields: F, prompt: EncodedPrompt, context: ServerContext) -> MessageParser:
-        """Of one answer's text."""
-        ...
-
-    def shown_ids(self, fields: F, context: ServerContext) -> frozenset[int]:
-        """Control tokens whose texts the parser needs."""
-        ...
-
-    def renderer(self, fields: F, head: Head, choices: Sequence[Choice], context: ServerContext) -> Renderer: ...
 
 
 class GenerateRoute:
@@ -242,8 +188,9 @@ class GenerateRoute:
         ids = places.take(estimates, num_sampled, asked, deadlines)
         try:
             salt = cache_salt(arrival.key, fields.cache_salt, is_shared=context.shared_prefix_cache)
-            prompts = await self._api.prompts(fields, context, marks, salt)
-            grammars = await self._grammars(fields, prompts, marks)
+            async with self._begun_within(deadlines, call):
+                prompts = await self._api.prompts(fields, context, marks, salt)
+                grammars = await self._grammars(fields, prompts, marks)
             lengths = [self._api.max_tokens(fields, len(prompt.ids), context) for prompt in prompts]
             params = await self._params(fields, min(lengths))
             self._check_open()
@@ -252,6 +199,19 @@ class GenerateRoute:
             await self._generate(fields, choices, deadlines, call, marks, writer)
         finally:
             places.give_back(ids)
+
+    @asynccontextmanager
+    async def _begun_within(self, deadlines: Deadlines, call: Call) -> AsyncIterator[None]:
+        """What comes before the engine may itself have to wait, for a worker; from here on the engine keeps to deadlines."""
+        last_ns = min(deadlines.queue_ns, deadlines.total_ns)
+        try:
+            async with asyncio.timeout(max(0, last_ns - self._server.context.clock.now_ns()) / 1e9):
+                yield
+        except TimeoutError:
+            allowed_s = (last_ns - call.received_ns) / 1e9
+            raise DeadlineExceeded(
+                f"the prompt was not ready for the engine within {allowed_s:g} s; allow more time, or ask again when less is going on"
+            ) from None
 
     async def _generate(
         self,

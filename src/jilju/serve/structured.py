@@ -67,12 +67,7 @@ def take_structured_outputs(given: Any, ignored: list[str] | None) -> Any:
 
 
 def format_grammar(given: ResponseFormat | None) -> GrammarSource | None:
-    if given is None:
-        return None
-    if given.type != "json_schema" and given.json_schema is not None:
-        where = "response_format.json_schema"
-        raise ConflictingParameters(f"{where} is given with the type {given.type}; that has no schema", param=where)
-    if given.type == "text":
+    if given is None or given.type == "text":
         return None
     if given.type == "json_object":
         return GrammarSource(kind="json_object")
