@@ -1,7 +1,9 @@
 """Contract: corners where two of its rules meet, what an error may repeat, and what must not be done on the event loop."""
 
 import asyncio
+import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -410,3 +412,37 @@ async def test_deadlines_hold_while_a_call_waits_for_a_worker(connect: Connect, 
         assert server.ledger.num_ended == {("deadline", "deadline_exceeded"): 1}
         assert server.admission.num_waiting == 0
     assert workers.num_left == 1 and not stub.requests
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_tokens", [5, 600], ids=["answered", "refused"])
+async def test_a_call_is_gone_with_its_answer(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch, max_tokens: int
+) -> None:
+    """Its prompt may be large; an error that holds the frames that hold it would keep it until a collection."""
+
+    class Ids(list[int]):
+        """A list that can be looked after."""
+
+    made: list[weakref.ref[Ids]] = []
+
+    def encode(self: ByteTokenizer, text: str, **flags: bool) -> list[int]:
+        ids = Ids(text.encode())
+        made.append(weakref.ref(ids))
+        return ids
+
+    stub = StubClient()
+    async with connect(stub) as (http, _):
+        monkeypatch.setattr(ByteTokenizer, "encode", encode)
+        gc.disable()
+        try:
+            response = await http.post(COMPLETIONS, json={"prompt": "x", "max_tokens": max_tokens})
+            stub.requests.clear()
+            async with asyncio.timeout(10):
+                while made[0]() is not None:  # the last tasks of the call have a turn to end
+                    await asyncio.sleep(0.002)
+        finally:
+            gc.enable()
+    assert response.status_code == (200 if max_tokens == 5 else 400)

@@ -110,6 +110,7 @@ class Gate:
                 self._ledger.refuse(error.code)
             if not outgoing.status:
                 await self._send_error(outgoing, scope, error)
+            error = None  # it holds this frame, and all of the call below it
         self._ledger.num_ignored_fields += len(ignored)
         if not arrival.accepted:
             log_arrival(

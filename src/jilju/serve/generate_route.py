@@ -6,8 +6,6 @@ fields and shapes of a family: an `Api` has those.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -98,9 +96,14 @@ class GenerateRoute:
                 await asyncio.sleep(0)
         except JiljuError as error:
             await self._fail(call, writer, error)
+            if not writer.started:
+                raise
         except Exception:
             logger.exception("call %s failed", call.id)
-            await self._fail(call, writer, InternalError(f"an error inside the server; its log names it by {call.id}"))
+            ours = InternalError(f"an error inside the server; its log names it by {call.id}")
+            await self._fail(call, writer, ours)
+            if not writer.started:
+                raise ours from None
         except BaseException:  # the server is being torn down under us
             ledger.end(call, "failed", 500, "internal")
             raise
@@ -116,8 +119,6 @@ class GenerateRoute:
                 logger.info("call %s: nobody was left to be told of %s", call.id, error.code)
         call.shed_reason = error.reason if isinstance(error, Overloaded) else None
         self._server.ledger.end(call, state_of(error), error.status, error.code)
-        if not writer.started:
-            raise error
 
     def _check_open(self) -> None:
         server = self._server
@@ -188,9 +189,7 @@ class GenerateRoute:
         ids = places.take(estimates, num_sampled, asked, deadlines)
         try:
             salt = cache_salt(arrival.key, fields.cache_salt, is_shared=context.shared_prefix_cache)
-            async with self._begun_within(deadlines, call):
-                prompts = await self._api.prompts(fields, context, marks, salt)
-                grammars = await self._grammars(fields, prompts, marks)
+            prompts, grammars = await self._prepared(fields, salt, deadlines, call, marks)
             lengths = [self._api.max_tokens(fields, len(prompt.ids), context) for prompt in prompts]
             params = await self._params(fields, min(lengths))
             self._check_open()
@@ -200,17 +199,19 @@ class GenerateRoute:
         finally:
             places.give_back(ids)
 
-    @asynccontextmanager
-    async def _begun_within(self, deadlines: Deadlines, call: Call) -> AsyncIterator[None]:
-        """What comes before the engine may itself have to wait, for a worker; from here on the engine keeps to deadlines."""
+    async def _prepared(
+        self, fields: GenerationFields, salt: bytes, deadlines: Deadlines, call: Call, marks: Marks
+    ) -> tuple[list[EncodedPrompt], list[str]]:
+        """Prompts and grammars. That may take its time, or wait for a worker; from then on the engine keeps to deadlines."""
+        context = self._server.context
         last_ns = min(deadlines.queue_ns, deadlines.total_ns)
         try:
-            async with asyncio.timeout(max(0, last_ns - self._server.context.clock.now_ns()) / 1e9):
-                yield
+            async with asyncio.timeout(max(0, last_ns - context.clock.now_ns()) / 1e9):
+                prompts = await self._api.prompts(fields, context, marks, salt)
+                return prompts, await self._grammars(fields, prompts, marks)
         except TimeoutError:
-            allowed_s = (last_ns - call.received_ns) / 1e9
             raise DeadlineExceeded(
-                f"the prompt was not ready for the engine within {allowed_s:g} s; allow more time, or ask again when less is going on"
+                f"the prompt was not ready within {(last_ns - call.received_ns) / 1e9:g} s; allow more time, or ask again when less is going on"
             ) from None
 
     async def _generate(
@@ -428,6 +429,7 @@ async def _unless_left(receive: Receive, answer: Any, cut: "asyncio.Future[Jilju
         for task in (work, left):
             task.cancel()
         await asyncio.gather(work, left, return_exceptions=True)
+        del work, left, task  # who holds an error that holds this frame would keep all of a call until a collection
 
 
 async def _left(receive: Receive) -> None:
