@@ -57,7 +57,7 @@ def test_used_fields():
 
 def test_fields_without_effect():
     cells = [row[0] for row in rows(section("api.md", "### No effect"))]
-    on_messages = [cell for cell in cells if "on messages and parts" in cell]
+    on_messages = [cell for cell in cells if "on messages, parts and tools" in cell]
     assert set().union(*map(names, on_messages)) == set(MESSAGE.no_ops) == set(PART.no_ops)
     others = set().union(*(names(cell) for cell in cells if cell not in on_messages))
     assert others == set(CHAT.no_ops) == set(COMPLETION.no_ops)
