@@ -53,3 +53,12 @@ def test_held_schemas_compile_in_a_family_s_grammar(template: str) -> None:
     assert translate_schema(msgspec.json.encode(tools[0].parameters)) == tools[0].parameters
     text = family_of(template).grammar(tools, choice="auto", parallel=True)
     assert to_llguidance(GrammarSource("lark", text))
+
+
+def test_what_nests_too_deep_is_any_value() -> None:
+    deep: dict[str, object] = {"type": "string"}
+    for _ in range(60):
+        deep = {"type": "array", "items": deep}
+    schema = {"type": "object", "properties": {"deep": deep, "good": {"type": "integer"}}}
+    (tool,) = held_tools([ToolSpec(name="f", parameters=schema)])
+    assert tool.parameters["properties"] == {"deep": {}, "good": {"type": "integer"}}

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from jilju.errors import InvalidGrammar
+from jilju.errors import GrammarTooComplex, InvalidGrammar
 from jilju.text.json_schema import translate_schema
 from jilju.text.tools.spec import ToolSpec
 
@@ -17,17 +17,17 @@ AROUND = ("$defs", "definitions")  # what properties refer to
 
 
 def held_tools(tools: Iterable[ToolSpec]) -> list[ToolSpec]:
-    """The tools with the schemas that are enforced, words for the model left out. Raises InvalidGrammar for a strict tool, or
-    GrammarTooComplex."""
+    """The tools with the schemas that are enforced, words for the model left out. Raises InvalidGrammar or GrammarTooComplex for
+    a strict tool."""
     return [ToolSpec(name=tool.name, parameters=_held(tool), strict=tool.strict) for tool in tools]
 
 
 def _held(tool: ToolSpec) -> dict[str, Any]:
     try:
         return _translated(tool.schema)
-    except InvalidGrammar as error:
+    except (InvalidGrammar, GrammarTooComplex) as error:
         if tool.strict:
-            raise InvalidGrammar(f"tool {tool.name}: {error.message}", param="tools") from None
+            raise type(error)(f"tool {tool.name}: {error.message}", param="tools") from None
     return _loosened(tool.schema)
 
 
@@ -39,14 +39,14 @@ def _loosened(schema: dict[str, Any]) -> dict[str, Any]:
     kept: dict[str, Any] = {name: schema[name] for name in ("required", "additionalProperties") if name in schema}
     try:
         return _translated({"type": "object", "properties": properties, **kept, **around})
-    except InvalidGrammar:
+    except (InvalidGrammar, GrammarTooComplex):
         return {"type": "object"}
 
 
 def _property(schema: Any, around: dict[str, Any]) -> Any:
     try:
         _translated({"type": "object", "properties": {"it": schema}, **around})
-    except InvalidGrammar:
+    except (InvalidGrammar, GrammarTooComplex):
         return {}
     return schema
 
