@@ -4,6 +4,7 @@ OPTIONS is WorkerOptions as JSON, FD the file descriptor of the link, appended b
 templates until the link ends; loads for each kind of job what it needs when the first one comes.
 """
 
+import os
 import socket
 import sys
 from collections.abc import Callable
@@ -17,6 +18,9 @@ from jilju.serve.worker_link import Compile, Job, Render, serve_jobs
 from jilju.text.gguf_tokenizer import load_token_table
 from jilju.text.grammar import to_llguidance
 from jilju.text.template import ChatTemplate, load_template
+
+
+NICENESS = 5  # a quarter of a core beside an engine that is busy on it: a grammar may wait, streams do not
 
 
 class WorkerOptions(msgspec.Struct, frozen=True):
@@ -83,6 +87,7 @@ class ModelJobs:
 
 def main(options: str, descriptor: str) -> None:
     belong_to_the_server()
+    os.nice(NICENESS)
     worker_options = msgspec.json.decode(options, type=WorkerOptions)
     jobs = ModelJobs(worker_options)
     serve_jobs(socket.socket(fileno=int(descriptor)), jobs.prepare, worker_options.memory_bytes)
