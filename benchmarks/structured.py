@@ -7,12 +7,14 @@ on a server that has just started and has built nothing for grammars, while the 
 
 import argparse
 import asyncio
+import contextlib
 import itertools
+import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from itertools import count
@@ -28,7 +30,7 @@ from server import Server, serving
 
 from jilju.assemble.engine import build_engine, open_model, resolve_engine
 from jilju.bench.bars import FirstGrammarFigures, HostileFigures, MaskFigures, StructuredFigures
-from jilju.bench.guard import Guard
+from jilju.bench.guard import CpuTimes, Guard, read_cpu_times
 from jilju.bench.report import table_of
 from jilju.config import engine_config
 from jilju.engine.grammars import Grammars
@@ -205,6 +207,20 @@ async def phase(
     return Phase(gaps, sent)
 
 
+def family_times(pids: Sequence[int]) -> CpuTimes:
+    """As the guard reads them, with what the processes' children take and took: workers come and go."""
+    times, own_ticks = read_cpu_times(()), 0
+    family = [os.getpid(), *pids]
+    for pid in family:  # grows
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+            for task in Path(f"/proc/{pid}/task").iterdir():
+                children = map(int, (task / "children").read_text().split())
+                family += [child for child in children if child not in family]
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            own_ticks += sum(map(int, fields[11:15]))
+    return msgspec.structs.replace(times, own=own_ticks / os.sysconf("SC_CLK_TCK"))
+
+
 QUESTION = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1, "stream": False}
 
 
@@ -294,7 +310,7 @@ def measure_first(model: str, num_starts: int) -> FirstGrammarFigures:
     firsts, others = [], []
     for _ in range(num_starts):
         with serving(model, "--context", str(CONTEXT), "--kv-memory", "1GiB") as server:
-            before = Guard(1.0).run(lambda: asyncio.run(first_grammar(server, rng)), server.pids)
+            before = Guard(1.0, read=family_times).run(lambda: asyncio.run(first_grammar(server, rng)), server.pids)
             firsts.append(before.value)
             others.append(before.others_share)
     return FirstGrammarFigures(
@@ -324,13 +340,17 @@ def main() -> None:
     parts = arguments.parts or PARTS
     if unknown := set(parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))}: no such part; allowed: {', '.join(PARTS)}")
-    guard = Guard(arguments.max_others / 100)
+    max_others = arguments.max_others / 100
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 180)
-    masks = measure_masks(arguments.model, arguments.rows, arguments.rounds, guard) if "masks" in parts else None
+    masks = (
+        measure_masks(arguments.model, arguments.rows, arguments.rounds, Guard(max_others))
+        if "masks" in parts
+        else None
+    )
     hostile_figures, sent = None, list[Sent]()
     if "hostile" in parts:
         hostile_figures, sent = measure_hostile(
-            arguments.model, arguments.turns, arguments.phase, arguments.rate, guard
+            arguments.model, arguments.turns, arguments.phase, arguments.rate, Guard(max_others, read=family_times)
         )
     first = measure_first(arguments.model, arguments.starts) if "first" in parts else None
     show(console, StructuredFigures(masks=masks, hostile=hostile_figures, first=first), sent)
