@@ -379,6 +379,15 @@ def test_a_lark_grammar_without_a_bound_is_too_complex(lark):
         matcher_of(GrammarSource("lark", lark))
 
 
+@pytest.mark.parametrize("length", range(8))  # each is tried in steps of its own
+def test_a_grammar_that_comes_apart_on_some_ways_only_is_too_complex(length):
+    """After an a nothing follows; after a b too much may."""
+    rules = "\n".join(f'r{number}: "c" /[a-z]{{1,40}}/ "{number}"' for number in range(2500))
+    start = f'start: "a" | "b" ({" | ".join(f"r{number}" for number in range(2500))})'
+    with pytest.raises(GrammarTooComplex):
+        matcher_of(GrammarSource("lark", f"{start}\n{rules}\n//{'x' * length}"))
+
+
 @given(st.text(alphabet='start:ab|"()[]{}*+?~ \n/\\%#.,0-', max_size=60))
 @settings(max_examples=300, deadline=None)
 def test_no_text_brings_the_reader_of_lark_down(text):
