@@ -212,6 +212,8 @@ async def test_unknown_fields_at_every_depth(connect: Connect) -> None:
         ({"messages": [assistant | {"tool_calls": [CALL | {"type": "custom"}]}]}, "unsupported_parameter", "messages[0].tool_calls[0].type"),
         ({"messages": [assistant | {"tool_calls": [CALL | {"function": {"name": "f", "arguments": "[1]"}}]}]},
          "invalid_value", "messages[0].tool_calls[0].function.arguments"),
+        ({"messages": [assistant | {"content": "a", "reasoning": "b", "reasoning_content": "c"}]}, "conflicting_parameters",
+         "messages[0].reasoning_content"),
         (chat_body(tools=[{"type": "web_search"}]), "unsupported_parameter", "tools[0].type"),
         (chat_body(tools=[{"type": "function", "function": {"name": "f", "x": 1}}]), "unknown_parameter", "tools[0].function.x"),
         (chat_body(tools=[TOOL, TOOL]), "invalid_value", "tools[1].function.name"),
@@ -342,7 +344,7 @@ async def test_a_model_without_a_template_completes_and_does_not_chat(connect: C
         models = (await http.get("/v1/models")).json()
         assert (await http.post(COMPLETIONS, json={"prompt": "x"})).status_code == 200
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "template_error")
-    assert models["data"][0]["jilju"]["features"] == ["completions"]
+    assert models["data"][0]["jilju"]["features"] == ["completions", "structured_outputs"]
 
 
 async def test_tokenize_and_detokenize(connect: Connect) -> None:

@@ -19,7 +19,6 @@ from jilju.text.gguf_tokenizer import load_token_table
 from jilju.text.grammar import to_llguidance
 from jilju.text.template import ChatTemplate, load_template
 
-
 NICENESS = 5  # a quarter of a core beside an engine that is busy on it: a grammar may wait, streams do not
 
 

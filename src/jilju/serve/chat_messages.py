@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from jilju.errors import InvalidValue, MissingParameter, UnsupportedContent, UnsupportedParameter
+from jilju.errors import ConflictingParameters, InvalidValue, MissingParameter, UnsupportedContent, UnsupportedParameter
 from jilju.serve.errors import shown
 from jilju.serve.fields import ANY, Rules, refuse, take_fields
 
@@ -134,6 +134,14 @@ def check_messages(messages: Sequence[Message]) -> None:
         if message.role == "tool" and message.tool_call_id is None:
             raise MissingParameter(
                 f"{path}.tool_call_id is missing; say which call this is the result of", param=f"{path}.tool_call_id"
+            )
+        if (
+            None not in (message.reasoning, message.reasoning_content)
+            and message.reasoning != message.reasoning_content
+        ):
+            raise ConflictingParameters(
+                f"{path} has different texts in reasoning and reasoning_content, two names of the same; give one of them",
+                param=f"{path}.reasoning_content",
             )
         if message.tool_calls and message.role != "assistant":
             raise refuse(f"{path}.tool_calls", f"calls of the role {message.role}", "calls of the role assistant")

@@ -161,18 +161,16 @@ class ChatRenderer:
     def _logprobs(self, delta: Delta) -> ContentLogprobs | None:
         if self._head.logprobs is None or not delta.tokens:
             return None
-        return {"content": [self.token_entry(token) for token in delta.tokens], "refusal": None}
+        return {"content": [token_logprob(self._texts, token) for token in delta.tokens], "refusal": None}
 
-    def token_entry(self, token: TokenEvent) -> TokenLogprob:
-        top = [self._entry(token_id, logprob) for token_id, logprob in token.top or ()]
-        return {**self._entry(token.token_id, token.logprob), "top_logprobs": top}
 
-    def _entry(self, token_id: int, logprob: float | None) -> TopLogprob:
-        return {
-            "token": self._texts.text_of(token_id),
-            "logprob": finite(logprob),
-            "bytes": list(self._texts.bytes_of(token_id)),
-        }
+def token_logprob(texts: TokenTexts, token: TokenEvent) -> TokenLogprob:
+    top = [_logprob_of(texts, token_id, logprob) for token_id, logprob in token.top or ()]
+    return {**_logprob_of(texts, token.token_id, token.logprob), "top_logprobs": top}
+
+
+def _logprob_of(texts: TokenTexts, token_id: int, logprob: float | None) -> TopLogprob:
+    return {"token": texts.text_of(token_id), "logprob": finite(logprob), "bytes": list(texts.bytes_of(token_id))}
 
 
 def call_id_of(choice: Choice, call: int) -> str:

@@ -10,11 +10,13 @@ from starlette.responses import Response
 
 from jilju.errors import ModelNotFound
 from jilju.serve.answer_types import ModelEntry, ModelList
+from jilju.serve.context import ServerContext
 from jilju.serve.errors import shown
 from jilju.serve.health import json_response
 from jilju.serve.openai_completions import MAX_PROMPTS
 from jilju.serve.sampling import MAX_CHOICES, MAX_DEADLINE_MS, MAX_SEQUENCES, MAX_STOP_CHARS, MAX_STOPS
 from jilju.serve.server import Server
+from jilju.text.reasoning import reasoning_of
 
 
 def model_entry(server: Server) -> ModelEntry:
@@ -52,9 +54,20 @@ def model_entry(server: Server) -> ModelEntry:
             "quantization": context.quantization,
             "kernel_set": None if info is None else info.kernel_set,
             "deterministic": None if info is None else info.invariant,
-            "features": ["completions", *(["chat"] if context.template is not None else [])],
+            "features": features_of(context),
         },
     }
+
+
+def features_of(context: ServerContext) -> list[str]:
+    """What calls can ask of the model, by the names of routes and fields."""
+    features = ["completions"]
+    if context.template is not None:
+        features += ["chat", "responses", "messages"]
+        features += ["reasoning"] if reasoning_of(context.template.source) is not None else []
+    if context.workers is not None:
+        features += ["structured_outputs", *(["tools"] if context.template is not None else [])]
+    return features
 
 
 async def list_models(server: Server, request: Request) -> Response:

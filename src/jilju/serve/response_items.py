@@ -10,9 +10,9 @@ from itertools import accumulate
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 from jilju.engine.request import TokenEvent
-from jilju.serve.answer import Head, TokenTexts, finite
-from jilju.serve.answer_types import TokenLogprob, TopLogprob
-from jilju.serve.chat_shape import call_id_of
+from jilju.serve.answer import Head, TokenTexts
+from jilju.serve.answer_types import TokenLogprob
+from jilju.serve.chat_shape import call_id_of, token_logprob
 from jilju.serve.generation import Delta
 from jilju.serve.response_types import (
     OutputCall,
@@ -257,15 +257,4 @@ class Output:
         first = bisect_right(ends, start)
         last = bisect_left(ends, start + len(wanted)) + 1
         tokens, self._waiting = self._waiting[first:last], self._waiting[last:]
-        return [self._token_entry(token) for token in tokens]
-
-    def _token_entry(self, token: TokenEvent) -> TokenLogprob:
-        top = [self._entry(token_id, logprob) for token_id, logprob in token.top or ()]
-        return {**self._entry(token.token_id, token.logprob), "top_logprobs": top}
-
-    def _entry(self, token_id: int, logprob: float | None) -> TopLogprob:
-        return {
-            "token": self._texts.text_of(token_id),
-            "logprob": finite(logprob),
-            "bytes": list(self._texts.bytes_of(token_id)),
-        }
+        return [token_logprob(self._texts, token) for token in tokens]
