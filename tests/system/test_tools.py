@@ -112,8 +112,16 @@ def test_several_required_calls_are_all_valid(url):
         assert answer.calls and answer.finish_reason in ("tool_calls", "length")
 
 
+@needs_qwen
+def test_the_default_model_calls_by_itself(qwen_server):
+    answers = ask_both_ways(qwen_server.url, [body_of(1, question) for question in ASKED])
+    for answer in answers:
+        check_calls(answer)
+    assert sum(answer.finish_reason == "tool_calls" for answer in answers) >= 2, answers
+
+
 def test_a_call_that_the_model_chooses_is_one(url):
-    """Whatever it is asked, and at temperatures where it writes nearly anything. These models do not call by themselves, so half
+    """Whatever it is asked, and at temperatures where it writes nearly anything. Not every model here calls by itself, so half
     of the time the tokens of a call's beginning are made likely."""
     ids = httpx.post(url + "/tokenize", json={"prompt": MARKUP}).json()["tokens"]
     bias = {str(token_id): 40 / len(ids) for token_id in ids}

@@ -19,6 +19,7 @@ from jilju.text.tools.spec import ToolSpec
 Messages = Sequence[Mapping[str, Any]]
 
 READS_TOOLS = re.compile(r"\{%-?[^%]*\b(?:if|in|not|and|or)\s+tools\b|\{\{-?\s*tools\b")  # the variable, not the word
+FENCE = "/```(json)?/"  # what begins a code block, in a grammar
 
 
 class ToolFamily:
@@ -69,7 +70,8 @@ class ToolFamily:
 
 
 class Hermes(ToolFamily):
-    """<tool_call>{"name": …, "arguments": {…}}</tool_call>, on three lines: Hermes, Qwen2.5, Qwen3."""
+    """<tool_call>{"name": …, "arguments": {…}}</tool_call>, on three lines: Hermes, Qwen2.5, Qwen3. An object or a code block
+    of them as the whole answer is a call, too: small models forget the tags."""
 
     name = "hermes"
     open, close = "<tool_call>", "</tool_call>"
@@ -82,10 +84,13 @@ class Hermes(ToolFamily):
         rules.objects(tools, "arguments")
         rules.marker("open", self.open)
         rules.marker("close", self.close)
-        rules.text_to("to_open", self.open)
         rules.add("body", r'"\n" object "\n" close')
         rules.add("calls", r'open body ("\n" open body)*' if parallel else "open body")
-        rules.add("answer", *(["(to_open body)* ANY"] if parallel else ["to_open body", "ANY"]))
+        add_first_objects(rules, tools, "arguments", fence=FENCE)
+        rules.text_to("to_open", self.open, before="TEXT")
+        rules.text_to("to_next", self.open)
+        more, others = (r'("\n" object)*', "(to_next body)* ANY") if parallel else ("", "")
+        rules.add("answer", f"first {more}", rf'fenced {more} "\n```"', f"to_open body {others}", "TEXT")
 
 
 class Generic(Hermes):
@@ -144,7 +149,7 @@ class Gemma(ToolFamily):
         rules.objects(tools, "parameters")
         rules.add("body", rf'"\n" object {more} "\n```"')
         rules.add("calls", f"{quoted(self.fence)} body")
-        add_first_objects(rules, tools, "parameters", fence="/```(json)?/")
+        add_first_objects(rules, tools, "parameters", fence=FENCE)
         rules.text_to("to_fence", self.fence, before="TEXT")
         rules.add("answer", f"first {more}", rf'fenced {more} "\n```"', "to_fence body", "TEXT")
 

@@ -12,24 +12,6 @@ from jilju.text.tools.spec import ToolSpec
 FENCE_LANGUAGES = ("", "json", "tool_code")
 
 
-class TaggedParser(CallParser):
-    """<tool_call>{…}</tool_call>, anywhere in the answer."""
-
-    def __init__(self, tools: Sequence[ToolSpec], open_: str, close: str):
-        super().__init__(tools)
-        self.marker = Marker(open_)
-        self._close = close
-
-    def _marked_calls(self) -> Reading[None]:
-        yield from self._space()
-        yield from self._object()
-        self._discard()
-        yield from self._space()
-        if (yield from self._peek()):
-            yield from self._literal(self._close)
-            yield from self._skip_all_of(SPACE)
-
-
 class BareParser(CallParser):
     """{…} as the whole answer, or after a marker: one call or several, with `;` or a new line between. With fences a code
     block may be around them."""
@@ -67,6 +49,24 @@ class BareParser(CallParser):
     def _fence_end(self) -> Reading[None]:
         if (yield from self._peek()):
             yield from self._literal("```")
+            yield from self._skip_all_of(SPACE)
+
+
+class TaggedParser(BareParser):
+    """<tool_call>{…}</tool_call>, anywhere in the answer. Small models forget the tags: an object or a code block as the
+    beginning of the answer is a call, too."""
+
+    def __init__(self, tools: Sequence[ToolSpec], open_: str, close: str):
+        super().__init__(tools, open_, fences=True)
+        self._close = close
+
+    def _marked_calls(self) -> Reading[None]:
+        yield from self._space()
+        yield from self._object()
+        self._discard()
+        yield from self._space()
+        if (yield from self._peek()):
+            yield from self._literal(self._close)
             yield from self._skip_all_of(SPACE)
 
 
