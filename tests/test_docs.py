@@ -14,8 +14,8 @@ from jilju.errors import JiljuError, StartupError
 from jilju.formats.ggml import GgmlType
 from jilju.model.sources import MODELS
 from jilju.model.spec import FAMILIES
-from jilju.serve.chat_messages import MESSAGE, PART
-from jilju.serve.openai_chat import CHAT
+from jilju.serve.chat.api import CHAT
+from jilju.serve.chat.messages import MESSAGE, PART
 from jilju.serve.openai_completions import COMPLETION
 from jilju.serve.sampling import STREAM_OPTIONS
 

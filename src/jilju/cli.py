@@ -145,8 +145,8 @@ def serve(model: str | None, accept_licence: str | None, **flags: Any) -> None:
       jilju serve smollm2-135m --port 9000
       JILJU_API_KEY=team=some-long-secret jilju serve ./model.gguf --host 0.0.0.0 --allow-host chat.example.org
     """
-    from jilju.serve.auth import check_bind
-    from jilju.serve.key_file import keys_of
+    from jilju.serve.door.auth import check_bind
+    from jilju.serve.door.key_file import keys_of
 
     config = resolve_serve_config(model, flags)
     check_bind(config.host, keys_of(config), config.insecure)  # before a model is fetched for nothing

@@ -17,13 +17,13 @@ import httpx
 import msgspec
 
 from jilju.clock import VirtualClock
-from jilju.serve.anthropic_messages import MESSAGES
 from jilju.serve.app import app_of
+from jilju.serve.chat.api import CHAT
 from jilju.serve.embeddings import EMBEDDING
 from jilju.serve.fields import ANY, Rules
-from jilju.serve.openai_chat import CHAT
+from jilju.serve.messages.api import MESSAGES
 from jilju.serve.openai_completions import COMPLETION
-from jilju.serve.response_fields import RESPONSE
+from jilju.serve.responses.fields import RESPONSE
 from jilju.serve.server import make_server
 from jilju.serve.tokenize import DETOKENIZE, TOKENIZE
 from jilju.text.template import ChatTemplate

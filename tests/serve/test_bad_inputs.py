@@ -18,7 +18,7 @@ import pytest
 from jsonschema.protocols import Validator
 
 from jilju.clock import VirtualClock
-from jilju.serve.openapi import describe
+from jilju.serve.openapi.route import describe
 from jilju.text.template import ChatTemplate
 
 from .conftest import Connect

@@ -13,10 +13,10 @@ import msgspec
 import pytest
 
 from jilju.config import ApiKey
+from jilju.serve.door.transport import Transport
 from jilju.serve.endings import MAX_ENDINGS, Endings
 from jilju.serve.ledger import Call
 from jilju.serve.server import Server
-from jilju.serve.transport import Transport
 
 from .conftest import Connect
 from .stub import ByteTokenizer, StubClient

@@ -11,8 +11,8 @@ import pytest
 
 from jilju.config import ApiKey
 from jilju.errors import ConfigError
-from jilju.serve.auth import check_bind, host_name, same_origin
 from jilju.serve.context import ServeLimits
+from jilju.serve.door.auth import check_bind, host_name, same_origin
 
 from .conftest import Connect
 from .stub import ByteTokenizer, StubClient

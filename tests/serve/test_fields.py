@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jilju.clock import VirtualClock
-from jilju.serve.openai_chat import CHAT as CHAT_RULES
+from jilju.serve.chat.api import CHAT as CHAT_RULES
 from jilju.serve.openai_completions import COMPLETION as COMPLETION_RULES
 from jilju.serve.sampling import NO_OPS, UNSUPPORTED
 

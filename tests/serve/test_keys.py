@@ -15,8 +15,8 @@ from starlette.routing import Route
 from jilju.config import ALL_SCOPES, ApiKey, KeyScope, ServeConfig
 from jilju.errors import ConfigError, InvalidValue
 from jilju.serve.app import app_of
-from jilju.serve.auth import KeyRing, cache_salt, priority_of
-from jilju.serve.key_file import keys_of, read_key_file
+from jilju.serve.door.auth import KeyRing, cache_salt, priority_of
+from jilju.serve.door.key_file import keys_of, read_key_file
 from jilju.serve.server import make_server
 
 from .conftest import Connect

@@ -11,8 +11,8 @@ import pytest
 from jilju.clock import VirtualClock
 from jilju.config import ApiKey
 from jilju.engine.request import Request, RequestFailed
-from jilju.serve.auth import cache_salt
 from jilju.serve.context import ServeLimits
+from jilju.serve.door.auth import cache_salt
 from jilju.serve.sampling import choice_seed
 from jilju.serve.server import Server
 

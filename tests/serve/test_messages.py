@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from jilju.engine.request import EngineEvent, Request, TokenEvent
 from jilju.serve.context import ServeLimits
-from jilju.serve.messages_shape import whole_object
+from jilju.serve.messages.shape import whole_object
 from jilju.serve.sealed import sealed
 from jilju.text.history import History
 from jilju.text.template import ChatTemplate

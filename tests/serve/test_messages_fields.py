@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from jilju.clock import VirtualClock
 from jilju.config import ApiKey
 from jilju.engine.request import RequestFailed
-from jilju.serve.anthropic_messages import MESSAGES as RULES
-from jilju.serve.anthropic_messages import OF_CHAT, OWN, SHARED, TOOL
+from jilju.serve.chat.api import ChatFields
 from jilju.serve.context import ServeLimits
 from jilju.serve.errors import MESSAGE_TYPES
-from jilju.serve.message_blocks import BLOCKS, OTHER_BLOCKS
-from jilju.serve.openai_chat import ChatFields
+from jilju.serve.messages.api import MESSAGES as RULES
+from jilju.serve.messages.api import OF_CHAT, OWN, SHARED, TOOL
+from jilju.serve.messages.blocks import BLOCKS, OTHER_BLOCKS
 from jilju.serve.sealed import sealed
 from jilju.text.template import ChatTemplate
 from tests.test_docs import names, rows, section

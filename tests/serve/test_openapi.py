@@ -11,10 +11,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jilju.serve.app import app_of
-from jilju.serve.field_texts import FIELD_TEXTS
-from jilju.serve.gate import OPEN_PATHS
-from jilju.serve.openapi import describe
-from jilju.serve.openapi_schemas import RULES
+from jilju.serve.door.gate import OPEN_PATHS
+from jilju.serve.openapi.route import describe
+from jilju.serve.openapi.schemas import RULES
+from jilju.serve.openapi.texts import FIELD_TEXTS
 from jilju.serve.server import make_server
 
 from .conftest import Connect

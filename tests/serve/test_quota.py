@@ -10,8 +10,8 @@ from jilju.clock import VirtualClock
 from jilju.config import ApiKey
 from jilju.engine.request import RequestTimes
 from jilju.errors import RateLimitExceeded
+from jilju.serve.door.quota import PERIOD_NS, Bucket, Quotas, tokens_to_charge
 from jilju.serve.ledger import Call, Ledger
-from jilju.serve.quota import PERIOD_NS, Bucket, Quotas, tokens_to_charge
 
 MINUTE_NS = PERIOD_NS["minute"]
 RAN = RequestTimes(queued_ns=1, scheduled_ns=2)

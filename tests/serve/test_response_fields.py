@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from jilju.clock import VirtualClock
 from jilju.engine.request import Request
-from jilju.serve.response_fields import RESPONSE
+from jilju.serve.responses.fields import RESPONSE
 from jilju.serve.sampling import UNSUPPORTED
 from jilju.serve.sealed import sealed, unsealed
 from jilju.text.template import ChatTemplate

@@ -16,8 +16,8 @@ from jilju.engine.request import Request, RequestFailed, TokenEvent
 from jilju.serve.answer import CompletionTokensDetails, Head, PromptTokensDetails, TokenTexts, Usage
 from jilju.serve.context import SamplingDefaults, ServeLimits
 from jilju.serve.generation import Choice, Delta
-from jilju.serve.response_items import Output
-from jilju.serve.responses_shape import ResponseRenderer
+from jilju.serve.responses.items import Output
+from jilju.serve.responses.shape import ResponseRenderer
 from jilju.serve.sealed import sealed, unsealed
 from jilju.text.message import Part
 from jilju.text.template import ChatTemplate

@@ -13,11 +13,12 @@ import pytest
 from jilju.config import ApiKey
 from jilju.engine.request import EngineEvent, Request, RequestTimes, SamplingParams
 from jilju.errors import InvalidGrammar, JiljuError
-from jilju.serve import chat_prompt, tool_fields
 from jilju.serve.answer import usage_so_far
+from jilju.serve.chat import prompt as chat_prompt
+from jilju.serve.chat import tools as tool_fields
+from jilju.serve.chat.api import ChatApi, parse_chat
 from jilju.serve.errors import MAX_ECHO, message_error
 from jilju.serve.generation import Choice
-from jilju.serve.openai_chat import ChatApi, parse_chat
 from jilju.serve.openai_completions import CompletionApi
 from jilju.text.grammar import GrammarSource, to_llguidance
 from jilju.text.stream import TextStream

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from jilju.serve.context import ServeLimits
-from jilju.serve.transport import MAX_CHUNKS, Transport
+from jilju.serve.door.transport import MAX_CHUNKS, Transport
 
 from .stub import ByteTokenizer, StubClient
 from .test_answers import CHAT, chat_body

@@ -18,7 +18,7 @@ from jilju.assemble.text import ModelText, load_text
 from jilju.assemble.worker_process import WorkerOptions, worker_command
 from jilju.config import ServeConfig
 from jilju.serve.context import SamplingDefaults, ServerContext
-from jilju.serve.key_file import keys_of
+from jilju.serve.door.key_file import keys_of
 from jilju.serve.request_log import make_formatter
 from jilju.serve.runner import run_server
 from jilju.serve.workers import Workers

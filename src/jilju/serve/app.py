@@ -17,18 +17,18 @@ from starlette.routing import Route
 from jilju.config import KeyScope
 from jilju.errors import JiljuError, MethodNotAllowed, RouteNotFound
 from jilju.serve import embeddings, health, models, render, tokenize
-from jilju.serve.anthropic_messages import MessagesApi
 from jilju.serve.api import Api
 from jilju.serve.cancel import CancelRoute
+from jilju.serve.chat.api import ChatApi
 from jilju.serve.context import ServerContext
-from jilju.serve.count_tokens import count_tokens
+from jilju.serve.door.gate import Gate, NeedsScope
 from jilju.serve.errors import shown
-from jilju.serve.gate import Gate, NeedsScope
 from jilju.serve.generate_route import GenerateRoute
-from jilju.serve.openai_chat import ChatApi
+from jilju.serve.messages.api import MessagesApi
+from jilju.serve.messages.count_tokens import count_tokens
 from jilju.serve.openai_completions import CompletionApi
-from jilju.serve.openai_responses import ResponsesApi
-from jilju.serve.openapi import OpenapiRoute
+from jilju.serve.openapi.route import OpenapiRoute
+from jilju.serve.responses.api import ResponsesApi
 from jilju.serve.server import Server, make_server
 from jilju.serve.view_files import ViewRoutes, load_view
 

@@ -11,8 +11,8 @@ from starlette.responses import Response
 
 from jilju.errors import RequestCancelled, RequestNotFound
 from jilju.serve.answer_types import Cancelled
+from jilju.serve.door.gate import arrival_of
 from jilju.serve.errors import shown
-from jilju.serve.gate import arrival_of
 from jilju.serve.health import json_response
 from jilju.serve.ledger import Call, CallState
 from jilju.serve.server import Server

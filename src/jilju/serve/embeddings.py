@@ -15,9 +15,9 @@ from starlette.requests import Request
 from jilju.errors import ContextLengthExceeded, EmptyPrompt, InvalidValue, UnsupportedTask
 from jilju.serve.body import read_fields
 from jilju.serve.context import ServerContext
+from jilju.serve.door.gate import ignored_of
 from jilju.serve.errors import shown
 from jilju.serve.fields import ANY, Rules, convert, refuse, take_fields
-from jilju.serve.gate import ignored_of
 from jilju.serve.sampling import TokenId, check_model
 from jilju.serve.server import Server
 

@@ -27,15 +27,16 @@ from jilju.errors import (
 )
 from jilju.serve.answer import Head, Renderer, usage_so_far
 from jilju.serve.api import Api
-from jilju.serve.auth import cache_salt, priority_of
 from jilju.serve.body import ClientLeft, read_fields
 from jilju.serve.context import ServerContext
 from jilju.serve.deadlines import Deadlines, HeaderTimes, header_times, make_deadlines
-from jilju.serve.gate import Arrival, arrival_of, ignored_of
+from jilju.serve.door.auth import cache_salt, priority_of
+from jilju.serve.door.gate import Arrival, arrival_of, ignored_of
+from jilju.serve.door.quota import tokens_to_charge
+from jilju.serve.door.transport import ABORT
 from jilju.serve.generation import Choice, EncodedPrompt, Generation, Together
 from jilju.serve.ledger import CLIENT_LEFT_STATUS, Call, state_of
 from jilju.serve.places import Places
-from jilju.serve.quota import tokens_to_charge
 from jilju.serve.sampling import (
     GenerationFields,
     check_is_run,
@@ -49,7 +50,6 @@ from jilju.serve.sampling import (
 from jilju.serve.server import Server
 from jilju.serve.stream import Writer
 from jilju.serve.timings import Marks, Timings, make_timings
-from jilju.serve.transport import ABORT
 from jilju.text.grammar import GrammarSource
 from jilju.text.history import RememberedStream
 from jilju.text.stops import StopStrings

@@ -29,7 +29,7 @@ from jilju.serve.answer import (
     prompt_fields,
 )
 from jilju.serve.answer_types import TextChoice, TextLogprobs
-from jilju.serve.chat_prompt import OFF_LOOP_CHARS
+from jilju.serve.chat.prompt import OFF_LOOP_CHARS
 from jilju.serve.context import ServerContext
 from jilju.serve.fields import Rules, refuse
 from jilju.serve.generation import Choice, Delta, EncodedPrompt

@@ -16,16 +16,16 @@ from starlette.responses import Response
 
 from jilju.serve.answer_types import Rendered, RenderedMessage
 from jilju.serve.api import Api
-from jilju.serve.auth import cache_salt
 from jilju.serve.body import read_fields
-from jilju.serve.chat_messages import template_messages
-from jilju.serve.chat_prompt import conversation, template_for
+from jilju.serve.chat.api import ChatApi, ChatFields, render_options
+from jilju.serve.chat.messages import template_messages
+from jilju.serve.chat.prompt import conversation, template_for
 from jilju.serve.context import ServerContext
-from jilju.serve.gate import arrival_of, ignored_of
+from jilju.serve.door.auth import cache_salt
+from jilju.serve.door.gate import arrival_of, ignored_of
 from jilju.serve.generate_route import compiled
 from jilju.serve.generation import EncodedPrompt
 from jilju.serve.health import json_response
-from jilju.serve.openai_chat import ChatApi, ChatFields, render_options
 from jilju.serve.openai_completions import CompletionApi
 from jilju.serve.sampling import GenerationFields, check_model, end_ids, sampling_params
 from jilju.serve.server import Server

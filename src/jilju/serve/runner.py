@@ -18,8 +18,8 @@ from jilju.engine.client import EngineClient
 from jilju.errors import ConfigError
 from jilju.serve.app import app_of
 from jilju.serve.context import ServerContext
+from jilju.serve.door.transport import protocol_factory
 from jilju.serve.server import Server, make_server
-from jilju.serve.transport import protocol_factory
 
 logger = logging.getLogger("jilju.serve")
 

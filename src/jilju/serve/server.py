@@ -6,13 +6,13 @@ Owns their making, and nothing else; routes are handed one of these. Knows nothi
 from dataclasses import dataclass
 
 from jilju.engine.admission import Admission
-from jilju.serve.auth import KeyRing
 from jilju.serve.context import ServerContext
+from jilju.serve.door.auth import KeyRing
+from jilju.serve.door.quota import Quotas
 from jilju.serve.drain import Drain
 from jilju.serve.endings import Endings
 from jilju.serve.ledger import Ledger
 from jilju.serve.metrics import Metrics
-from jilju.serve.quota import Quotas
 from jilju.serve.request_log import CallLog
 
 

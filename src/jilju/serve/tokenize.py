@@ -17,16 +17,16 @@ from jilju.errors import ConflictingParameters, MissingParameter
 from jilju.serve.answer import token_text
 from jilju.serve.answer_types import Detokenized, Tokenized
 from jilju.serve.body import read_fields
-from jilju.serve.chat_messages import MAX_MESSAGES, Message, check_messages, take_messages, template_messages
-from jilju.serve.chat_prompt import OFF_LOOP_CHARS, check_variables, encode_chat_prompt, template_of
+from jilju.serve.chat.messages import MAX_MESSAGES, Message, check_messages, take_messages, template_messages
+from jilju.serve.chat.prompt import OFF_LOOP_CHARS, check_variables, encode_chat_prompt, template_of
+from jilju.serve.chat.tools import Tools, take_tools, tool_specs
 from jilju.serve.context import ServerContext
+from jilju.serve.door.gate import ignored_of
 from jilju.serve.fields import Rules, convert, take_fields
-from jilju.serve.gate import ignored_of
 from jilju.serve.health import json_response
 from jilju.serve.openai_completions import check_ids
 from jilju.serve.sampling import TokenId, check_model
 from jilju.serve.server import Server
-from jilju.serve.tool_fields import Tools, take_tools, tool_specs
 from jilju.text.template import RenderOptions
 
 

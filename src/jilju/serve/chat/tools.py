@@ -11,7 +11,7 @@ import msgspec
 from msgspec import Meta
 
 from jilju.errors import InvalidValue, UnsupportedParameter
-from jilju.serve.chat_messages import CACHE_MARKS
+from jilju.serve.chat.messages import CACHE_MARKS
 from jilju.serve.errors import MAX_ECHO, shown
 from jilju.serve.fields import Rules, convert, refuse, take_fields
 from jilju.text.tools import ToolSpec

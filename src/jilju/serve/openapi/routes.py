@@ -20,13 +20,13 @@ from jilju.serve.answer_types import (
     Tokenized,
     Version,
 )
+from jilju.serve.chat.api import ChatFields
 from jilju.serve.embeddings import EmbeddingFields
-from jilju.serve.message_types import CountedTokens, MessageAnswer
-from jilju.serve.openai_chat import ChatFields
+from jilju.serve.messages.types import CountedTokens, MessageAnswer
 from jilju.serve.openai_completions import CompletionFields
-from jilju.serve.openapi_schemas import COUNT_BODY, MESSAGES_BODY
-from jilju.serve.response_fields import ResponseFields
-from jilju.serve.response_types import ResponseAnswer
+from jilju.serve.openapi.schemas import COUNT_BODY, MESSAGES_BODY
+from jilju.serve.responses.fields import ResponseFields
+from jilju.serve.responses.types import ResponseAnswer
 from jilju.serve.tokenize import DetokenizeFields, TokenizeFields
 
 Kind = Literal["generates", "reads", "ends", "looks"]

@@ -9,12 +9,12 @@ from functools import partial
 from starlette.requests import Request
 from starlette.responses import Response
 
-from jilju.serve.anthropic_messages import MessagesApi, parse_messages
-from jilju.serve.auth import cache_salt
 from jilju.serve.body import read_fields
-from jilju.serve.gate import arrival_of, ignored_of
+from jilju.serve.door.auth import cache_salt
+from jilju.serve.door.gate import arrival_of, ignored_of
 from jilju.serve.health import json_response
-from jilju.serve.message_types import CountedTokens
+from jilju.serve.messages.api import MessagesApi, parse_messages
+from jilju.serve.messages.types import CountedTokens
 from jilju.serve.sampling import check_model, sampling_params
 from jilju.serve.server import Server
 from jilju.serve.timings import Marks

@@ -14,12 +14,12 @@ from starlette.responses import Response
 
 from jilju.serve.answer_types import ErrorAnswer
 from jilju.serve.deadlines import DEADLINE_HEADER, MAX_QUEUE_HEADER
+from jilju.serve.door.gate import MESSAGES_PATH
 from jilju.serve.errors import BY_CODE
-from jilju.serve.gate import MESSAGES_PATH
-from jilju.serve.message_types import AnsweredText, AnsweredThinking, AnsweredToolUse, MessageErrorAnswer
-from jilju.serve.openapi_routes import ROUTES, Described
-from jilju.serve.openapi_schemas import Schema, make_schemas, schema_of
-from jilju.serve.response_types import OutputCall, OutputMessage, OutputReasoning
+from jilju.serve.messages.types import AnsweredText, AnsweredThinking, AnsweredToolUse, MessageErrorAnswer
+from jilju.serve.openapi.routes import ROUTES, Described
+from jilju.serve.openapi.schemas import Schema, make_schemas, schema_of
+from jilju.serve.responses.types import OutputCall, OutputMessage, OutputReasoning
 from jilju.serve.sampling import MAX_DEADLINE_MS
 from jilju.serve.server import Server
 

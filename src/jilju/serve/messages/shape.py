@@ -17,7 +17,7 @@ from jilju.errors import JiljuError
 from jilju.serve.answer import Head, Usage
 from jilju.serve.errors import message_error
 from jilju.serve.generation import Choice, Delta
-from jilju.serve.message_types import (
+from jilju.serve.messages.types import (
     AnsweredBlock,
     AnsweredText,
     AnsweredThinking,

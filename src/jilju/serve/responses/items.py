@@ -12,9 +12,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from jilju.engine.request import TokenEvent
 from jilju.serve.answer import Head, TokenTexts
 from jilju.serve.answer_types import TokenLogprob
-from jilju.serve.chat_shape import call_id_of, token_logprob
+from jilju.serve.chat.shape import call_id_of, token_logprob
 from jilju.serve.generation import Delta
-from jilju.serve.response_types import (
+from jilju.serve.responses.types import (
     OutputCall,
     OutputItem,
     OutputMessage,

@@ -6,7 +6,7 @@ Owns names and kinds of the response's fields and of its items. Knows nothing of
 from typing import Any, Literal, NotRequired, TypedDict
 
 from jilju.serve.answer_types import TokenLogprob
-from jilju.serve.response_fields import FlatNamedTool, FlatTool, ReasoningFields, TextFormat
+from jilju.serve.responses.fields import FlatNamedTool, FlatTool, ReasoningFields, TextFormat
 from jilju.serve.timings import Timings
 
 Status = Literal["in_progress", "completed", "incomplete", "failed"]

@@ -12,8 +12,8 @@ import msgspec
 
 from jilju.engine.request import MAX_BIAS
 from jilju.plan.batch import MAX_BIASES
-from jilju.serve import anthropic_messages as messages
-from jilju.serve.chat_messages import (
+from jilju.serve.chat.api import CHAT
+from jilju.serve.chat.messages import (
     CALLED_FUNCTION,
     MESSAGE,
     PART,
@@ -22,13 +22,14 @@ from jilju.serve.chat_messages import (
     RefusalPart,
     TextPart,
 )
+from jilju.serve.chat.tools import FUNCTION_TOOL, NAME, NAMED_FUNCTION, NAMED_TOOL, TOOL
 from jilju.serve.embeddings import EMBEDDING
-from jilju.serve.field_texts import FIELD_TEXTS
 from jilju.serve.fields import ANY, Rules
-from jilju.serve.message_blocks import BLOCKS, TURN
-from jilju.serve.openai_chat import CHAT
+from jilju.serve.messages import api as messages
+from jilju.serve.messages.blocks import BLOCKS, TURN
 from jilju.serve.openai_completions import COMPLETION
-from jilju.serve.response_fields import (
+from jilju.serve.openapi.texts import FIELD_TEXTS
+from jilju.serve.responses.fields import (
     FLAT_NAMED_TOOL,
     FLAT_TOOL,
     LOGPROBS,
@@ -38,12 +39,11 @@ from jilju.serve.response_fields import (
     SEALED,
     TEXT,
 )
-from jilju.serve.response_fields import STREAM_OPTIONS as RESPONSE_STREAM_OPTIONS
-from jilju.serve.response_input import ITEM_RULES, PART_RULES
+from jilju.serve.responses.fields import STREAM_OPTIONS as RESPONSE_STREAM_OPTIONS
+from jilju.serve.responses.input import ITEM_RULES, PART_RULES
 from jilju.serve.sampling import LOOP_FIELDS, STREAM_OPTIONS, TOKEN_KEY
 from jilju.serve.structured import JSON_SCHEMA_FORMAT, RESPONSE_FORMAT, STRUCTURED_OUTPUTS
 from jilju.serve.tokenize import DETOKENIZE, TOKENIZE
-from jilju.serve.tool_fields import FUNCTION_TOOL, NAME, NAMED_FUNCTION, NAMED_TOOL, TOOL
 
 REF = "#/components/schemas/{name}"
 Schema = dict[str, Any]

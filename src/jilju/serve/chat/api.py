@@ -15,7 +15,7 @@ from msgspec import Meta
 
 from jilju.errors import ConflictingParameters, InvalidValue, UnsupportedParameter
 from jilju.serve.answer import Head, Renderer, TokenTexts
-from jilju.serve.chat_messages import (
+from jilju.serve.chat.messages import (
     MAX_MESSAGES,
     Message,
     check_messages,
@@ -24,8 +24,9 @@ from jilju.serve.chat_messages import (
     take_messages,
     template_messages,
 )
-from jilju.serve.chat_prompt import check_variables, encode_chat_prompt, template_for, template_source
-from jilju.serve.chat_shape import ChatRenderer
+from jilju.serve.chat.prompt import check_variables, encode_chat_prompt, template_for, template_source
+from jilju.serve.chat.shape import ChatRenderer
+from jilju.serve.chat.tools import Calls, ToolChoice, Tools, calls_of, take_choice, take_tools, tool_specs
 from jilju.serve.context import ServerContext
 from jilju.serve.errors import shown
 from jilju.serve.fields import Rules
@@ -42,7 +43,6 @@ from jilju.serve.sampling import (
 )
 from jilju.serve.structured import format_grammar, only_one, outputs_grammar
 from jilju.serve.timings import Marks
-from jilju.serve.tool_fields import Calls, ToolChoice, Tools, calls_of, take_choice, take_tools, tool_specs
 from jilju.text.grammar import GrammarSource
 from jilju.text.message import MessageParser, PlainText
 from jilju.text.reasoning import ReasoningStyle, reasoning_of

@@ -9,7 +9,7 @@ import re
 from starlette.datastructures import Headers
 
 from jilju.errors import Forbidden
-from jilju.serve.auth import same_origin
+from jilju.serve.door.auth import same_origin
 from jilju.serve.errors import shown
 
 ANY_ORIGIN = "*"

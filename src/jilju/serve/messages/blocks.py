@@ -12,7 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from jilju.errors import InvalidValue, UnsupportedContent
-from jilju.serve.chat_messages import MAX_MESSAGES, CalledFunction, Message, ToolCall
+from jilju.serve.chat.messages import MAX_MESSAGES, CalledFunction, Message, ToolCall
 from jilju.serve.errors import shown
 from jilju.serve.fields import ANY, Rules, refuse, take_fields
 from jilju.serve.sealed import unsealed

@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Meta
 
 from jilju.errors import InvalidValue, MissingParameter, UnsupportedContent, UnsupportedParameter
-from jilju.serve.chat_messages import (
+from jilju.serve.chat.messages import (
     CACHE_MARKS,
     MAX_MESSAGES,
     MEDIA_PARTS,

@@ -12,13 +12,13 @@ import msgspec
 from msgspec import Meta
 
 from jilju.errors import InvalidValue, UnsupportedParameter
-from jilju.serve.chat_messages import CACHE_MARKS
+from jilju.serve.chat.api import Effort
+from jilju.serve.chat.messages import CACHE_MARKS
+from jilju.serve.chat.tools import MAX_TOOLS, check_type
 from jilju.serve.errors import shown
 from jilju.serve.fields import Rules, convert, refuse, take_fields
-from jilju.serve.openai_chat import Effort
-from jilju.serve.response_input import Items, take_items
+from jilju.serve.responses.input import Items, take_items
 from jilju.serve.sampling import NO_OPS, UNSUPPORTED, Count, GenerationFields, take_generation_fields
-from jilju.serve.tool_fields import MAX_TOOLS, check_type
 
 LOGPROBS, SEALED = "message.output_text.logprobs", "reasoning.encrypted_content"
 OTHER_INCLUDES = frozenset({"file_search_call.results", "web_search_call.results", "web_search_call.action.sources",

@@ -12,8 +12,8 @@ import msgspec
 from jilju.errors import JiljuError
 from jilju.serve.answer import WAIT, Head, Usage
 from jilju.serve.generation import Choice, Delta
-from jilju.serve.response_items import Output
-from jilju.serve.response_types import ResponseAnswer, ResponseSettings, ResponseUsage, Status
+from jilju.serve.responses.items import Output
+from jilju.serve.responses.types import ResponseAnswer, ResponseSettings, ResponseUsage, Status
 from jilju.serve.timings import Timings
 
 

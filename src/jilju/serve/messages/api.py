@@ -14,14 +14,25 @@ from msgspec import Meta
 
 from jilju.errors import ConflictingParameters, MissingParameter, UnsupportedParameter
 from jilju.serve.answer import Head, Renderer
-from jilju.serve.chat_prompt import template_source
+from jilju.serve.chat.api import MAX_DOCUMENTS, ChatApi, ChatFields, Effort
+from jilju.serve.chat.prompt import template_source
+from jilju.serve.chat.tools import (
+    MAX_TOOLS,
+    FunctionTool,
+    NamedFunction,
+    NamedTool,
+    Tool,
+    ToolChoice,
+    check_parameters,
+    tool_specs,
+    unknown_tool,
+)
 from jilju.serve.context import ServerContext
 from jilju.serve.errors import shown
 from jilju.serve.fields import Rules, convert, refuse, take_fields
 from jilju.serve.generation import Choice, EncodedPrompt
-from jilju.serve.message_blocks import CACHE_MARK, System, Turn, conversation_of, take_blocks, take_turns
-from jilju.serve.messages_shape import MessagesRenderer
-from jilju.serve.openai_chat import MAX_DOCUMENTS, ChatApi, ChatFields, Effort
+from jilju.serve.messages.blocks import CACHE_MARK, System, Turn, conversation_of, take_blocks, take_turns
+from jilju.serve.messages.shape import MessagesRenderer
 from jilju.serve.sampling import (
     MAX_STOPS,
     NO_OPS,
@@ -34,17 +45,6 @@ from jilju.serve.sampling import (
 )
 from jilju.serve.structured import JsonSchemaFormat, ResponseFormat, schema_grammar
 from jilju.serve.timings import Marks
-from jilju.serve.tool_fields import (
-    MAX_TOOLS,
-    FunctionTool,
-    NamedFunction,
-    NamedTool,
-    Tool,
-    ToolChoice,
-    check_parameters,
-    tool_specs,
-    unknown_tool,
-)
 from jilju.text.reasoning import reasoning_of
 
 

@@ -14,9 +14,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jilju.config import ApiKey, KeyScope
 from jilju.errors import Forbidden, InternalError, InvalidApiKey, JiljuError
-from jilju.serve.auth import LOOPBACK_HOSTS, check_scope, host_name, presented_keys
 from jilju.serve.body import ClientLeft
-from jilju.serve.cross_origin import CrossOrigin, is_preflight, preflight_headers
+from jilju.serve.door.auth import LOOPBACK_HOSTS, check_scope, host_name, presented_keys
+from jilju.serve.door.cross_origin import CrossOrigin, is_preflight, preflight_headers
 from jilju.serve.errors import error_body, message_error_body, retry_headers, shown
 from jilju.serve.request_log import log_arrival
 from jilju.serve.server import Server

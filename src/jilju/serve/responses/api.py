@@ -9,19 +9,9 @@ from typing import Any
 
 from jilju.errors import ConflictingParameters, JiljuError, MissingParameter, UnsupportedParameter
 from jilju.serve.answer import Head, Renderer, TokenTexts
-from jilju.serve.chat_prompt import template_source
-from jilju.serve.context import SamplingDefaults, ServerContext
-from jilju.serve.generation import Choice, EncodedPrompt
-from jilju.serve.openai_chat import ChatApi, ChatFields
-from jilju.serve.response_fields import LOGPROBS, SEALED, FlatNamedTool, ResponseFields, TextFormat, parse_fields
-from jilju.serve.response_input import messages_of
-from jilju.serve.response_items import Output
-from jilju.serve.response_types import ResponseSettings
-from jilju.serve.responses_shape import ResponseRenderer
-from jilju.serve.sampling import GenerationFields, StreamOptions, fit_max_tokens
-from jilju.serve.structured import JsonSchemaFormat, ResponseFormat, schema_grammar
-from jilju.serve.timings import Marks
-from jilju.serve.tool_fields import (
+from jilju.serve.chat.api import ChatApi, ChatFields
+from jilju.serve.chat.prompt import template_source
+from jilju.serve.chat.tools import (
     FunctionTool,
     NamedFunction,
     NamedTool,
@@ -31,6 +21,16 @@ from jilju.serve.tool_fields import (
     tool_specs,
     unknown_tool,
 )
+from jilju.serve.context import SamplingDefaults, ServerContext
+from jilju.serve.generation import Choice, EncodedPrompt
+from jilju.serve.responses.fields import LOGPROBS, SEALED, FlatNamedTool, ResponseFields, TextFormat, parse_fields
+from jilju.serve.responses.input import messages_of
+from jilju.serve.responses.items import Output
+from jilju.serve.responses.shape import ResponseRenderer
+from jilju.serve.responses.types import ResponseSettings
+from jilju.serve.sampling import GenerationFields, StreamOptions, fit_max_tokens
+from jilju.serve.structured import JsonSchemaFormat, ResponseFormat, schema_grammar
+from jilju.serve.timings import Marks
 from jilju.text.reasoning import reasoning_of
 
 

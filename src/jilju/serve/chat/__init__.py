@@ -1,0 +1,1 @@
+"""Chat: the family of POST /v1/chat/completions, into which others translate."""

@@ -1,0 +1,1 @@
+"""Door: who may call, how much, from where, and in what bytes."""

@@ -1,0 +1,1 @@
+"""Messages: the family of POST /v1/messages, Anthropic's, translated into a chat and back."""

@@ -1,0 +1,1 @@
+"""OpenAPI: the description of the routes, made from their types."""
