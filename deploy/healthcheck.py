@@ -10,7 +10,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from jilju.config import resolve_serve_config
 from jilju.errors import ConfigError
-from jilju.serve.key_file import keys_of
+from jilju.serve.door.key_file import keys_of
 
 TIMEOUT_S = 4
 
