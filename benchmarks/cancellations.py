@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 from client import Answer, Exchange, completion, random_ids, send
 from rich.console import Console
-from server import Server, idle_metrics, read_records, serving
+from server import Server, idle_metrics, num_waiting, read_records, serving
 
 from jilju.bench.bars import CancellationFigures
 from jilju.bench.report import table_of
@@ -84,7 +84,7 @@ def left_over(metrics: dict[str, float], num_cancelled: int) -> dict[str, float]
     ended = sum(value for name, value in metrics.items() if name.startswith("jilju_requests_finished_total"))
     return {
         "running": metrics["jilju_num_requests_running"],
-        "waiting": metrics["jilju_num_requests_waiting"],
+        "waiting": num_waiting(metrics),
         "held blocks": metrics['jilju_blocks{state="held"}'],
         "broken laws": metrics["jilju_ledger_imbalance"],
         "calls without an end": abs(metrics['jilju_requests_accepted_total{route="/v1/completions"}'] - ended),

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 from client import Answer, closed_loop, completion, open_loop, percentile, random_ids, with_lag
 from rich.console import Console
-from server import Server, idle_metrics, serving
+from server import Server, idle_metrics, num_waiting, serving
 
 from jilju.bench.bars import OpenLoop, OverloadFigures
 from jilju.bench.guard import Guard, num_cores, read_cpu_times
@@ -136,7 +136,7 @@ def main() -> None:
         over=over,
         after=after,
         recovery_s=recovery_s(answers, WITHIN * base.first_token_p99_ms),
-        num_left=int(metrics["jilju_num_requests_running"] + metrics["jilju_num_requests_waiting"]),
+        num_left=int(metrics["jilju_num_requests_running"] + num_waiting(metrics)),
     )
     title = (
         f"{arguments.model}, {arguments.input} tokens in, {arguments.output} out; peak {peak:.1f}/s at {concurrency}"

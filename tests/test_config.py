@@ -7,6 +7,7 @@ from jilju.config import (
     SERVE_OPTIONS,
     ApiKey,
     ServeConfig,
+    cpu_quota_cores,
     engine_config,
     parse_bytes,
     resolve_serve_config,
@@ -131,6 +132,20 @@ def test_cores_are_those_of_the_affinity():
     cores, reason = usable_cores()
     assert cores >= 1
     assert reason
+
+
+@pytest.mark.parametrize(
+    ("limit", "usable", "quota"),
+    [
+        (None, 4, 4), ("max 100000", 4, 4), ("150000 100000", 2, 1.5), ("50000 100000", 1, 0.5), ("800000 100000", 4, 4),
+    ],
+)  # fmt: skip
+def test_cores_are_those_of_the_affinity_or_of_the_quota_if_that_is_less(
+    monkeypatch: pytest.MonkeyPatch, limit: str | None, usable: int, quota: float
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1, 2, 3})
+    monkeypatch.setattr("jilju.config._cgroup_text", lambda name: limit)
+    assert (usable_cores()[0], cpu_quota_cores()) == (usable, quota)
 
 
 def test_settings_of_an_engine_in_python():

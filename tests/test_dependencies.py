@@ -119,6 +119,6 @@ def test_an_installation_that_lacks_a_file_of_the_pages_is_found(tmp_path, monke
     monkeypatch.setattr("site.getsitepackages", lambda: [str(tmp_path)])
     monkeypatch.setitem(check_install["main"].__globals__, "ABSENT", ("no_such_module",))
     assert check_install["main"]() == 0
-    (tmp_path / "jilju" / "view" / "chat.js").unlink()
+    (tmp_path / "jilju" / "view" / "chat" / "chat.js").unlink()
     assert check_install["main"]() == 1
-    assert "view/chat.js" in capsys.readouterr().out
+    assert "view/chat/chat.js" in capsys.readouterr().out

@@ -92,7 +92,9 @@ def test_flags_of_serve():
     for row, option in zip(told, SERVE_OPTIONS, strict=True):
         default = defaults[option.name]
         shown = {None: "auto", (): "none", False: "off"}.get(default, str(default))
-        if option.kind == "file":
+        if option.kind == "size":
+            shown = f"{default >> 20} MiB"
+        if option.kind in ("file", "number"):
             shown = "none"
         if option.name == "served_model_name":
             shown = "the model's own"

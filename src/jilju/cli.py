@@ -79,7 +79,7 @@ def commands() -> None:
 
 def _option(option: Option) -> Callable[[Any], Any]:
     default = next(f.default for f in _fields() if f.name == option.name)
-    open_value = {"text": "the model's own", "file": "none"}.get(option.kind, "auto")
+    open_value = {"text": "the model's own", "file": "none", "number": "none"}.get(option.kind, "auto")
     shown = {None: open_value, (): "none", False: "off"}.get(default, default)
     text = f"{option.help}  [{option.variable}]  Default: {shown}."
     if option.kind == "bool":
@@ -93,6 +93,8 @@ def _option(option: Option) -> Callable[[Any], Any]:
         "origins": "ORIGIN",
         "file": "PATH",
         "folder": "DIR|auto|off",
+        "endpoint": "URL|env|off",
+        "number": "NUMBER",
     }
     metavar = "|".join(option.choices) if option.choices else metavars.get(option.kind)
     return click.option(
@@ -147,9 +149,13 @@ def serve(model: str | None, accept_licence: str | None, **flags: Any) -> None:
     """
     from jilju.serve.door.auth import check_bind
     from jilju.serve.door.key_file import keys_of
+    from jilju.serve.otel.providers import check_telemetry
+    from jilju.serve.usage_log import check_usage_log
 
     config = resolve_serve_config(model, flags)
     check_bind(config.host, keys_of(config), config.insecure)  # before a model is fetched for nothing
+    check_telemetry(config.otel, config.trace_content)
+    check_usage_log(config.usage_log)
     agree(config.model, accept_licence)
     with fetching() as progress:
         model_file = _open_or_fall_back(config, progress)

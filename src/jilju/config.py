@@ -5,6 +5,7 @@ the machine are resolved by who knows them and put into a new object. Knows noth
 """
 
 import ipaddress
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ DEFAULT_MODEL = "qwen2.5-coder-0.5b"
 FALLBACK_MODEL = "smollm2-135m"
 AUTO = "auto"
 OFF = "off"
+ENV = "env"
 
 
 KeyScope = Literal["generate", "tokenize", "metrics", "view"]  # what a key may be good for
@@ -57,12 +59,21 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     packed_cache: str | None = None  # folder, or "off"; auto: one in the cache folder
     huge_pages: Literal["auto", "on", "off"] = "auto"  # weights in memory of the process's own, in huge pages
     keep_generated_ids: Literal["on", "off"] = "on"  # of chat answers that clients send back as text
+    event_log: str | None = None  # file that keeps the log of steps and calls
+    event_log_max: int = 1 << 30  # bytes of it
+    run_store: int = 64 << 20  # bytes of texts and tokens of the newest runs, for the pages; 0: none
     shared_prefix_cache: bool = False  # among keys
     lenient: bool = False  # unknown fields of a call are dropped and named
     allow_request_template: bool = False
     served_model_name: str | None = None  # auto: the model's name
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["text", "json"] = "text"
+    metrics_compat: Literal["off", "vllm"] = "off"  # a second set of metrics under another server's names
+    otel: str = OFF  # where traces and metrics go by OTLP: a URL, "env" for what OTEL_* variables say, or "off"
+    trace_content: bool = False  # traces hold prompts and answers
+    usage_log: str | None = None  # file that gets a line a call
+    price: float | None = None  # USD an hour of this machine; None: nobody has set one
+    watts: float | None = None  # that this machine draws, where there are no counters; None: nobody has said
     insecure: bool = False  # allow a bind beyond loopback without a key
 
     origins: dict[str, str] = {}  # setting -> "default", "--flag", "JILJU_NAME", "auto: how it was found"
@@ -76,7 +87,22 @@ class Option(msgspec.Struct, frozen=True):
     """One setting as users meet it: a flag, an environment variable, a help text."""
 
     name: str
-    kind: Literal["text", "list", "origins", "int", "tokens", "bytes", "choice", "bool", "keys", "file", "folder"]
+    kind: Literal[
+        "text",
+        "list",
+        "origins",
+        "int",
+        "tokens",
+        "bytes",
+        "choice",
+        "bool",
+        "keys",
+        "file",
+        "folder",
+        "endpoint",
+        "size",
+        "number",
+    ]
     help: str
     low: int = 0
     high: int = 0
@@ -108,12 +134,21 @@ SERVE_OPTIONS: tuple[Option, ...] = (
     Option("packed_cache", "folder", "Folder of packed weights, off to pack at every start, or auto: one in the cache folder."),
     Option("huge_pages", "choice", "Weights in huge pages of the engine's own memory (on: faster answers), or mapped from the packed file (off: shared by processes, given back under pressure). auto: on where the system offers them and half of the memory suffices.", choices=("auto", "on", "off")),
     Option("keep_generated_ids", "choice", "Whether an earlier answer that a chat sends back as text keeps the ids that were generated, so that the prefix cache holds it: on, or off to cut its text anew.", choices=("on", "off")),
+    Option("event_log", "file", "File to which the log of steps and calls is written, for jilju view and jilju trace; one that is there is kept as FILE.1."),
+    Option("event_log_max", "size", "Size at which that file becomes FILE.1 and another is begun, such as 1GiB."),
+    Option("run_store", "size", "Memory for the texts and tokens of the newest runs, which the pages show; 0 keeps none."),
     Option("shared_prefix_cache", "bool", "Share cached prompts among keys: faster, but one caller can tell by timing what another has sent."),
     Option("lenient", "bool", "Drop unknown fields of a call and name them in the header x-jilju-ignored, instead of refusing the call."),
     Option("allow_request_template", "bool", "Let a call bring a chat template of its own (chat_template)."),
     Option("served_model_name", "text", "Name of the model in the API."),
     Option("log_level", "choice", "How much to log.", choices=("debug", "info", "warning", "error")),
     Option("log_format", "choice", "How to log.", choices=("text", "json")),
+    Option("metrics_compat", "choice", "Names that /metrics tells besides its own: vllm for the vllm:* set, for boards that were made for it.", choices=("off", "vllm")),
+    Option("otel", "endpoint", "Where OpenTelemetry traces and metrics go: base URL of an OTLP/HTTP collector, env for what OTEL_EXPORTER_OTLP_* variables say, or off. Needs the extra jilju[otel]."),
+    Option("trace_content", "bool", "Put prompts and answers into traces. Needs --otel."),
+    Option("usage_log", "file", "File to which each call that ends adds a line of JSON: key, tokens, times, machine time, cost, energy."),
+    Option("price", "number", "What an hour of this machine costs, in USD. Without it costs are told in time of the machine alone.", high=1_000_000),
+    Option("watts", "number", "What this machine draws, where its energy counters are missing or may not be read.", high=1_000_000),
     Option("insecure", "bool", "Allow a bind beyond loopback without a key."),
 )  # fmt: skip
 
@@ -123,17 +158,19 @@ KEY_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 ORIGIN = re.compile(
     r"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<host>[a-z0-9_.-]{1,253}|\[[0-9a-f:.]+\])(?::(?P<port>\d{1,5}))?"
 )
+NUMBER = re.compile(r"\d{1,18}(?:\.\d{1,18})?")
+ENDPOINT = re.compile(r"https?://[^\s/?#@]{1,260}(?:/[^\s?#]{0,512})?")
 _UNITS = {"": 1, "B": 1, "K": 1000, "KB": 1000, "KIB": 1 << 10, "M": 10**6, "MB": 10**6, "MIB": 1 << 20, "G": 10**9, "GB": 10**9, "GIB": 1 << 30}  # fmt: skip
 
 
-def parse_bytes(text: str, where: str) -> int:
-    """Bytes from "2GiB", "512 MB", "1073741824". Raises ConfigError naming `where`."""
+def parse_bytes(text: str, where: str, allowed: str = "auto, or ") -> int:
+    """Bytes from "2GiB", "512 MB", "1073741824". Raises ConfigError naming `where`, and what else is allowed."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in _UNITS:
-        raise ConfigError(f"{where} is {text!r}; allowed: auto, or a size such as 512MiB, 2GiB or 1500000000")
+        raise ConfigError(f"{where} is {text!r}; allowed: {allowed}a size such as 512MiB, 2GiB or 1500000000")
     size = float(match[1]) * _UNITS[match[2].upper()]
     if size > MAX_BYTES:
-        raise ConfigError(f"{where} is {text:.80}; allowed: auto, or a size of at most {MAX_BYTES >> 40} TiB")
+        raise ConfigError(f"{where} is {text:.80}; allowed: {allowed}a size of at most {MAX_BYTES >> 40} TiB")
     return int(size)
 
 
@@ -161,6 +198,8 @@ def _parse(option: Option, given: Any, where: str) -> Any:
         if not text:
             raise ConfigError(f"{where} is empty; give a value or leave it out")
         return text if option.kind == "text" else _absolute(text, where, "a file")
+    if option.kind == "endpoint":
+        return _parse_endpoint(text, where)
     if text == AUTO and option.kind in ("tokens", "bytes", "folder"):
         return None
     if option.kind == "folder":
@@ -169,10 +208,28 @@ def _parse(option: Option, given: Any, where: str) -> Any:
         return text if text == OFF else _absolute(text, where, "auto, off, or a folder")
     if option.kind == "bytes":
         return parse_bytes(text, where)
+    if option.kind == "size":
+        return parse_bytes(text, where, allowed="")
+    if option.kind == "number":
+        return _parse_number(option, text, where)
     if not re.fullmatch(r"-?\d{1,18}", text) or not option.low <= int(text) <= option.high:
         auto = "auto or " if option.kind == "tokens" else ""
         raise ConfigError(f"{where} is {text!r}; allowed: {auto}a whole number from {option.low} to {option.high}")
     return int(text)
+
+
+def _parse_number(option: Option, text: str, where: str) -> float:
+    if not NUMBER.fullmatch(text) or not option.low <= float(text) <= option.high:
+        raise ConfigError(f"{where} is {text!r:.200}; allowed: a number from {option.low} to {option.high}, such as 2.5")
+    return float(text)
+
+
+def _parse_endpoint(text: str, where: str) -> str:
+    if text in (OFF, ENV):
+        return text
+    if not ENDPOINT.fullmatch(text):
+        raise ConfigError(f"{where} is {text!r:.200}; allowed: off, env, or a URL such as http://127.0.0.1:4318")
+    return text.rstrip("/")
 
 
 def _absolute(text: str, where: str, allowed: str) -> str:
@@ -311,15 +368,21 @@ def huge_pages_offered() -> bool:
 
 def usable_cores() -> tuple[int, str]:
     """Cores this process may use and how that was found: CPU affinity, then the cgroup's CPU quota, rounded up."""
-    cores = len(os.sched_getaffinity(0))
-    quota = _cgroup_text("cpu.max")
-    if quota is not None:
-        limit, _, period = quota.partition(" ")
-        if limit.isdigit() and period.strip().isdigit():
-            allowed = max(1, -(-int(limit) // int(period)))
-            if allowed < cores:
-                return allowed, f"cgroup quota of {int(limit) / int(period):g} cores"
+    cores, quota = len(os.sched_getaffinity(0)), _quota_cores()
+    if quota is not None and max(1, math.ceil(quota)) < cores:
+        return max(1, math.ceil(quota)), f"cgroup quota of {quota:g} cores"
     return cores, "cores of the CPU affinity"
+
+
+def cpu_quota_cores() -> float:
+    """Cores' worth of time that this process may use: of its CPU affinity, or of the cgroup's quota if that is less."""
+    cores, quota = len(os.sched_getaffinity(0)), _quota_cores()
+    return cores if quota is None else min(cores, quota)
+
+
+def _quota_cores() -> float | None:
+    limit, _, period = (_cgroup_text("cpu.max") or "").partition(" ")
+    return int(limit) / int(period) if limit.isdigit() and period.strip().isdigit() else None
 
 
 def _cgroup_text(name: str) -> str | None:

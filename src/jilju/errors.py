@@ -10,7 +10,7 @@
     │   └── ContextLengthExceeded, KvCapacityExceeded
     ├── InvalidApiKey             401
     ├── Forbidden                 403
-    ├── ModelNotFound, RouteNotFound, RequestNotFound   404
+    ├── ModelNotFound, RouteNotFound, RequestNotFound, RunNotFound   404
     ├── MethodNotAllowed          405
     ├── RequestTimeout            408
     ├── BodyTooLarge              413
@@ -137,6 +137,10 @@ class RouteNotFound(InvalidRequest):
 
 class RequestNotFound(InvalidRequest):
     status, code = 404, "request_not_found"
+
+
+class RunNotFound(InvalidRequest):
+    status, code = 404, "run_not_found"
 
 
 class MethodNotAllowed(InvalidRequest):

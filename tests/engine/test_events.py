@@ -1,20 +1,22 @@
-"""The event log: a ring that keeps the newest records as they were, and listeners that hear each once."""
+"""The event log: rings that keep the newest records as they were, listeners that hear each once, and steps found by their time."""
 
 import random
+from typing import get_args
 
 import msgspec
 import pytest
 
-from jilju.engine.events import EventLog, StepRecord, StepRing
+from jilju.engine.events import Closed, EventLog, LoggedStep, RowRecord, RowRing, StepRecord, StepRing, pack_row
 
 
-def record(rng: random.Random) -> StepRecord:
+def record(rng: random.Random, **changes) -> StepRecord:
     """Each field another number, the times and costs as large as they come."""
     most = {"_ns": 1 << 60, "flops": 1 << 60, "bytes": 1 << 60, "step_id": 1 << 60}
     values = {
         name: rng.randrange(most.get(name, most.get(name[-3:], 1 << 32))) for name in StepRecord.__struct_fields__
     }
-    return StepRecord(**values | {"is_rerun": rng.random() < 0.5})
+    others = {"is_rerun": rng.random() < 0.5, "closed_by": rng.choice(get_args(Closed)), "rows": b""}
+    return StepRecord(**values | others | changes)
 
 
 @pytest.mark.parametrize("count", [0, 1, 6, 7, 8, 20])
@@ -26,7 +28,7 @@ def test_the_ring_is_the_newest_records_in_order(count):
     newest = records[-7:]
     assert len(ring) == len(newest) and list(ring) == newest and ring[:] == newest and ring[-3:] == newest[-3:]
     assert [ring[-1 - i] for i in range(len(newest))] == newest[::-1]
-    assert all(type(value) in (int, bool) for each in ring for value in msgspec.structs.astuple(each))
+    assert all(type(value) in (int, bool, str, bytes) for each in ring for value in msgspec.structs.astuple(each))
     for index in (len(newest), -len(newest) - 1):
         with pytest.raises(IndexError):
             ring[index]
@@ -38,8 +40,85 @@ def test_a_log_that_is_cut_keeps_the_newest_and_goes_on():
     records = [record(rng) for _ in range(12)]
     for each in records[:8]:
         log.add_step(each)
-    log.resize(2)
-    assert list(log.steps) == records[6:8]
+    log.keep_one()
+    assert list(log.steps) == records[7:8]
     for each in records[8:]:
         log.add_step(each)
-    assert list(log.steps) == records[10:] and heard == records
+    assert list(log.steps) == records[11:] and heard == records
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_rows_are_found_until_others_took_their_place(size):
+    rng, ring, rows = random.Random(size), RowRing(size), list[RowRecord]()
+    for _ in range(200):
+        fresh = [
+            RowRecord(rng.randrange(1 << 64), rng.randrange(1 << 32), rng.randrange(1 << 32), rng.randrange(2))
+            for _ in range(rng.randrange(min(size, 9) + 1))
+        ]
+        ring.add(b"".join(pack_row(*row) for row in fresh))
+        rows += fresh
+        for _ in range(5):
+            first = rng.randrange(len(rows) + 1)
+            count = rng.randrange(len(rows) - first + 1)
+            wanted = tuple(rows[first : first + count]) if first >= len(rows) - size else ()
+            assert ring.rows(first, count) == wanted
+    assert ring.num_added == len(rows)
+
+
+def test_steps_are_found_by_time_and_by_serial():
+    """Against a plain list, with rings that drop steps and rows at different moments."""
+    rng, log, kept = random.Random(3), EventLog(40, 100), list[LoggedStep]()
+    now = 1000
+    for serial in range(120):
+        begin = now + rng.randrange(20)
+        now = begin + rng.randrange(1, 30)
+        rows = tuple(RowRecord(rng.randrange(9), rng.randrange(99), 1, 1) for _ in range(rng.randrange(1, 5)))
+        step = record(
+            rng, begin_ns=begin, end_ns=now, num_rows=len(rows), rows=b"".join(pack_row(*row) for row in rows)
+        )
+        log.add_step(step)
+        kept.append(LoggedStep(serial, msgspec.structs.replace(step, rows=b""), rows))
+    kept = kept[-40:]
+    dropped = log.rows.num_added - 100
+    number = log.rows.num_added
+    for place in reversed(range(len(kept))):  # those whose rows are gone are found without them
+        number -= len(kept[place].rows)
+        if number < dropped:
+            kept[place] = kept[place]._replace(rows=())
+    for each in kept:
+        assert log.step(each.serial) == each
+    assert log.step(kept[0].serial - 1) is None and log.step(120) is None and log.step(-1) is None
+    assert log.oldest_ns == kept[0].step.begin_ns
+    for _ in range(200):
+        begin, end = sorted(rng.randrange(900, now + 100) for _ in range(2))
+        assert log.between(begin, end) == [each for each in kept if begin <= each.step.end_ns < end]
+        under_way = [each for each in kept if each.step.end_ns > begin and each.step.begin_ns < end]
+        assert log.overlapping(begin, end) == under_way
+    assert EventLog().between(0, 1 << 60) == [] and EventLog().overlapping(0, 1 << 60) == []
+
+
+def test_steps_and_rows_as_arrays_and_parts_are_those_of_the_log():
+    """Through rings that drop steps and rows at different moments."""
+    rng, log = random.Random(5), EventLog(40, 100)
+    now = 1000
+    for step_id in range(120):
+        begin, now = now, now + rng.randrange(1, 30)
+        rows = [RowRecord(rng.randrange(1 << 64), rng.randrange(99), 1, 1) for _ in range(rng.randrange(5))]
+        packed = b"".join(pack_row(*row) for row in rows)
+        log.add_step(record(rng, step_id=step_id, begin_ns=begin, end_ns=now, num_rows=len(rows), rows=packed))
+        for _ in range(3):
+            first, last = sorted(rng.randrange(step_id + 3) for _ in range(2))
+            wanted = [found for serial in range(first, last) if (found := log.step(serial)) is not None]
+            arrays, part = log.arrays(range(first, last)), log.part(range(first, last))
+            for place, each in enumerate(wanted):
+                assert arrays.first_serial + place == each.serial
+                step = arrays.steps[place]
+                same = {name: getattr(each.step, name) for name in StepRecord.__struct_fields__[:-2]}
+                assert {name: step[name] for name in same} == same
+                assert get_args(Closed)[step["closed_by"]] == each.step.closed_by
+                assert [tuple(row) for row in arrays.rows[arrays.row_steps == place]] == list(each.rows)
+                assert part.step(each.serial) == each
+            assert len(arrays.steps) == len(wanted) == len(part.steps) and len(arrays.rows) == len(arrays.row_steps)
+            assert part.between(0, now + 1) == wanted
+        begin, end = sorted(rng.randrange(900, now + 50) for _ in range(2))
+        assert list(log.serials(begin, end)) == [each.serial for each in log.between(begin, end)]

@@ -182,7 +182,7 @@ TRIALS: dict[str, dict[str, Trial]] = {
         "add_special_tokens": Trial(False),
         "return_token_strs": Trial(True),
     },
-    "/detokenize": {"model": Trial("nobody"), "tokens": Trial([98])},
+    "/detokenize": {"model": Trial("nobody"), "tokens": Trial([98]), "return_token_strs": Trial(True)},
 }
 RULES: dict[str, Rules] = {
     "/v1/chat/completions": CHAT,

@@ -165,6 +165,7 @@ class StubClient:
         assert request.params.seed is not None and request.prompt_ids and request.id not in self.live
         self.requests.append(request)
         self.live[request.id] = asyncio.Event()
+        self.log.enter(request.number, request.tenant, self.clock.now_ns())
         return self._events(request)
 
     async def _events(self, request: Request) -> AsyncIterator[EngineEvent]:
@@ -222,6 +223,7 @@ class StubClient:
                     return
         finally:
             del self.live[request.id]
+            self.log.leave(request.number, self.clock.now_ns())
 
     @staticmethod
     def _token(ids: list[int], index: int, request: Request) -> int:
@@ -248,9 +250,9 @@ class StubClient:
         self.stopped, self.state = True, "gone"
 
 
-def step_record(**changes: int) -> StepRecord:
+def step_record(**changes: Any) -> StepRecord:
     names = StepRecord.__struct_fields__
-    return StepRecord(**(dict.fromkeys(names, 0) | changes))
+    return StepRecord(**(dict.fromkeys(names, 0) | {"closed_by": "open", "rows": b""} | changes))
 
 
 def make_context(client: StubClient | None = None, **changes: object) -> ServerContext:

@@ -166,7 +166,7 @@ async def test_stop_string_ends_the_text_aborts_and_is_counted_to_its_last_token
     stub = StubClient(answer=lambda request: list(text.encode()))
     async with connect(stub) as (http, server):
         data = (await http.post(COMPLETIONS, json={"prompt": "x", "max_tokens": 64, "stop": ["zzz", "STOP"]})).json()
-        assert server.metrics.num_output_tokens == len("one two STOP")
+        assert server.metrics.folds.num_output_tokens == len("one two STOP")
     (choice,) = data["choices"]
     assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("one two ", "stop", "STOP")
     assert data["usage"]["completion_tokens"] == len("one two STOP")

@@ -239,20 +239,22 @@ async def test_overload_and_not_ready_say_when_to_come_back(connect: Connect) ->
 
 
 async def test_pages(connect: Connect, tmp_path: Path) -> None:
-    (tmp_path / "js").mkdir()
-    (tmp_path / "index.html").write_text("<!doctype html>")
-    (tmp_path / "js" / "chat.js").write_text("export {}")
+    (tmp_path / "chat").mkdir()
+    (tmp_path / "chat" / "index.html").write_text("<!doctype html>")
+    (tmp_path / "chat" / "chat.js").write_text("export {}")
     (tmp_path / "__init__.py").write_text("")
     async with connect(view_dir=tmp_path) as (http, _):
         page = await http.get("/")
-        script = await http.get("/view/js/chat.js")
-        again = await http.get("/view/js/chat.js", headers={"if-none-match": f'"x", W/{script.headers["etag"]}'})
+        script = await http.get("/view/chat/chat.js")
+        again = await http.get("/view/chat/chat.js", headers={"if-none-match": f'"x", W/{script.headers["etag"]}'})
         for path in (
             "/view/__init__.py",
-            "/view/js",
-            "/view/../index.html",
-            "/view/%2e%2e/index.html",
+            "/view/chat",
+            "/view/../chat/index.html",
+            "/view/%2e%2e/chat/index.html",
             "/view//etc/passwd",
+            "/engine",  # a page that this directory lacks
+            "/runs/chatcmpl-1",
         ):
             assert (await http.get(path)).status_code == 404
     assert (page.text, page.headers["content-type"]) == ("<!doctype html>", "text/html; charset=utf-8")

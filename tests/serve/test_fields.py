@@ -358,6 +358,9 @@ async def test_tokenize_and_detokenize(connect: Connect) -> None:
         assert bytes(chat["tokens"]) == b"[user]x\n[assistant]"
         text = await http.post("/detokenize", json={"tokens": [0xEC, 0x84, 0x9C, 258]})
         assert text.json() == {"prompt": "서<|im_end|>"}
+        parts = await http.post("/detokenize", json={"tokens": [97, 0xEC, 258, 258], "return_token_strs": True})
+        assert parts.json()["token_strs"] == ["a", "bytes:\\xec", "<|im_end|>", "<|im_end|>"]
+        assert parts.json()["special_ids"] == [258]
         for path, body in (
             ("/tokenize", {}), ("/tokenize", {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}),
             ("/tokenize", {"prompt": 1}), ("/tokenize", {"prompt": "x", "y": 1}), ("/tokenize", {"messages": []}),

@@ -272,7 +272,8 @@ def status_wanted(
 
 @pytest.mark.parametrize("path", sorted({path for _, path in published()} | {"/nowhere"}))
 async def test_every_route_method_and_key_get_what_the_table_says(connect: Connect, path: str, tmp_path: Path) -> None:
-    for name in ("index.html", "x"):
+    for name in ("chat/index.html", "engine/index.html", "run/index.html", "x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     keys: list[ApiKey] = [ApiKey("full", SECRETS["full"])]
     keys += [ApiKey(f"only-{scope}", SECRETS[f"only {scope}"], frozenset({scope})) for scope in ALL_SCOPES]

@@ -125,7 +125,7 @@ async def test_a_queue_full_of_tokens_is_refused_by_the_length_of_the_body(conne
         )  # fmt: skip
         assert_overloaded(chunked, wait_ms=0)
         assert tokenizer.num_encoded == num_encoded
-        assert server.metrics.num_shed == {"queue_requests": 0, "queue_tokens": 3, "predicted_wait": 0}
+        assert server.metrics.folds.num_shed == {"queue_requests": 0, "queue_tokens": 3, "predicted_wait": 0}
         assert (await http.post(CHAT, json=chat_body("x" * 100, max_tokens=1))).status_code == 200
         never = await http.post(CHAT, json=chat_body("x" * 4000))
         assert (never.status_code, never.json()["error"]["code"]) == (400, "context_length_exceeded"), (
@@ -164,7 +164,7 @@ async def test_a_wait_beyond_what_is_allowed_is_refused_before_tokenizing(connec
             else:
                 assert_overloaded(response, wait_ms=23_000)
                 assert (tokenizer.num_encoded, len(stub.requests)) == (num_encoded, num_requests)
-        assert server.metrics.num_shed["predicted_wait"] == 6
+        assert server.metrics.folds.num_shed["predicted_wait"] == 6
 
 
 async def test_the_default_wait_is_a_limit_of_the_server(connect: Connect) -> None:

@@ -16,6 +16,7 @@ from jilju.engine.request import Request, RequestFailed, TokenEvent
 from jilju.serve.answer import CompletionTokensDetails, Head, PromptTokensDetails, TokenTexts, Usage
 from jilju.serve.context import SamplingDefaults, ServeLimits
 from jilju.serve.generation import Choice, Delta
+from jilju.serve.ledger import SequenceLife
 from jilju.serve.responses.items import Output
 from jilju.serve.responses.shape import ResponseRenderer
 from jilju.serve.sealed import sealed, unsealed
@@ -342,7 +343,8 @@ def renderer_of(end_reason: Any) -> tuple[ResponseRenderer, Delta]:
         num_choices=1,
     )  # fmt: skip
     stub: Any = None
-    choice = Choice(0, Request(id="1-0", prompt_ids=[1], params=stub), stub, finish_reason=end_reason)
+    request = Request(id="1-0", prompt_ids=[1], params=stub)
+    choice = Choice(0, request, stub, SequenceLife(1, 0, 0, 1), finish_reason=end_reason)
     delta = Delta(choice, (Part("text", "a"),), (TokenEvent(request_id="1-0", index=0, token_id=97),), end_reason)
     output = Output(head, TokenTexts(ByteTokenizer(), head), is_sealed=False)
     return ResponseRenderer(head, choice, output, {}, lambda: 2.0), delta

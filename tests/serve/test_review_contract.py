@@ -19,6 +19,7 @@ from jilju.serve.chat import tools as tool_fields
 from jilju.serve.chat.api import ChatApi, parse_chat
 from jilju.serve.errors import MAX_ECHO, message_error
 from jilju.serve.generation import Choice
+from jilju.serve.ledger import SequenceLife
 from jilju.serve.openai_completions import CompletionApi
 from jilju.text.grammar import GrammarSource, to_llguidance
 from jilju.text.stream import TextStream
@@ -94,7 +95,8 @@ async def test_too_many_sequences_are_told_by_the_field_that_makes_them(connect:
 def test_a_prompt_that_was_in_no_step_has_written_nothing() -> None:
     def usage(times: RequestTimes) -> Any:
         request = Request(id="r", prompt_ids=[1] * 9, params=SamplingParams(max_tokens=0, seed=1))
-        choice = Choice(0, request, TextStream(ByteTokenizer()), times=times, ended=True)
+        life = SequenceLife(1, 0, 0, 9)
+        choice = Choice(0, request, TextStream(ByteTokenizer()), life, times=times, ended=True)
         details = usage_so_far([choice]).prompt_tokens_details
         assert details is not None
         return details.cached_tokens, details.cache_write_tokens
@@ -404,7 +406,7 @@ class Waiting(StubCompiler):
         raise AssertionError("nothing sets the event")
 
 
-@pytest.mark.parametrize("fields", [{"deadline_ms": 30}, {"max_queue_ms": 30}, {"deadline_ms": 30, "stream": True}])
+@pytest.mark.parametrize("fields", [{"deadline_ms": 300}, {"max_queue_ms": 300}, {"deadline_ms": 300, "stream": True}])
 async def test_deadlines_hold_while_a_call_waits_for_a_worker(connect: Connect, fields: dict[str, Any]) -> None:
     stub, workers = StubClient(), Waiting()
     async with connect(stub, workers=workers) as (http, server):

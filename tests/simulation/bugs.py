@@ -150,14 +150,14 @@ BUGS = (
     Bug(
         "parent_ignored", "prefix", "A block is known by its own tokens alone, whatever comes before them.",
         (
-            Edit(PrefixIndex._key, "parent + self._tokens", "self._tokens"),
+            Edit(PrefixIndex._key, "self._parent_key(sequence, index) + self._tokens", "self._tokens"),
             Edit(PrefixIndex._find, " and entry.parent == self._parent(sequence, index)", ""),
         ),
     ),
     Bug(
         "salt_ignored", "prefix", "The salt is not part of what a first block continues, so tenants hit each other's blocks.",
         (
-            Edit(PrefixIndex._key, "self._digest(b\"salt\" + sequence.request.salt)", "self._digest(b\"salt\")"),
+            Edit(PrefixIndex._parent_key, "self._digest(b\"salt\" + sequence.request.salt)", "self._digest(b\"salt\")"),
             Edit(PrefixIndex._parent, "sequence.request.salt", "b\"\""),
         ),
     ),

@@ -93,5 +93,5 @@ def test_example(example, smollm2_server):
 
 def test_the_documents_name_every_metric(smollm2_server):
     exposed = set(re.findall(r"^# TYPE (jilju_\w+) ", httpx.get(smollm2_server.url + "/metrics").text, re.MULTILINE))
-    section = (ROOT / "docs/api.md").read_text(encoding="utf-8").partition("## Metrics")[2]
+    section = (ROOT / "docs/observability.md").read_text(encoding="utf-8").partition("\n## Metrics\n")[2]
     assert set(re.findall(r"`(jilju_\w+)`", section)) == exposed

@@ -78,11 +78,12 @@ class Format(NamedTuple):
 
 NAMES = "|".join(re.escape(tool.name) for tool in TOOLS)
 OBJECT = rf'[ \t\r\n]*\{{[ \t\r\n]*"name"[ \t\r\n]*:[ \t\r\n]*"(?:{NAMES})"'
+FIRST = rf"\A[ \t\r\n]*```(?:json)?{OBJECT}|\A{OBJECT}"  # at the beginning of an answer
 FORMATS = {
-    "hermes": Format(Hermes(), tagged, re.compile("<tool_call>")),
-    "generic": Format(Generic(), tagged, re.compile("<tool_call>")),
+    "hermes": Format(Hermes(), tagged, re.compile(rf"<tool_call>|{FIRST}")),
+    "generic": Format(Generic(), tagged, re.compile(rf"<tool_call>|{FIRST}")),
     "llama": Format(Llama(parallel=True), bare, re.compile(rf"<\|python_tag\|>|\A{OBJECT}"), takes_text_around=False),
-    "gemma": Format(Gemma(), fenced, re.compile(rf"```tool_code|\A[ \t\r\n]*```(?:json)?{OBJECT}|\A{OBJECT}")),
+    "gemma": Format(Gemma(), fenced, re.compile(rf"```tool_code|{FIRST}")),
     "mistral": Format(Mistral(), listed, re.compile(r"\[TOOL_CALLS\]")),
     "named mistral": Format(NamedMistral(), named, re.compile(r"\[TOOL_CALLS\]")),
 }

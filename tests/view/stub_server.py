@@ -1,12 +1,14 @@
-"""A server for tests of the pages: the real static files under a policy stricter than the server's, and answers that a test scripts.
+"""A server for tests of the pages: the real static files under the server's policy, and answers that a test scripts.
 
 Owns an HTTP server on a thread and a record of what the page sent. Scripts go on when the test lets them (gates), so no test
-waits for a clock. Speaks the stream of /v1/chat/completions and knows nothing of models.
+waits for a clock. Speaks the stream of /v1/chat/completions and knows nothing
+of models.
 """
 
 import json
+import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -14,8 +16,7 @@ from typing import Any
 from jilju import view
 from jilju.serve.view_files import POLICY, load_view
 
-# More than the server asks: no HTML from text.
-STRICT_POLICY = POLICY + "; object-src 'none'; require-trusted-types-for 'script'"
+START_ID, END_ID, FIRST_ID = 1, 2, 100
 GATE_S = 20.0  # a gate that nobody opens is a broken test, which must end too
 
 MODEL = {
@@ -72,6 +73,7 @@ class Exchange:
     handler: BaseHTTPRequestHandler
     body: dict[str, Any]
     gates: dict[str, threading.Event]
+    vocabulary: "Vocabulary"
     base: dict[str, Any] = field(
         default_factory=lambda: {
             "id": "chatcmpl-stub",
@@ -95,15 +97,16 @@ class Exchange:
         self.handler.send_header("content-type", "text/event-stream")
         self.handler.send_header("x-request-id", "chatcmpl-stub")
         self.handler.end_headers()
-        self._choice({"role": "assistant", "content": ""})
+        self._choice({"role": "assistant", "content": ""}, ())
 
-    def token(self, text: str) -> None:
-        self._choice({"content": text})
+    def token(self, text: str, *ids: int) -> None:
+        """A chunk of text and the tokens that made it; without ids it is one token of this text, by an id of its own."""
+        self._choice({"content": text}, ids or (self.vocabulary.id_of(text),))
 
     def end(
         self, reason: str = "stop", usage: dict[str, Any] | None = None, timings: dict[str, Any] | None = None
     ) -> None:
-        self._choice({}, finish_reason=reason)
+        self._choice({}, (END_ID,), finish_reason=reason)
         last = {**self.base, "choices": [], "usage": usage or USAGE, "timings": timings or TIMINGS}
         self._event(json.dumps(last))
         self.done()
@@ -117,13 +120,24 @@ class Exchange:
     def wait(self, gate: str) -> None:
         assert self.gates[gate].wait(GATE_S), f"no test opened the gate {gate!r} within {GATE_S} s"
 
-    def _choice(self, delta: dict[str, Any], finish_reason: str | None = None) -> None:
+    def _choice(self, delta: dict[str, Any], ids: Sequence[int], finish_reason: str | None = None) -> None:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason, "stop_reason": None}
+        if self.body.get("return_token_ids"):
+            choice["token_ids"] = list(ids)
         self._event(json.dumps({**self.base, "choices": [choice], "usage": None}))
 
     def _event(self, data: str) -> None:
         self.handler.wfile.write(f"data: {data}\n\n".encode())
         self.handler.wfile.flush()
+
+
+class Vocabulary(dict[int, str]):
+    """The text of each id, as /detokenize says it."""
+
+    def id_of(self, text: str) -> int:
+        token_id = next((token_id for token_id, known in self.items() if known == text), FIRST_ID + len(self))
+        self[token_id] = text
+        return token_id
 
 
 class Gates(dict[str, threading.Event]):
@@ -144,13 +158,22 @@ def say(*tokens: str) -> Callable[[Exchange], None]:
 
 
 class StubServer:
-    """`script` answers the chat calls; `key`, when set, is asked of every call but the page's own files."""
+    """`script` answers the chat calls, `gets` and `posts` the plain calls; `key`, when set, is asked of every call but the pages' own files."""
 
     def __init__(self) -> None:
         self.script: Callable[[Exchange], None] = say("Hello", " there", ".")
         self.key: str | None = None
         self.health = {"status": "ok", "running": 1, "waiting": 0}
         self.models: Callable[[], dict[str, Any]] = lambda: {"object": "list", "data": [MODEL]}
+        self.gets: dict[str, Callable[[], Any]] = {
+            "/v1/models": lambda: self.models(),
+            "/health": lambda: self.health,
+        }
+        self.posts: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "/detokenize": self._detokenized,
+            "/v1/chat/completions/render": self._rendered,
+        }
+        self.vocabulary = Vocabulary({START_ID: "<|im_start|>", END_ID: "<|im_end|>"})
         self.bodies: list[dict[str, Any]] = []
         self.gates: Gates = Gates()
         self.client_left = threading.Event()
@@ -179,32 +202,66 @@ class StubServer:
         self._thread.join()
 
     def _get(self, handler: BaseHTTPRequestHandler) -> None:
-        if handler.path == "/":
-            self._file(handler, "index.html")
-        elif handler.path.startswith("/view/"):
-            self._file(handler, handler.path.removeprefix("/view/"))
-        elif handler.path in ("/v1/models", "/health") and self._allowed(handler):
-            self._json(handler, self.models() if handler.path == "/v1/models" else self.health)
-        elif handler.path not in ("/v1/models", "/health"):
+        path = handler.path.partition("?")[0]
+        if path == "/":
+            self._file(handler, "chat/index.html")
+        elif path == "/engine":
+            self._file(handler, "engine/index.html")
+        elif path.startswith("/runs/"):
+            self._file(handler, "run/index.html")
+        elif path.startswith("/view/"):
+            self._file(handler, path.removeprefix("/view/"))
+        elif (answer := self.gets.get(path)) is None:
             handler.send_error(404)
+        elif self._allowed(handler):
+            self._json(handler, answer())
 
     def _post(self, handler: BaseHTTPRequestHandler) -> None:
         body = json.loads(handler.rfile.read(int(handler.headers["content-length"])))
-        if handler.path != "/v1/chat/completions":
+        if handler.path != "/v1/chat/completions" and handler.path not in self.posts:
             handler.send_error(404)
             return
         if not self._allowed(handler):
             return
+        if handler.path in self.posts:
+            self._json(handler, self.posts[handler.path](body))
+            return
         self.bodies.append(body)
         try:
-            self.script(Exchange(handler, body, self.gates))
+            self.script(Exchange(handler, body, self.gates, self.vocabulary))
         except (BrokenPipeError, ConnectionResetError):
             self.client_left.set()
+
+    def _detokenized(self, body: dict[str, Any]) -> dict[str, Any]:
+        texts = [self.vocabulary[token_id] for token_id in body["tokens"]]
+        return {"prompt": "".join(texts), "token_strs": texts, "special_ids": [START_ID, END_ID]}
+
+    def _rendered(self, body: dict[str, Any]) -> dict[str, Any]:
+        """A template of the usual kind; a word is a token."""
+        text, ids, offsets, messages = "", [], [], []
+
+        def write(*pieces: str) -> tuple[int, int]:
+            nonlocal text
+            begin = len(text)
+            for piece in pieces:
+                ids.append(self.vocabulary.id_of(piece))
+                offsets.append((len(text), len(text) + len(piece)))
+                text += piece
+            return begin, len(text)
+
+        for message in body["messages"]:
+            write("<|im_start|>", message["role"], "\n")
+            span = write(*re.findall(r"\s*\S+|\s+$", message["content"]))
+            messages.append({"role": message["role"], "content_span": span})
+            write("<|im_end|>", "\n")
+        write("<|im_start|>", "assistant", "\n")
+        found = {"prompt_text": text, "token_ids": ids, "count": len(ids), "messages": messages}
+        return found | ({"token_offsets": offsets} if body.get("return_token_offsets") else {})
 
     def _allowed(self, handler: BaseHTTPRequestHandler) -> bool:
         if self.key is None or handler.headers["authorization"] == f"Bearer {self.key}":
             return True
-        Exchange(handler, {}, self.gates).refuse(
+        Exchange(handler, {}, self.gates, self.vocabulary).refuse(
             401, "invalid_api_key", "no key or a wrong one; send Authorization: Bearer KEY", www_authenticate="Bearer"
         )
         return False
@@ -216,12 +273,12 @@ class StubServer:
             return
         handler.send_response(200)
         handler.send_header("content-type", file.content_type)
-        handler.send_header("content-security-policy", STRICT_POLICY)
+        handler.send_header("content-security-policy", POLICY)
         handler.send_header("x-content-type-options", "nosniff")
         handler.end_headers()
         handler.wfile.write(file.data)
 
-    def _json(self, handler: BaseHTTPRequestHandler, value: dict[str, Any]) -> None:
+    def _json(self, handler: BaseHTTPRequestHandler, value: Any) -> None:
         handler.send_response(200)
         handler.send_header("content-type", "application/json")
         handler.end_headers()

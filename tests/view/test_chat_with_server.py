@@ -65,9 +65,9 @@ def test_an_answer_and_its_balanced_ledger(open_page, serve):
     page, _ = open_page(url=served.url, locale="ko-KR")
     expect(page.locator("#model-name")).not_to_be_empty()
     page.get_by_role("button", name="대한민국의 수도는 어디인가요?").click()
-    expect(page.locator(".figures-time")).to_be_visible()
+    expect(page.locator(".figures")).to_be_visible()
     assert page.locator(".answer .text").text_content() == text
-    expect(page.locator(".figures-tokens .figure").nth(1)).to_have_text(f"출력 {len(text.encode()) + 1}")
+    expect(page.locator(".figure").nth(1)).to_have_text(f"출력 {len(text.encode()) + 1}")
     expect(page.locator(".ledger")).to_have_count(1)
     expect(page.locator(".ledger.unbalanced")).to_have_count(0)
 
@@ -85,7 +85,7 @@ def test_settings_reach_the_engine(open_page, serve):
     page.locator("#setting-system").fill("Be brief.")
     page.locator("#setting-maxTokens").press("Enter")
     ask(page, "Hi")
-    expect(page.locator(".figures-time")).to_be_visible()
+    expect(page.locator(".figures")).to_be_visible()
     params = client.requests[-1].params
     assert (params.temperature, params.seed, params.max_tokens) == (0.25, 77, 9)
     assert "Be brief." in bytes(id_ for id_ in client.requests[-1].prompt_ids if id_ < 256).decode()
@@ -118,5 +118,5 @@ def test_a_server_with_keys_takes_the_browsers_own_password_field(open_page, ser
     served = serve(StubClient(), keys=(ApiKey(name="me", secret="s3cret"),))
     page, _ = open_page(url=served.url, http_credentials={"username": "me", "password": "s3cret"})
     ask(page, "Hi")
-    expect(page.locator(".figures-time")).to_be_visible()
+    expect(page.locator(".figures")).to_be_visible()
     expect(page.locator("#key-dialog")).to_be_hidden()

@@ -13,7 +13,7 @@ from typing import Literal
 import msgspec
 
 from jilju.assemble.packed import packed_folder
-from jilju.backends.native import NativeExecutor, PackedCache
+from jilju.backends.native import NativeExecutor, NativeProbes, PackedCache
 from jilju.backends.reference import ReferenceExecutor
 from jilju.clock import Clock, WallClock
 from jilju.config import ServeConfig, available_memory_bytes, huge_pages_offered, usable_cores
@@ -29,12 +29,14 @@ from jilju.model.decoder import build_plan
 from jilju.model.sources import ModelEntry, Progress, no_progress
 from jilju.model.spec import ModelSpec, spec_from_gguf
 from jilju.model.weights import load_weights
-from jilju.plan import Executor, KvDtype, Limits, Plan
+from jilju.plan import Executor, KvDtype, Limits, Linear, Plan
+from jilju.plan.cost import Roofs
 
 BLOCK_SIZE = 16  # slots of a KV block: small, so that a shared prefix is found to within 15 tokens
 AUTO_KV_SHARE = 4  # --kv-memory auto takes a quarter of the available memory ...
 AUTO_KV_CONTEXTS = 64  # ... but not more than this many full contexts
 TEXT_TO_IDS = ("tokenizer.ggml.merges", "tokenizer.ggml.scores")  # the largest fields of a file's head
+PROBE_BYTES, PROBE_S = 128 << 20, 0.01  # read by a probe of the machine, which no cache holds; its time
 WARM_UP_TOKENS = 32  # computed at load, to see how long it takes
 AUTO_HUGE_SHARE = 2  # --huge-pages auto wants all that an engine holds to fit into half of the available memory
 
@@ -210,11 +212,12 @@ def build_engine(
         executor.load(plan, load_weights(gguf, plan), limits)
     gguf.drop_pages()  # of what was checked and packed
     times = warm_up(plan, executor, limits)
+    roofs = measure_roofs(plan, limits.num_threads) if options.backend == "native" else None
     load_ms = (time.perf_counter() - begin) * 1e3
     # the prefix cache's hash is keyed by a secret of this process, so that nobody can make two prompts collide
     return Engine(
         plan, executor, limits, clock or WallClock(), hash_key=os.urandom(16), load_ms=load_ms, times=times,
-        gap_ms=options.token_gap_ms,
+        gap_ms=options.token_gap_ms, roofs=roofs,
         grammars=Grammars(_matchers_of(gguf, plan), makes_beside=makes_grammars_beside, fills_beside=True),
     )  # fmt: skip
 
@@ -257,6 +260,20 @@ def warm_up(plan: Plan, executor: Executor, limits: Limits) -> StepTimes:
     prefill_ns, decode_ns = min(steps[0] for steps in took_ns), min(min(steps) for steps in took_ns)
     token_ns = max(0.0, (prefill_ns - decode_ns) / max(1, num_prompt - 1))
     return StepTimes((max(0.0, decode_ns - token_ns), token_ns, 0.0), is_measured=True)
+
+
+def measure_roofs(plan: Plan, num_threads: int) -> Roofs:
+    """One short probe of each: steps are shown beside them, and `jilju bench machine` measures with more care."""
+    probes = NativeProbes()
+    by_family: dict[str, int] = {}
+    for op in plan.ops:
+        if isinstance(op, Linear):
+            for weight in op.parts:
+                family = probes.family_of(weight.type)
+                by_family[family] = by_family.get(family, 0) + weight.num_bytes
+    family = max(by_family, key=lambda name: by_family[name])
+    gb_s = probes.read_bandwidth(PROBE_BYTES, num_threads, PROBE_S)
+    return Roofs(gb_s * 1e9, probes.kernel_peak(family, num_threads, PROBE_S) * 1e9)
 
 
 def load_native(

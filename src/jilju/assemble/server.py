@@ -12,15 +12,18 @@ from functools import partial
 from pathlib import Path
 
 from jilju import __version__
+from jilju.account.energy import find_meter
 from jilju.assemble.engine import EngineOptions, ModelFile, make_executor
 from jilju.assemble.launch import Launched
 from jilju.assemble.text import ModelText, load_text
 from jilju.assemble.worker_process import WorkerOptions, worker_command
-from jilju.config import ServeConfig
+from jilju.config import OFF, ServeConfig
 from jilju.serve.context import SamplingDefaults, ServerContext
 from jilju.serve.door.key_file import keys_of
-from jilju.serve.request_log import make_formatter
+from jilju.serve.otel.providers import make_providers
+from jilju.serve.request_log import CountingHandler, make_formatter
 from jilju.serve.runner import run_server
+from jilju.serve.usage_log import UsageLog
 from jilju.serve.workers import Workers
 from jilju.text.history import History
 from jilju.view import DIRECTORY as VIEW_DIRECTORY
@@ -28,15 +31,15 @@ from jilju.view import DIRECTORY as VIEW_DIRECTORY
 
 def serve_model(launched: Launched, *, on_ready: Callable[[str], None]) -> int:
     """Make the server while the engine loads, serve until a signal; returns the exit status. Raises StartupError."""
-    set_up_logging(launched.config)
+    handler = set_up_logging(launched.config)
     config = launched.config
-    context = make_context(launched, load_text(launched.model))
+    context = make_context(launched, load_text(launched.model), handler)
     gc.collect()
     gc.freeze()  # what was loaded stays: a full collection would walk over all of it while streams and callers wait
     return run_server(context, host=config.host, port=config.port, on_ready=on_ready)
 
 
-def make_context(launched: Launched, text: ModelText) -> ServerContext:
+def make_context(launched: Launched, text: ModelText, handler: CountingHandler) -> ServerContext:
     model, config, options = launched.model, launched.config, launched.options
     d = text.defaults
     defaults = SamplingDefaults()
@@ -49,14 +52,18 @@ def make_context(launched: Launched, text: ModelText) -> ServerContext:
             repetition_penalty=d.repetition_penalty,
             source=d.source,
         )
+    usage_log = None if config.usage_log is None else UsageLog(config.usage_log)
     return ServerContext(
         model_name=config.served_model_name or model.name, tokenizer=text.tokenizer, template=text.template, client=launched.client,
         max_context=options.max_context, fingerprint=fingerprint(model, options), version=__version__, defaults=defaults,
         quantization=quantization(model), keys=keys_of(config), allowed_hosts=frozenset((config.host, *config.allow_host)),
         read_keys=None if config.api_key_file is None else partial(keys_of, config), allowed_origins=frozenset(config.allow_origin),
-        lenient=config.lenient, shared_prefix_cache=config.shared_prefix_cache, allow_request_template=config.allow_request_template,
+        plan=model.plan, run_store_bytes=config.run_store, event_log=config.event_log, event_log_bytes=config.event_log_max, lenient=config.lenient, shared_prefix_cache=config.shared_prefix_cache, allow_request_template=config.allow_request_template,
         workers=Workers(worker_command(WorkerOptions(path=str(model.path), vocab_size=model.plan.vocab_size))),
         view_dir=VIEW_DIRECTORY, history=History() if config.keep_generated_ids == "on" else None,
+        kv_dtype=config.kv_dtype, metrics_compat=config.metrics_compat, trace_content=config.trace_content,
+        telemetry=None if config.otel == OFF else make_providers(config.otel, __version__), num_dropped_log_lines=lambda: handler.num_dropped + (0 if usage_log is None else usage_log.num_dropped),
+        price_per_hour=config.price, meter=find_meter(config.watts), usage_log=usage_log,
     )  # fmt: skip
 
 
@@ -91,10 +98,11 @@ def quantization(model: ModelFile) -> str:
     return ", ".join(f"{name} {count / 1e6:.0f} MB" for name, count in sorted(large, key=lambda item: -item[1]))
 
 
-def set_up_logging(config: ServeConfig) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+def set_up_logging(config: ServeConfig) -> CountingHandler:
+    handler = CountingHandler(sys.stderr)
     handler.setFormatter(make_formatter(config.log_format))
     root = logging.getLogger("jilju")
     root.handlers[:] = [handler]
     root.propagate = False
     root.setLevel(config.log_level.upper())
+    return handler

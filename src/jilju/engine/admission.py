@@ -176,6 +176,11 @@ class Admission:
         """Of one that would come now."""
         return int(self.correction * self._raw_ns(priority, tenant, _Sums()))
 
+    def predicted_start_ns(self, request_id: str) -> int | None:
+        """As was predicted when it was taken; None: it is not live, or runs."""
+        live = self._live.get(request_id)
+        return None if live is None or live.is_running else live.admitted_ns + live.predicted_ns
+
     # ---- what becomes of requests ----------------------------------------------------------------------------------
 
     def admitted(

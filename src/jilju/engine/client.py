@@ -32,6 +32,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     kv_bytes: int
     workspace_bytes: int
     load_ms: float
+    kv_bytes_per_token: int = 0
+    read_bytes_per_s: float | None = None  # of this machine's memory, as measured at load
+    flops_per_s: float | None = None  # of linear ops at best, likewise
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -40,6 +40,7 @@ class InProcessClient:
         self._loop = asyncio.get_running_loop()
         self.info = self._engine.info
         self._state = "ready"
+        self.log.engine(True, self._engine.now_ns())
         self._thread.start()
 
     def submit(self, request: Request) -> EventStream:
@@ -48,8 +49,9 @@ class InProcessClient:
         if self._state != "ready":
             raise EngineUnavailable("the engine has ended; start the server again")
         self._engine.check(request, num_live=len(self._streams))
-        stream = EventStream(request.id, self.abort)
+        stream = EventStream(request.id, self.abort, request.number)
         self._streams[request.id] = stream
+        self.log.enter(request.number, request.tenant, self._engine.now_ns())
         self._tell(request)
         return stream
 
@@ -115,9 +117,13 @@ class InProcessClient:
                 stream.put(event)
                 if is_terminal(event):
                     del self._streams[event.request_id]
+                    self.log.leave(stream.number, self._engine.now_ns())
 
     def _end(self, code: str, message: str) -> None:
         self._state = "gone"
+        now_ns = self._engine.now_ns()
+        self.log.engine(False, now_ns)
         for request_id, stream in self._streams.items():
             stream.put(RequestFailed(request_id=request_id, code=code, message=message))
+            self.log.leave(stream.number, now_ns)
         self._streams = {}

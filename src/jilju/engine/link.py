@@ -34,7 +34,7 @@ from jilju.errors import InternalError, JiljuError, StartupError
 
 logger = logging.getLogger(__name__)
 
-LINK_VERSION = 5  # raised with every change of a message: an engine of another installation is refused, not misread
+LINK_VERSION = 6  # raised with every change of a message: an engine of another installation is refused, not misread
 MAX_FRAME_BYTES = 16 * 2**20
 BEAT_S = 0.5  # a side that has said nothing for so long says that it lives
 SILENCE_NS = 5 * 10**9  # a server that is silent for so long is stopped or gone: no step is begun until it speaks
@@ -223,7 +223,7 @@ class EngineTurns:
         self.events: list[EngineEvent] = []  # of the last step, not sent yet
         self.step: Step | None = None  # decided and not run yet
         engine.log.listen(self._records.append)
-        engine.log.resize(1)  # the server keeps them
+        engine.log.keep_one()  # the server keeps them
 
     @property
     def has_work(self) -> bool:

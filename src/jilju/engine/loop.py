@@ -9,7 +9,7 @@ import logging
 from jilju.clock import Clock
 from jilju.engine.client import EngineInfo, EngineStatus
 from jilju.engine.cost import StepCost
-from jilju.engine.events import EventLog, StepRecord
+from jilju.engine.events import EventLog, StepRecord, pack_row
 from jilju.engine.grammars import Grammars
 from jilju.engine.pack import pack
 from jilju.engine.request import EngineEvent, Request, RequestAborted, is_terminal
@@ -17,6 +17,7 @@ from jilju.engine.scheduler import Row, Scheduler, Step, check_fits
 from jilju.engine.step_times import StepTimes
 from jilju.errors import InternalError, Overloaded
 from jilju.plan import Executor, Limits, Plan
+from jilju.plan.cost import Roofs
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class Engine:
         times: StepTimes | None = None,
         gap_ms: float = 0.0,
         grammars: Grammars | None = None,
+        roofs: Roofs | None = None,
     ):
         self.limits = limits
         self.log = log if log is not None else EventLog()
@@ -60,7 +62,7 @@ class Engine:
             limits, hash_key, vocab_size=plan.vocab_size, times=self.step_times, gap_ns=int(gap_ms * 1e6) or None,
             score_work=self._cost.score_work,
         )  # fmt: skip
-        self.info = _info(plan, executor, limits, load_ms, gap_ms, self._cost.score_work)
+        self.info = _info(plan, executor, limits, load_ms, gap_ms, self._cost.score_work, roofs)
         self._num_idle_turns = 0  # in a row, with work
         self.executor = executor
         self.grammars = grammars
@@ -96,6 +98,10 @@ class Engine:
 
     def has_work(self) -> bool:
         return self.scheduler.has_work
+
+    def now_ns(self) -> int:
+        """Of the clock by which its records are timed."""
+        return self._clock.now_ns()
 
     def step(self) -> list[EngineEvent]:
         """One step, from decision to events; nothing runs if there is nothing to do."""
@@ -268,6 +274,10 @@ class Engine:
                 predicted_ns=step.predicted_ns,
                 bound_ns=step.bound_ns,
                 is_rerun=step.is_rerun,
+                closed_by=step.closed_by,
+                rows=b"".join(
+                    [pack_row(row.sequence.request.number, row.start, row.count, row.is_sampled) for row in step.rows]
+                ),
             )
         )
 
@@ -280,9 +290,16 @@ def check_bound(num_live: int, max_requests: int) -> None:
 
 
 def _info(
-    plan: Plan, executor: Executor, limits: Limits, load_ms: float, gap_ms: float, score_work: float
+    plan: Plan,
+    executor: Executor,
+    limits: Limits,
+    load_ms: float,
+    gap_ms: float,
+    score_work: float,
+    roofs: Roofs | None,
 ) -> EngineInfo:
     num_slots = limits.num_blocks * limits.block_size
+    kv_bytes_per_token = executor.kv_bytes_per_token(plan, limits.kv_dtype)
     return EngineInfo(
         kernel_set=executor.kernel_set,
         invariant=executor.invariant,
@@ -295,7 +312,10 @@ def _info(
         token_gap_ms=gap_ms,
         score_work=score_work,
         weight_bytes=plan.weight_bytes,
-        kv_bytes=executor.kv_bytes_per_token(plan, limits.kv_dtype) * num_slots,
+        kv_bytes=kv_bytes_per_token * num_slots,
         workspace_bytes=executor.workspace_bytes(plan, limits),
         load_ms=load_ms,
+        kv_bytes_per_token=kv_bytes_per_token,
+        read_bytes_per_s=None if roofs is None else roofs.read_bytes_per_s,
+        flops_per_s=None if roofs is None else roofs.flops_per_s,
     )

@@ -3,12 +3,16 @@
 Owns the index from a chained keyed hash over (salt, parent, tokens) to the block with that content. Only full, computed
 blocks are in it. A hit compares the tokens and the entry that it continues, back to the salt, so a collision of hashes is a
 miss and never a wrong answer. Knows nothing of who holds a block or when it is evicted; that is `blocks`.
+
+Why a match ended where it did is asked of `known_texts`, which remembers what was here.
 """
 
 from collections.abc import Callable
 from hashlib import blake2b
 from typing import NamedTuple
 
+from jilju.engine.known_texts import KnownTexts
+from jilju.engine.request import CacheMiss
 from jilju.engine.sequence import Sequence
 
 KEY_BYTES = 16  # two contents collide by chance once in 2^64 blocks; on purpose only with the hash key in hand
@@ -31,6 +35,7 @@ class PrefixIndex:
         self._entry_of: dict[int, _Entry] = {}
         self._num_entered = 0
         self._ids: set[int] = set()  # of entries that are in the index
+        self._known = KnownTexts()
 
     def __contains__(self, block_id: int) -> bool:
         return block_id in self._entry_of
@@ -49,6 +54,22 @@ class PrefixIndex:
             block_ids.append(block_id)
             sequence.prefix_ids.append(self._entry_of[block_id].id)
         return block_ids
+
+    def explain(self, sequence: Sequence, num_hits: int, max_tokens: int) -> CacheMiss:
+        """Why match() found `num_hits` blocks of the sequence and no more."""
+        position = num_hits * self._block_size
+        if position >= max_tokens:
+            return CacheMiss(reason="none")
+        rest = sequence.tokens[position : min(position + self._block_size, max_tokens)]
+        parent = self._parent_key(sequence, num_hits)
+        return self._known.explain(parent, rest, position, self._block_size, sequence.tenant, salt_only=num_hits == 0)
+
+    def note_tail(self, sequence: Sequence) -> None:
+        """The sequence gives up its blocks: tokens of it that fill none are remembered, for who asks why they are not found."""
+        num_whole, num_tail = divmod(sequence.num_computed, self._block_size)
+        if num_tail and len(sequence.block_keys) >= num_whole:
+            tail = sequence.tokens[num_whole * self._block_size : sequence.num_computed].tobytes()
+            self._known.add(self._parent_key(sequence, num_whole), tail, sequence.tenant, is_first=False)
 
     def orphan(self, sequence: Sequence, index: int) -> int | None:
         """The block, if there is one, that has the key of block `index` of the sequence and continues an entry that is gone.
@@ -70,6 +91,9 @@ class PrefixIndex:
         """
         if len(sequence.prefix_ids) < index or (index and sequence.prefix_ids[index - 1] not in self._ids):
             return
+        self._known.add(
+            self._parent_key(sequence, index), self._tokens(sequence, index), sequence.tenant, is_first=index == 0
+        )
         known = self._find(sequence, index)
         if known is not None:
             sequence.prefix_ids.append(self._entry_of[known].id)
@@ -117,6 +141,8 @@ class PrefixIndex:
         keys = sequence.block_keys
         assert index <= len(keys), f"block {index} is asked for before block {len(keys)}"
         if index == len(keys):
-            parent = keys[index - 1] if index else self._digest(b"salt" + sequence.request.salt)
-            keys.append(self._digest(parent + self._tokens(sequence, index)))
+            keys.append(self._digest(self._parent_key(sequence, index) + self._tokens(sequence, index)))
         return keys[index]
+
+    def _parent_key(self, sequence: Sequence, index: int) -> bytes:
+        return sequence.block_keys[index - 1] if index else self._digest(b"salt" + sequence.request.salt)

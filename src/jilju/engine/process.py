@@ -139,9 +139,11 @@ class SupervisedClient:
         await self._is_loaded
 
     def submit(self, request: Request) -> EventStream:
-        self._core.submit(request, self._clock.now_ns())
-        stream = EventStream(request.id, self.abort)
+        now_ns = self._clock.now_ns()
+        self._core.submit(request, now_ns)
+        stream = EventStream(request.id, self.abort, request.number)
         self._streams[request.id] = stream
+        self.log.enter(request.number, request.tenant, now_ns)
         self._send(Submit(request))
         return stream
 
@@ -178,7 +180,7 @@ class SupervisedClient:
         for event in events:
             self._streams[event.request_id].put(event)
             if is_terminal(event):
-                del self._streams[event.request_id]
+                self.log.leave(self._streams.pop(event.request_id).number, self._clock.now_ns())
 
     async def _expire(self) -> None:
         """Deadlines pass while no engine is there to see to them, too."""
@@ -198,7 +200,9 @@ class SupervisedClient:
             while True:
                 cause, kind = await self._live_once()
                 suspects = self._core.suspects
-                wait_s, events = self._core.ended(self._clock.now_ns(), kind)
+                now_ns = self._clock.now_ns()
+                self.log.engine(False, now_ns)
+                wait_s, events = self._core.ended(now_ns, kind)
                 if not self._is_loaded.done():
                     self._core.state = "gone"
                     self._is_loaded.set_exception(StartupError(cause))
@@ -263,6 +267,7 @@ class SupervisedClient:
         elif isinstance(message, LoadFailed):
             reasons.append((message.message, "other"))
         elif isinstance(message, Ready):
+            self.log.engine(True, self._clock.now_ns())
             for request in self._core.resubmissions():
                 self._send(Submit(request))
             if not self._is_loaded.done():

@@ -178,6 +178,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     arrival_ns: int = 0  # accepted by the server; waiting counts from here. 0: when the engine gets it
     deadline_ns: int = 0  # of the monotonic clock; not complete by then, it fails. 0: none
     queue_deadline_ns: int = 0  # not in a step by then, it fails. 0: none
+    number: int = 0  # what the log calls it, from whoever keeps that: unique there, over all engines
     sibling_of: str = ""  # id of a request of the same call and prompt (n > 1), whose prompt's blocks it waits for
     # It was in the step of a crash: it runs alone until its tokens so far are computed again, in so many steps from there on.
     num_probation_steps: int = 0
@@ -203,6 +204,22 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
             )
 
 
+MissReason = Literal["none", "never_seen", "diverged", "evicted", "block_tail", "salt"]
+
+
+class CacheMiss(msgspec.Struct, frozen=True, kw_only=True):
+    """Why the prefix cache had no more of a request than it had, as far as it can tell.
+
+    none: it had all but the newest tokens, which are always computed. never_seen: nothing like it was here. diverged: an earlier
+    text of the tenant goes on with another token at `position`. evicted: it was here. block_tail: an earlier text of the tenant ends
+    within the block, or this one does, and only whole blocks are kept. salt: it is here, under another salt of the tenant.
+    """
+
+    reason: MissReason
+    position: int | None = None  # of the first token that was not found; None: all were
+    earlier_id: int | None = None  # the token that the earlier text has there
+
+
 class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
     """Where a request's time in the engine went; ns of the monotonic clock, sent with its terminal event.
 
@@ -218,6 +235,7 @@ class RequestTimes(msgspec.Struct, frozen=True, kw_only=True):
     num_steps: int = 0
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     num_preemptions: int = 0
+    miss: CacheMiss | None = None  # why they were no more; None: it was in no step
 
 
 class TokenEvent(msgspec.Struct, frozen=True, kw_only=True, tag="token"):

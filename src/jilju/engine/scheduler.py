@@ -20,7 +20,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from jilju.engine.blocks import BlockPool
-from jilju.engine.events import prefill_share_ns
+from jilju.engine.events import Closed, prefill_share_ns
 from jilju.engine.matcher import Grammar
 from jilju.engine.prefix import PrefixIndex
 from jilju.engine.queue import WaitingQueue, due_ns
@@ -94,6 +94,7 @@ class Step:
     num_pairs: int  # query-key pairs
     predicted_ns: int
     bound_ns: int  # what it may be predicted to take; 0: nobody's stream waits for it
+    closed_by: Closed = "open"
     is_rerun: bool = False  # part of a step that raised
 
 
@@ -110,6 +111,7 @@ class _Draft:
     num_chunk_tokens: int = 0
     num_cached: int = 0
     num_preempted: int = 0
+    closed_by: Closed = "open"
 
 
 def check_fits(request: Request, limits: Limits) -> None:
@@ -256,6 +258,7 @@ class Scheduler:
         elif sequence.num_wanted > 0:
             self.waiting.remove(sequence)
         self._forget(sequence)
+        self.prefix.note_tail(sequence)
         self.pool.release(sequence.block_ids, sequence.tenant)
         sequence.block_ids = []
 
@@ -264,6 +267,7 @@ class Scheduler:
     def schedule(self, now_ns: int) -> Step:
         draft = _Draft(budget=self.limits.max_tokens)
         if self._num_on_probation and self._plan_probation(draft):
+            draft.closed_by = "order" if self.waiting else "open"
             return self._make_step(draft, now_ns)
         chunks: list[Sequence] = []
         for sequence in self.running.copy():
@@ -276,8 +280,8 @@ class Scheduler:
         for sequence in chunks:
             if sequence.is_running:
                 self._plan_chunk(draft, sequence)
-        if self.waiting and not draft.num_preempted:
-            self._admit(draft)
+        if self.waiting:
+            draft.closed_by = "blocks" if draft.num_preempted else self._admit(draft)
         return self._make_step(draft, now_ns)
 
     def _plan_probation(self, draft: _Draft) -> bool:
@@ -342,20 +346,25 @@ class Scheduler:
             self._preempt(draft, victim)
         self._plan(draft, sequence, min(count, self._num_fitting(sequence)))
 
-    def _admit(self, draft: _Draft) -> None:
-        """Let in who waits, by turns, while all tokens that are known can be held beside those of who runs already."""
+    def _admit(self, draft: _Draft) -> Closed:
+        """Let in who waits, by turns, while all tokens that are known can be held beside those of who runs already.
+
+        Returns what keeps out those that still wait.
+        """
         num_rows = self._max_running - len(self.running)
         if num_rows <= 0 or draft.budget == 0:
-            return
+            return "rows" if num_rows <= 0 else "tokens"
         owed = self._num_owed_by_running()
         blocked: list[Sequence] = []
         for sequence in self.waiting.next_turns(num_rows + LOOK_AHEAD):
             if blocked and sequence.priority != blocked[0].priority:
-                return  # a turn of another priority is not to be had by being small
+                return "blocks"  # a turn of another priority is not to be had by being small
             if self._awaits_sibling(sequence):
                 continue
-            if self._allowed(draft, 0, 1) == 0 or len(self.running) == self._max_running:
-                return
+            if len(self.running) == self._max_running:
+                return "rows"
+            if self._allowed(draft, 0, 1) == 0:
+                return "tokens"
             if not sequence.num_probation_steps and self._let_in(draft, sequence, owed):
                 owed += self._num_owed(sequence)
                 for passed in blocked:
@@ -363,7 +372,10 @@ class Scheduler:
             else:
                 blocked.append(sequence)
             if len(blocked) > LOOK_AHEAD or any(s.num_bypassed >= MAX_BYPASSES for s in blocked):
-                return
+                return "blocks"
+        if blocked:
+            return "blocks"
+        return "order" if self.waiting else "open"  # for a sibling, or behind all that were looked at
 
     def _awaits_sibling(self, sequence: Sequence) -> bool:
         """Its call's first sequence has the same prompt and is about to compute it, or does so now."""
@@ -377,7 +389,8 @@ class Scheduler:
         if self.running and is_early and room <= sequence.refused_room:
             return False  # looking for its prompt in the cache anew would cost time in every step
         # The newest token is always computed, its logits are wanted; so are those of a prompt's tokens that are to be scored.
-        hits = self.prefix.match(sequence, sequence.num_scored if sequence.is_scoring else sequence.num_wanted - 1)
+        most = sequence.num_scored if sequence.is_scoring else sequence.num_wanted - 1
+        hits = self.prefix.match(sequence, most)
         num_new = self.pool.blocks_for(sequence.num_wanted) - len(hits)
         num_revived = sum(self.pool.is_cached(block_id) for block_id in hits)
         if num_new + num_revived > room:
@@ -389,6 +402,8 @@ class Scheduler:
         count = self._allowed(draft, start, sequence.num_wanted - start, self._weight(sequence))
         if count == 0:
             return False
+        if sequence.miss is None:
+            sequence.miss = self.prefix.explain(sequence, len(hits), most)
         sequence.refused_room = -1
         self.waiting.take(sequence)
         self._start(draft, sequence, hits)
@@ -425,6 +440,7 @@ class Scheduler:
     def _preempt(self, draft: _Draft, victim: Sequence) -> None:
         draft.budget += draft.counts.pop(victim, 0)
         draft.num_preempted += 1
+        self.prefix.note_tail(victim)
         self.pool.release(victim.block_ids, victim.tenant)
         victim.block_ids = []
         victim.num_computed = 0
@@ -468,7 +484,7 @@ class Scheduler:
             is_sampled = end == sequence.num_tokens and sequence.wants_token
             rows.append(Row(sequence, start, count, tuple(sequence.block_ids), scored, is_sampled))
         bound_ns = max(draft.gap_ns, draft.rows_ns + int(draft.smallest_ns) + 1) if draft.gap_ns else 0
-        return self._step_of(tuple(rows), now_ns, bound_ns, draft.num_cached, draft.num_preempted)
+        return self._step_of(tuple(rows), now_ns, bound_ns, draft.num_cached, draft.num_preempted, draft.closed_by)
 
     def _step_of(
         self,
@@ -477,6 +493,7 @@ class Scheduler:
         bound_ns: int,
         num_cached: int = 0,
         num_preempted: int = 0,
+        closed_by: Closed = "open",
         is_rerun: bool = False,
     ) -> Step:
         num_prefill = num_decode = num_recomputed = num_scored = pairs = 0
@@ -506,6 +523,7 @@ class Scheduler:
             num_pairs=pairs,
             predicted_ns=self.times.predict_ns(work, pairs) if rows else 0,
             bound_ns=bound_ns,
+            closed_by=closed_by,
             is_rerun=is_rerun,
         )
 
@@ -552,7 +570,7 @@ class Scheduler:
 
     def part(self, step: Step, rows: tuple[Row, ...], now_ns: int) -> Step:
         """A step of some rows of one that raised; nothing of that one is committed, so they are as they were."""
-        return self._step_of(rows, now_ns, step.bound_ns, is_rerun=True)
+        return self._step_of(rows, now_ns, step.bound_ns, closed_by=step.closed_by, is_rerun=True)
 
     def give_up(self, rows: Iterable[Row]) -> None:
         """Rows of a step that raised are not run now: what was taken for them goes back."""
@@ -659,6 +677,7 @@ class Scheduler:
 
     def _finish(self, sequence: Sequence) -> None:
         self._forget(sequence)
+        self.prefix.note_tail(sequence)
         self.pool.release(sequence.block_ids, sequence.tenant)
         sequence.block_ids = []
 

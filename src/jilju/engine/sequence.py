@@ -12,7 +12,7 @@ the scheduler changes it, packing reads it.
 import numpy as np
 
 from jilju.engine.matcher import Grammar
-from jilju.engine.request import Request, RequestTimes, SamplingParams
+from jilju.engine.request import CacheMiss, Request, RequestTimes, SamplingParams
 from jilju.engine.rules import BadWords, Repetition
 
 MAX_PREEMPTIONS = 4  # after so many a sequence is let in only when its whole length is sure to fit, and then stays in
@@ -56,7 +56,7 @@ class TokenCounts:
 class Sequence:
     __slots__ = (
         "_banned", "_banned_early", "arrival_ns", "bad_words", "bias_ids", "biases", "block_ids", "block_keys", "counts", "end_ids", "first_token_ns", "grammar", "id", "is_running",
-        "last_token_ns", "mask", "max_computed", "num_bypassed", "num_cached", "num_computed", "num_hit_blocks", "num_preemptions", "num_probation_steps",
+        "last_token_ns", "mask", "max_computed", "miss", "num_bypassed", "num_cached", "num_computed", "num_hit_blocks", "num_preemptions", "num_probation_steps",
         "num_prompt_tokens", "num_scored", "num_steps", "num_submitted_tokens", "num_tokens", "number", "prefix_ids", "priority", "queued_ns", "refused_room", "refused_step", "repetition", "request",
         "scheduled_ns", "stalled_ns", "tag", "tenant", "tokens", "wanted_ids",
     )  # fmt: skip
@@ -110,6 +110,7 @@ class Sequence:
         self.stalled_ns = 0
         self.num_steps = 0
         self.num_cached = 0
+        self.miss: CacheMiss | None = None  # why it was no more, once it has been let in
         self.num_preemptions = 0
         self.num_bypassed = 0  # times that one behind it in the queue had its turn first
         self.refused_room = -1  # blocks that were to be had when it last did not fit; -1: it was not tried
@@ -180,6 +181,7 @@ class Sequence:
             num_steps=self.num_steps,
             num_cached_tokens=self.num_cached,
             num_preemptions=self.num_preemptions,
+            miss=self.miss,
         )
 
 

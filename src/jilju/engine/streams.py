@@ -13,7 +13,8 @@ from jilju.engine.request import EngineEvent, is_terminal
 class EventStream:
     """Ends after the terminal event. Closing it early aborts the request; what comes afterwards is dropped."""
 
-    def __init__(self, request_id: str, abort: Callable[[str], None]):
+    def __init__(self, request_id: str, abort: Callable[[str], None], number: int = 0):
+        self.number = number  # in the log
         self._request_id = request_id
         self._abort = abort
         self._events: asyncio.Queue[EngineEvent] = asyncio.Queue()

@@ -103,6 +103,7 @@ class _Live:
             first_token_ns=first.first_token_ns,
             stalled_ns=self.stalled_before_ns + (of_engine.stalled_ns if of_engine is not None else 0),
             resume_ns=self.resume_ns,
+            miss=first.miss,
         )
 
 

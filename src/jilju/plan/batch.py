@@ -12,6 +12,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 
+def num_pairs_before(end: int, window: int) -> int:
+    """Query-key pairs of the queries [0, end). `window` 0: none."""
+    ramp = min(end, window or end)
+    return ramp * (ramp + 1) // 2 + (end - ramp) * ramp
+
+
 @dataclass(frozen=True, slots=True)
 class StepShape:
     """The size of a step, as the cost formulas take it: per row the tokens before it and in it, and the logit rows."""
@@ -26,12 +32,8 @@ class StepShape:
 
     def num_attended(self, window: int = 0) -> int:
         """Query-key pairs of exact causal attention, one head: the query at position p sees p + 1 keys, at most a window."""
-
-        def pairs(end: int) -> int:  # of the queries [0, end)
-            ramp = min(end, window or end)
-            return ramp * (ramp + 1) // 2 + (end - ramp) * ramp
-
-        return sum(pairs(c + q) - pairs(c) for c, q in zip(self.starts, self.counts, strict=True))
+        rows = zip(self.starts, self.counts, strict=True)
+        return sum(num_pairs_before(c + q, window) - num_pairs_before(c, window) for c, q in rows)
 
     def num_keys_read(self, window: int = 0) -> int:
         """Keys that some query sees: a row's, from the first that its first query sees."""

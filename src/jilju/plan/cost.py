@@ -6,14 +6,14 @@ and no machine but by six numbers.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import msgspec
 
-from jilju.plan.batch import StepShape
-from jilju.plan.ops import Attention, Op, Value, WeightSpec
+from jilju.plan.batch import StepShape, num_pairs_before
+from jilju.plan.ops import Attention, Op, Rows, Value, WeightSpec
 from jilju.plan.plan import Plan
 
 MAX_TALLIES = 512  # numbers of rows whose costs are kept; some bound there must be
@@ -35,6 +35,13 @@ class Machine:
 TWO_CORE_CPU = Machine(396e9, 40e9, eta_c=0.75, eta_b=0.8, base_ns=200e3, row_ns=10e3)
 # The data sheet's bf16 and HBM figures, the share of them that published matrix products reach. Not fitted to any engine.
 H100_SXM = Machine(989e12, 3.35e12, eta_c=0.8, eta_b=0.8, base_ns=1e6, row_ns=5e3)
+
+
+class Roofs(NamedTuple):
+    """What a machine can do at most, as measured on it with the threads that an engine uses."""
+
+    read_bytes_per_s: float  # of memory
+    flops_per_s: float  # of linear ops on many rows, in the number format that most weights have
 
 
 class _Tally(NamedTuple):
@@ -62,6 +69,56 @@ class SummedShape(StepShape):
         return super().num_keys_read(window) if window else sum(self.starts) + self.num_tokens
 
 
+class OpCost(NamedTuple):
+    """What all ops of one kind count in a step, together."""
+
+    op: Op  # one of them
+    num_ops: int
+    flops: int
+    num_bytes: int
+    ns: float  # modelled
+    is_memory_bound: bool
+
+
+class _AttentionRow(NamedTuple):
+    """What one row adds to an attention op: FLOPs a query-key pair, bytes a key that is read and a token of its own."""
+
+    pair_flops: int
+    key_bytes: int
+    token_bytes: int
+    window: int
+
+    @classmethod
+    def of(cls, op: Attention, kv_element_bytes: int) -> "_AttentionRow":
+        """An op counts linearly in the three: steps of one token give them."""
+        whole = msgspec.structs.replace(op, window=0)
+        first, second = StepShape((0,), (1,), 0), StepShape((1,), (1,), 0)  # of one key, and of two
+        key_bytes = whole.bytes(second, kv_element_bytes) - whole.bytes(first, kv_element_bytes)
+        return cls(whole.flops(first), key_bytes, whole.bytes(first, kv_element_bytes) - key_bytes, op.window)
+
+    def flops(self, rows: Sequence[tuple[int, int, float]]) -> list[int]:
+        """Of each row (start, count, ...)."""
+        window, each = self.window, self.pair_flops
+        if window:
+            return [
+                each * (num_pairs_before(start + count, window) - num_pairs_before(start, window))
+                if count > 1
+                else each * min(start + 1, window)
+                for start, count, _ in rows
+            ]
+        return [each * (count * start + count * (count + 1) // 2) for start, count, _ in rows]
+
+    def bytes(self, rows: Sequence[tuple[int, int, float]]) -> list[int]:
+        window, key, token = self.window, self.key_bytes, self.token_bytes
+        if window:
+            firsts = [max(0, start + 1 - window) for start, _, _ in rows]
+            return [
+                key * (start + count - first) + token * count
+                for (start, count, _), first in zip(rows, firsts, strict=True)
+            ]
+        return [key * start + (key + token) * count for start, count, _ in rows]
+
+
 class PlanCost:
     def __init__(self, plan: Plan, kv_element_bytes: int):
         self._kv_element_bytes = kv_element_bytes
@@ -70,6 +127,8 @@ class PlanCost:
         self._attention = [(op, count) for op, count in kinds if isinstance(op, Attention)]  # depends on contexts
         self._others = [(op, count) for op, count in kinds if not isinstance(op, Attention)]  # on numbers of rows alone
         self._tallies: dict[tuple[int, int], tuple[_Tally, ...]] = {}  # of the others
+        self._drivers: list[Rows] = [(op.writes or op.reads)[0].rows for op, _ in self._others]
+        self._attention_rows = [(_AttentionRow.of(op, kv_element_bytes), count) for op, count in self._attention]
 
     def totals(self, shape: StepShape) -> tuple[int, int]:
         """FLOPs and bytes."""
@@ -91,6 +150,45 @@ class PlanCost:
             ns += num_ops * (compute_ns if compute_ns > memory_ns else memory_ns)
         return round(ns)
 
+    def rows_ns(self, rows: Sequence[tuple[int, int, float]], machine: Machine) -> list[float]:
+        """What step_ns sums, split over the rows (start, count, logit rows) by what drives each op.
+
+        That is tokens or logit rows; of attention the FLOPs or bytes of the row itself, whichever bound the op; the rest is
+        shared equally.
+        """
+        ns_per_flop = 1e9 / (machine.eta_c * machine.flops_per_s)
+        ns_per_byte = 1e9 / (machine.eta_b * machine.bytes_per_s)
+        num_tokens, num_logits = sum([row[1] for row in rows]), round(sum([row[2] for row in rows]))
+        driven = {"tokens": 0.0, "logits": 0.0}
+        for driver, (num_ops, op_flops, op_bytes) in zip(
+            self._drivers, self._tally_others(num_tokens, num_logits), strict=True
+        ):
+            compute_ns, memory_ns = op_flops * ns_per_flop, op_bytes * ns_per_byte
+            driven[driver] += num_ops * (compute_ns if compute_ns > memory_ns else memory_ns)
+        token_ns, each_ns = driven["tokens"] / num_tokens, machine.base_ns / len(rows) + machine.row_ns
+        logit_ns = driven["logits"] / num_logits if num_logits else 0.0
+        if not num_logits:
+            each_ns += driven["logits"] / len(rows)  # their weights are read all the same, as the ops count
+        parts = [each_ns + count * token_ns + logits * logit_ns for _, count, logits in rows]
+        for of_row, num_ops in self._attention_rows:
+            flops, num_bytes = of_row.flops(rows), of_row.bytes(rows)
+            is_compute_bound = ns_per_flop * sum(flops) > ns_per_byte * sum(num_bytes)
+            scale = num_ops * (ns_per_flop if is_compute_bound else ns_per_byte)
+            parts = [part + scale * n for part, n in zip(parts, flops if is_compute_bound else num_bytes, strict=True)]
+        return parts
+
+    def by_op(self, shape: StepShape, machine: Machine) -> list[OpCost]:
+        """What step_ns sums, kind by kind, the longest first."""
+        ns_per_flop = 1e9 / (machine.eta_c * machine.flops_per_s)
+        ns_per_byte = 1e9 / (machine.eta_b * machine.bytes_per_s)
+        found: list[OpCost] = []
+        for op, num_ops in self._attention + self._others:
+            flops, num_bytes = op.flops(shape), op.bytes(shape, self._kv_element_bytes)
+            compute_ns, memory_ns = flops * ns_per_flop, num_bytes * ns_per_byte
+            ns = num_ops * max(compute_ns, memory_ns)
+            found.append(OpCost(op, num_ops, num_ops * flops, num_ops * num_bytes, ns, memory_ns >= compute_ns))
+        return sorted(found, key=lambda cost: -cost.ns)
+
     def linear_bound(self, machine: Machine) -> tuple[float, float, float]:
         """ns of a step in any case, of a token, and of a query-key pair, that together no step of this machine exceeds.
 
@@ -111,13 +209,16 @@ class PlanCost:
     def _tally(self, shape: StepShape) -> tuple[_Tally, ...]:
         if not isinstance(shape, SummedShape):
             shape = SummedShape(shape.starts, shape.counts, shape.num_logits, sum(shape.counts))
-        numbers = (shape.num_tokens, shape.num_logits)
-        others = self._tallies.get(numbers)
+        return self._count(self._attention, shape) + self._tally_others(shape.num_tokens, shape.num_logits)
+
+    def _tally_others(self, num_tokens: int, num_logits: int) -> tuple[_Tally, ...]:
+        others = self._tallies.get((num_tokens, num_logits))
         if others is None:
             if len(self._tallies) == MAX_TALLIES:
                 self._tallies.clear()
-            others = self._tallies[numbers] = self._count(self._others, shape)
-        return self._count(self._attention, shape) + others
+            shape = SummedShape((), (), num_logits, num_tokens)
+            others = self._tallies[num_tokens, num_logits] = self._count(self._others, shape)
+        return others
 
     def _count(self, kinds: Iterable[tuple[Op, int]], shape: StepShape) -> tuple[_Tally, ...]:
         return tuple([_Tally(n, op.flops(shape), op.bytes(shape, self._kv_element_bytes)) for op, n in kinds])

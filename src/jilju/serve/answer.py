@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from jilju.engine.request import MissReason
 from jilju.errors import JiljuError
 from jilju.serve.errors import error_object
 from jilju.serve.generation import Choice, Delta
@@ -31,12 +32,23 @@ class CompletionTokensDetails(msgspec.Struct, frozen=True):
     reasoning_tokens: int
 
 
+class CacheUsage(msgspec.Struct, frozen=True, kw_only=True):
+    """Why the prefix cache had no more of a prompt than it had, as far as it can tell."""
+
+    hit_tokens: int  # of all prompts
+    miss_reason: MissReason  # this and what follows: of the first prompt
+    first_miss_position: int | None  # token of the prompt, from 0; where texts diverge, that in which they differ
+    earlier_text: str | None  # of the token that an earlier text of the same key has there; only where they diverge
+    own_text: str | None
+
+
 class Usage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails | None = None  # known when every sequence has ended
     completion_tokens_details: CompletionTokensDetails | None = None
+    jilju_cache: CacheUsage | None = None  # with `timings`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +90,11 @@ class Renderer(Protocol):
     def whole(self, usage: Usage, timings: Timings | None) -> bytes: ...
 
 
-def usage_so_far(choices: Sequence[Choice]) -> Usage:
-    """A prompt counts once, however many choices it has. Cached tokens are known only at the end of every sequence."""
+def usage_so_far(choices: Sequence[Choice], explains_with: Tokenizer | None = None) -> Usage:
+    """A prompt counts once, however many choices it has. Cached tokens are known only at the end of every sequence.
+
+    `explains_with`: then the cache's explanation too, with tokens as texts.
+    """
     firsts = [choice for choice in choices if not choice.request.sibling_of]
     num_prompt_tokens = sum(choice.request.num_prompt_tokens for choice in firsts)
     num_tokens = sum(choice.num_tokens for choice in choices)
@@ -93,6 +108,7 @@ def usage_so_far(choices: Sequence[Choice]) -> Usage:
             cache_write_tokens=num_written,
             truncated_tokens=num_truncated,
         )
+    explained = None if details is None or explains_with is None else _cache_usage(firsts, explains_with)
     num_reasoning = sum(choice.num_reasoning_tokens for choice in choices)
     return Usage(
         prompt_tokens=num_prompt_tokens,
@@ -100,6 +116,26 @@ def usage_so_far(choices: Sequence[Choice]) -> Usage:
         total_tokens=num_prompt_tokens + num_tokens,
         prompt_tokens_details=details,
         completion_tokens_details=CompletionTokensDetails(num_reasoning) if details is not None else None,
+        jilju_cache=explained,
+    )
+
+
+def _cache_usage(firsts: Sequence[Choice], tokenizer: Tokenizer) -> CacheUsage | None:
+    """None: the first prompt was in no step."""
+    times = [choice.times for choice in firsts if choice.times is not None]
+    first = firsts[0].times
+    if first is None or (miss := first.miss) is None:
+        return None
+    earlier = own = None
+    if miss.earlier_id is not None and miss.position is not None:
+        earlier = token_text(tokenizer.token_bytes(miss.earlier_id))
+        own = token_text(tokenizer.token_bytes(firsts[0].request.prompt_ids[miss.position]))
+    return CacheUsage(
+        hit_tokens=sum(t.num_cached_tokens for t in times),
+        miss_reason=miss.reason,
+        first_miss_position=miss.position,
+        earlier_text=earlier,
+        own_text=own,
     )
 
 

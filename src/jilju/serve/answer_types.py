@@ -126,6 +126,8 @@ class Tokenized(TypedDict):
 
 class Detokenized(TypedDict):
     prompt: str
+    token_strs: NotRequired[list[str]]
+    special_ids: NotRequired[list[int]]  # those of the tokens that are control tokens
 
 
 class ModelLimits(TypedDict):

@@ -24,11 +24,14 @@ from jilju.serve.context import ServerContext
 from jilju.serve.door.gate import Gate, NeedsScope
 from jilju.serve.errors import shown
 from jilju.serve.generate_route import GenerateRoute
+from jilju.serve.live import LiveRoutes
 from jilju.serve.messages.api import MessagesApi
 from jilju.serve.messages.count_tokens import count_tokens
 from jilju.serve.openai_completions import CompletionApi
 from jilju.serve.openapi.route import OpenapiRoute
+from jilju.serve.otel.origins import NotesOrigin
 from jilju.serve.responses.api import ResponsesApi
+from jilju.serve.runs.routes import RunRoutes
 from jilju.serve.server import Server, make_server
 from jilju.serve.view_files import ViewRoutes, load_view
 
@@ -41,6 +44,8 @@ def app_of(server: Server) -> Starlette:
     view = ViewRoutes(load_view(server.context.view_dir))
     apis: tuple[Api[Any], ...] = (ChatApi(), CompletionApi(), ResponsesApi(), MessagesApi())
     cancel = CancelRoute(server, [api.id_prefix for api in apis])
+    runs, live = RunRoutes(server), LiveRoutes(server)
+    behind_gate = [] if server.telemetry is None else [Middleware(NotesOrigin, server.telemetry.origins)]
     app = Starlette(
         routes=[
             *(_route("POST", api.path, GenerateRoute(server, api), "generate") for api in apis),
@@ -59,10 +64,18 @@ def app_of(server: Server) -> Starlette:
             _route("GET", "/metrics", partial(health.metrics, server), "metrics"),
             _route("GET", "/version", partial(health.version, server), None),
             _route("GET", "/openapi.json", OpenapiRoute(server).get, None),
+            _route("GET", "/v1/jilju/runs", runs.list_runs, "view"),
+            _route("GET", "/v1/jilju/runs/{id}", runs.get_run, "view"),
+            _route("GET", "/v1/jilju/steps/{serial}", runs.get_step, "view"),
+            _route("GET", "/v1/jilju/events", live.events, "view"),
+            _route("GET", "/v1/jilju/window", live.window, "view"),
+            _route("GET", "/v1/jilju/trace", live.trace, "view"),
             _route("GET", "/", view.index, "view"),
+            _route("GET", "/engine", view.engine, "view"),
+            _route("GET", "/runs/{id}", view.run, "view"),
             _route("GET", "/view/{path:path}", view.file, "view"),
         ],
-        middleware=[Middleware(Gate, server=server)],
+        middleware=[Middleware(Gate, server=server), *behind_gate],
         exception_handlers={HTTPException: _wrong_route},
     )
     app.router.redirect_slashes = False

@@ -33,10 +33,19 @@ class ClientLeft(Exception):
     """The peer closed, reset, or stopped reading: there is nobody to answer."""
 
 
-async def read_fields(request: Request, limits: ServeLimits, take: Callable[[dict[str, Any]], T]) -> T:
-    """What `take` makes of the body of a POST, a JSON object. Of a long one it is made in a thread, like the object."""
+async def read_fields(
+    request: Request,
+    limits: ServeLimits,
+    take: Callable[[dict[str, Any]], T],
+    on_body: Callable[[], None] = lambda: None,
+) -> T:
+    """What `take` makes of the body of a POST, a JSON object. Of a long one it is made in a thread, like the object.
+
+    `on_body` is called when all of the body is there.
+    """
     _check_media_type(request)
     raw = await _read(request, limits)
+    on_body()
 
     def taken() -> T:
         value = parse_json(raw, limits.json_depth)

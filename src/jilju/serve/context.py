@@ -8,12 +8,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources.abc import Traversable
+from typing import Literal
 
 import msgspec
 
+from jilju.account.energy import Meter
 from jilju.clock import Clock, WallClock
 from jilju.config import ApiKey
 from jilju.engine.client import EngineClient
+from jilju.plan import Plan
+from jilju.serve.otel.providers import Providers
+from jilju.serve.usage_log import UsageLog
 from jilju.serve.workers import Workers
 from jilju.text.history import History
 from jilju.text.template import ChatTemplate
@@ -71,7 +76,19 @@ class ServerContext:
     shared_prefix_cache: bool = False  # callers of different keys share cached prompts
     allow_request_template: bool = False  # calls may bring a chat template of their own
     view_dir: Traversable | None = None  # static files of the pages, read once
+    kv_dtype: str = "f16"  # of cached keys and values
+    metrics_compat: Literal["off", "vllm"] = "off"  # a second set of metrics under another server's names
+    telemetry: Providers | None = None  # None: nothing is told to OpenTelemetry
+    trace_content: bool = False  # what it is told holds prompts and answers
+    num_dropped_log_lines: Callable[[], int] = lambda: 0
     limits: ServeLimits = field(default_factory=ServeLimits)
+    run_store_bytes: int = 64 << 20  # texts and tokens of the newest runs, for the pages; 0: none
+    event_log: str | None = None  # file that keeps the log of steps and calls
+    event_log_bytes: int = 1 << 30  # of that file; the one before it is kept besides
+    price_per_hour: float | None = None  # USD of this machine; None: nobody has set one
+    meter: Meter | None = None  # of this machine's energy
+    usage_log: UsageLog | None = None  # gets a line a call
+    plan: Plan | None = None  # of the model: ledgers share steps out by its costs. None: by tokens
     clock: Clock = field(default_factory=WallClock)
     random_bytes: Callable[[int], bytes] = os.urandom  # ids, seeds, jitter
     unix_time: Callable[[], float] = time.time  # `created` of answers; never for intervals

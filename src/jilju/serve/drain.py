@@ -14,12 +14,16 @@ class Drain:
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
         self._empty = asyncio.Event()
-        self.draining = False
+        self.begun = asyncio.Event()
         ledger.listen(self)
+
+    @property
+    def draining(self) -> bool:
+        return self.begun.is_set()
 
     def begin(self) -> None:
         """New calls are refused from now on, /readyz says so."""
-        self.draining = True
+        self.begun.set()
         self._look()
 
     def check(self) -> None:

@@ -25,7 +25,7 @@ from jilju.errors import (
     Overloaded,
     UnsupportedParameter,
 )
-from jilju.serve.answer import Head, Renderer, usage_so_far
+from jilju.serve.answer import Head, Renderer, Usage, usage_so_far
 from jilju.serve.api import Api
 from jilju.serve.body import ClientLeft, read_fields
 from jilju.serve.context import ServerContext
@@ -35,7 +35,7 @@ from jilju.serve.door.gate import Arrival, arrival_of, ignored_of
 from jilju.serve.door.quota import tokens_to_charge
 from jilju.serve.door.transport import ABORT
 from jilju.serve.generation import Choice, EncodedPrompt, Generation, Together
-from jilju.serve.ledger import CLIENT_LEFT_STATUS, Call, state_of
+from jilju.serve.ledger import CLIENT_LEFT_STATUS, Call, SequenceLife, state_of
 from jilju.serve.places import Places
 from jilju.serve.sampling import (
     GenerationFields,
@@ -79,14 +79,16 @@ class GenerateRoute:
         )
         cut: asyncio.Future[JiljuError] = asyncio.get_running_loop().create_future()
         call.cut = lambda error: None if cut.done() else cut.set_result(error)
-        marks = Marks(received_ns=arrival.received_ns)
+        marks = call.marks = Marks(received_ns=arrival.received_ns)
+        call.run_id = self._api.id_prefix + call.id
         limits = self._server.context.limits
         writer = Writer(send, self._server.context.clock, marks.note_send)
         try:
             http = HttpRequest(scope, receive)
             times = header_times(http.headers)
             self._check_door(http.headers, arrival)
-            fields, estimates = await read_fields(http, limits, partial(self._taken, ignored_of(scope)))
+            taken = partial(self._taken, ignored_of(scope))
+            fields, estimates = await read_fields(http, limits, taken, partial(self._body_came, marks))
             answer = self._answer(fields, estimates, times, arrival, call, marks, writer)
             await _unless_left(receive, answer, cut)
         except ClientLeft:
@@ -110,8 +112,12 @@ class GenerateRoute:
         else:
             ledger.end(call, "completed", 200)
 
+    def _body_came(self, marks: Marks) -> None:
+        marks.body_ns = self._server.context.clock.now_ns()
+
     async def _fail(self, call: Call, writer: Writer, error: JiljuError) -> None:
         """An open stream is told as its last event; before that the answer is the error itself."""
+        call.message = error.message
         if writer.started:
             try:
                 await writer.end(writer.failure(error))
@@ -228,7 +234,7 @@ class GenerateRoute:
         options = fields.stream_options
         continuous = options is not None and options.continuous_usage_stats
         head = Head(
-            id=self._api.id_prefix + call.id,
+            id=call.run_id,
             created=int(context.unix_time()),
             model=context.model_name,
             fingerprint=context.fingerprint,
@@ -242,6 +248,8 @@ class GenerateRoute:
             tokens_as_ids=fields.return_tokens_as_token_ids,
             num_choices=fields.n,
         )
+        call.is_streamed, call.num_choices, call.params = fields.stream, fields.n, choices[0].request.params
+        self._server.runs.begin(call, context.unix_time(), choices)
         generation = Generation(
             client=context.client,
             ledger=self._server.ledger,
@@ -340,9 +348,13 @@ class GenerateRoute:
                     deadline_ns=deadlines.total_ns,
                     queue_deadline_ns=deadlines.queue_ns,
                     sibling_of=ids[first] if number else "",
+                    number=self._server.ledger.next_number(),
                 )
+                index = first + number
+                life = SequenceLife(request.number, index, prompt_index, len(prompt.ids))
                 parser = api.parser(fields, prompt, context)
-                choices.append(Choice(first + number, request, self._text(options, prompt), parser, prompt))
+                text = self._text(options, prompt)
+                choices.append(Choice(index, request, text, life, parser=parser, prompt=prompt))
         return choices
 
     def _text(self, options: TextOptions, prompt: EncodedPrompt) -> TextStream:
@@ -373,7 +385,9 @@ class GenerateRoute:
             if not call.first_token_ns and call.num_output_tokens:
                 call.first_token_ns = self._server.context.clock.now_ns()
         timings = self._timings(generation) if fields.timings and head.include_usage else None
-        await writer.end(renderer.ending(usage_so_far(choices), timings))
+        ending = renderer.ending(self._usage(generation, fields), timings)
+        generation.marks.encoded_ns = self._server.context.clock.now_ns()
+        await writer.end(ending)
 
     async def _whole(
         self, generation: Generation, renderer: Renderer, fields: GenerationFields, writer: Writer
@@ -385,7 +399,12 @@ class GenerateRoute:
             if not call.first_token_ns and call.num_output_tokens:
                 call.first_token_ns = self._server.context.clock.now_ns()
         timings = self._timings(generation) if fields.timings else None
-        await writer.whole(renderer.whole(usage_so_far(generation.choices), timings))
+        answer = renderer.whole(self._usage(generation, fields), timings)
+        generation.marks.encoded_ns = self._server.context.clock.now_ns()
+        await writer.whole(answer)
+
+    def _usage(self, generation: Generation, fields: GenerationFields) -> Usage:
+        return usage_so_far(generation.choices, self._server.context.tokenizer if fields.timings else None)
 
     def _timings(self, generation: Generation) -> Timings:
         """Of the sequence that ended last, for it decided how long the call took."""

@@ -5,9 +5,9 @@ learns of them, and the abort of whatever is live when the call ends early. Know
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jilju.clock import Clock
 from jilju.engine.admission import Admission
@@ -25,7 +25,8 @@ from jilju.engine.request import (
 )
 from jilju.errors import DeadlineExceeded, InternalError
 from jilju.serve.errors import error_of
-from jilju.serve.ledger import Call, Ledger
+from jilju.serve.ledger import Call, Ledger, SequenceLife
+from jilju.serve.runs.kept import KeptSequence
 from jilju.serve.timings import Marks
 from jilju.text.history import Opening
 from jilju.text.message import MessageParser, Part, PlainText
@@ -39,6 +40,7 @@ class EncodedPrompt(NamedTuple):
     opening: Opening | None = None  # None: what answers it is not remembered
     text: str | None = None  # as it was rendered, or given; None: it came as ids
     num_truncated: int = 0  # tokens that were cut off, as the caller asked
+    messages: Sequence[Mapping[str, Any]] = ()  # that it was rendered from
 
 
 @dataclass(slots=True)
@@ -60,6 +62,8 @@ class Choice:
     index: int
     request: Request
     text: TextStream
+    life: SequenceLife
+    kept: KeptSequence | None = None  # None: nothing of it is kept
     parser: MessageParser = field(default_factory=PlainText)
     prompt: EncodedPrompt | None = None
     num_tokens: int = 0  # up to the token that ended it
@@ -152,6 +156,7 @@ class Generation:
             taken.extend((choice, self.client.submit(choice.request)) for choice in self.choices)
         finally:
             self.ledger.sequences_submitted(self.call, len(taken))
+            self.call.lives += [choice.life for choice, _ in taken]
             first: asyncio.Task[None] | None = None  # of the sequence whose prompt those behind it share
             for choice, events in taken:
                 first = first if choice.request.sibling_of else None
@@ -218,6 +223,8 @@ class Generation:
             raise event
         delta: Delta | None = None
         times = None if isinstance(event, PromptScored | RequestFailed) else event.times
+        if times is not None:
+            choice.life.times = times
         if times is not None and times.scheduled_ns:
             error_ns = self.admission.started(choice.request.id, times.scheduled_ns)
             if error_ns is not None:
@@ -237,10 +244,13 @@ class Generation:
             else:
                 assert isinstance(event, PromptScored), f"an unknown event of the engine: {event!r}"
                 choice.scores.add(event)
+                if choice.kept is not None:
+                    choice.kept.add_scores(event)
         if is_terminal(event):
             self._end(choice, times)
             self.marks.last_event_ns = at_ns
             self.marks.num_resumes = self.client.status().num_restarts - self._num_restarts
+            choice.life.num_resumes = self.marks.num_resumes
             delta, choice.held = choice.held or delta, None
         elif delta is not None and delta.finish_reason is not None:  # a stop string: nothing more of it is wanted
             self.client.abort(choice.request.id)
@@ -251,6 +261,9 @@ class Generation:
     def _token(self, choice: Choice, event: TokenEvent, at_ns: int) -> Delta:
         assert event.index == choice.num_tokens, f"token {event.index} came where {choice.num_tokens} was next"
         choice.num_tokens += 1
+        choice.life.num_output_tokens += 1
+        if choice.kept is not None:
+            choice.kept.add(event)
         choice.logprob += event.logprob or 0.0
         self.admission.token(choice.request.id)
         self.ledger.token(self.call, at_ns - choice.last_token_ns if choice.last_token_ns else None)
@@ -272,6 +285,8 @@ class Generation:
             choice.finish_reason, choice.stop_reason = "stop", stop
         elif choice.finish_reason == "repetition":
             choice.stop_reason = "repetition_detected"
+        if choice.kept is not None:
+            choice.kept.stop_reason = choice.stop_reason
         return self._delta(choice, piece_text, (event,))
 
     def _delta(self, choice: Choice, text: str, tokens: tuple[TokenEvent, ...]) -> Delta:
@@ -295,6 +310,7 @@ class Generation:
     def _end(self, choice: Choice, times: RequestTimes | None) -> None:
         assert not choice.ended, f"{choice.request.id} ended twice"
         choice.ended, choice.times = True, times
+        choice.life.ended_ns, choice.life.finish_reason = self.clock.now_ns(), choice.finish_reason
         self.ledger.sequence_ended(self.call, times, is_sibling=bool(choice.request.sibling_of))
         num_tokens = choice.num_tokens if choice.finish_reason is not None else None
         self.admission.ended(choice.request.id, self.clock.now_ns(), num_tokens)

@@ -7,11 +7,11 @@ nothing of what the work is.
 from typing import Any
 
 import msgspec
-from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import Response
 
 from jilju.serve.answer_types import Alive, Health, HealthChecks, Readiness, Version
+from jilju.serve.metrics.text import CONTENT_TYPE
 from jilju.serve.server import Server
 
 REASONS = {"loading": "loading", "restarting": "restarting", "draining": "draining", "gone": "engine_unavailable"}
@@ -59,4 +59,4 @@ async def version(server: Server, request: Request) -> Response:
 
 
 async def metrics(server: Server, request: Request) -> Response:
-    return Response(server.metrics.expose(), headers={"content-type": CONTENT_TYPE_LATEST})
+    return Response(server.metrics.expose(), headers={"content-type": CONTENT_TYPE})

@@ -7,7 +7,6 @@ understood, and warnings. Knows nothing of the engine.
 import asyncio
 from collections.abc import Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import msgspec
@@ -31,9 +30,8 @@ from jilju.serve.sampling import GenerationFields, check_model, end_ids, samplin
 from jilju.serve.server import Server
 from jilju.serve.timings import Marks
 from jilju.text.grammar import GrammarSource
-from jilju.text.spans import Warned, bos_warnings, message_spans, warnings_of
+from jilju.text.spans import Warned, bos_warnings, message_spans, token_offsets, warnings_of
 from jilju.text.template import ChatTemplate
-from jilju.text.tokenizer import Tokenizer
 
 
 async def render_chat(server: Server, request: Request) -> Response:
@@ -151,17 +149,3 @@ def _cut(prompt: EncodedPrompt) -> list[Warned]:
     if not prompt.num_truncated:
         return []
     return [Warned(code="truncated", text=f"{prompt.num_truncated} tokens of the prompt are cut off, as asked")]
-
-
-def token_offsets(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[int, int]]:
-    """Of each token the characters that it has a part of: [begin, end) in the text of all."""
-    pieces = [tokenizer.token_bytes(token_id) for token_id in ids]
-    data = b"".join(pieces)
-    begun = list(accumulate((byte & 0xC0 != 0x80 for byte in data), initial=0))  # characters begun before each byte
-    offsets: list[tuple[int, int]] = []
-    position = 0
-    for piece in pieces:
-        is_inside = bool(piece) and piece[0] & 0xC0 == 0x80 and begun[position] > 0
-        offsets.append((begun[position] - is_inside, begun[position + len(piece)]))
-        position += len(piece)
-    return offsets

@@ -1,15 +1,16 @@
 """The request log: one line a call, as text or JSON.
 
-Owns the line's fields, the logger `jilju.access` and the two formatters. Holds no prompt and no text. Knows nothing of how
-logging is set up: the command that starts a server does that.
+Owns the line's fields, the logger `jilju.access`, the two formatters and the handler that outlives a full disk. Holds no prompt
+and no text. Knows nothing of how logging is set up: the command that starts a server does that.
 """
 
 import logging
 import time
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import msgspec
 
+from jilju.account.bill import Paid
 from jilju.serve.ledger import Call
 
 access_log = logging.getLogger("jilju.access")
@@ -20,13 +21,18 @@ FIELDS = "jilju_fields"  # attribute of a record that carries its fields
 
 
 class CallLog:
-    """A ledger listener: one line as a call ends."""
+    """A ledger listener: one line as a call ends. Of one that left a step it was in, its cost is without that step."""
+
+    def __init__(self, price_per_hour: float | None = None):
+        self._price_per_hour = price_per_hour
 
     def on_token(self, call: Call, gap_ns: int | None) -> None:
         pass
 
     def on_end(self, call: Call) -> None:
         first_ns = call.first_token_ns
+        times = [life.times for life in call.lives if life.times is not None]
+        cost = Paid(call.machine_ns, call.joules).cost(self._price_per_hour)
         fields = {
             "id": call.id,
             "route": call.route,
@@ -36,6 +42,11 @@ class CallLog:
             "output_tokens": call.num_output_tokens,
             "ms": round((call.ended_ns - call.received_ns) / 1e6, 3),
             "ttft_ms": round((first_ns - call.received_ns) / 1e6, 3) if first_ns else None,
+            "machine_ms": round(call.machine_ns / 1e6, 3),
+            "cost_usd": cost,
+            "joules": None if call.joules is None else round(call.joules, 3),
+            "preemptions": sum(t.num_preemptions for t in times),
+            "resumes": max((life.num_resumes for life in call.lives), default=0),
             "state": call.state,
             "status": call.status,
             "code": call.code,
@@ -94,3 +105,14 @@ class JsonFormatter(logging.Formatter):
 
 def make_formatter(log_format: LogFormat) -> logging.Formatter:
     return JsonFormatter() if log_format == "json" else TextFormatter()
+
+
+class CountingHandler(logging.StreamHandler[TextIO]):
+    """A line that cannot be written, for the disk is full or nobody reads any more, is counted, and serving goes on."""
+
+    def __init__(self, stream: TextIO | None = None):
+        super().__init__(stream)
+        self.num_dropped = 0
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self.num_dropped += 1

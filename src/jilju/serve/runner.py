@@ -85,6 +85,9 @@ async def serve(
 ) -> int:
     """Answers (with 503) from the start, takes calls when the engine is ready."""
     server = make_server(context)
+    event_file = server.event_file
+    if event_file is not None:
+        event_file.open()
     http = _Uvicorn(
         uvicorn.Config(
             app_of(server),
@@ -111,6 +114,9 @@ async def serve(
     starting = asyncio.create_task(context.client.start())
     stop = asyncio.create_task(ending.wanted.wait())
     lost = asyncio.create_task(_lost(context.client))
+    beside = [asyncio.create_task(server.loop_lag.watch()), reloading]
+    if event_file is not None:
+        beside.append(asyncio.create_task(event_file.run()))
     address = address_of(listener)
     try:
         if on_listening is not None:
@@ -125,17 +131,21 @@ async def serve(
                 logger.error("the engine was given up; ending")
         await _drain(server, ending)
     finally:
-        for task in (starting, stop, lost, reloading):
+        for task in (starting, stop, lost, *beside):
             task.cancel()
-        await asyncio.gather(starting, stop, lost, reloading, return_exceptions=True)
+        await asyncio.gather(starting, stop, lost, *beside, return_exceptions=True)
         await context.client.stop()
         if context.workers is not None:
             await context.workers.close()
         http.should_exit = True
         http.force_exit = ending.hurry.is_set()
         await serving
+        if event_file is not None:
+            await event_file.close()
         for number in (*SIGNALS, signal.SIGHUP):
             loop.remove_signal_handler(number)
+        if server.telemetry is not None:
+            await asyncio.to_thread(server.telemetry.close)
         ending.done()
     return 0 if ending.wanted.is_set() else 1
 

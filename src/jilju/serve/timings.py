@@ -40,6 +40,7 @@ class Marks:
     """What the server notes of a call as it goes. ns; 0: not reached."""
 
     received_ns: int
+    body_ns: int = 0  # all of the body was there
     parsed_ns: int = 0
     render_ns: int = 0  # lengths
     tokenize_ns: int = 0
@@ -47,6 +48,7 @@ class Marks:
     submitted_ns: int = 0
     first_token_ns: int = 0  # at hand
     last_event_ns: int = 0  # the engine's terminal event at hand
+    encoded_ns: int = 0  # the last bytes ready to be written
     num_resumes: int = 0
     waits: list[tuple[int, int]] = field(default_factory=list)  # begin and end of writes that the reader held up
 

@@ -45,6 +45,7 @@ class TokenizeFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 class DetokenizeFields(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     model: str | None = None
     tokens: list[TokenId]
+    return_token_strs: bool = False
 
 
 TOKENIZE = Rules.of(TokenizeFields)
@@ -126,7 +127,14 @@ async def detokenize(server: Server, request: Request) -> Response:
         check_ids(fields.tokens, context.tokenizer.vocab_size, "tokens")
         return fields
 
-    tokens = (await read_fields(request, context.limits, taken)).tokens
-    decode = partial(context.tokenizer.decode, tokens, skip_special_tokens=False)
-    text = await asyncio.to_thread(decode) if len(tokens) > OFF_LOOP_CHARS else decode()
-    return json_response(Detokenized(prompt=text))
+    fields = await read_fields(request, context.limits, taken)
+    tokens, tokenizer = fields.tokens, context.tokenizer
+
+    def answered() -> Response:
+        found = Detokenized(prompt=tokenizer.decode(tokens, skip_special_tokens=False))
+        if fields.return_token_strs:
+            found["token_strs"] = [token_text(tokenizer.token_bytes(token_id)) for token_id in tokens]
+            found["special_ids"] = sorted(tokenizer.special_ids.intersection(tokens))
+        return json_response(found)
+
+    return await asyncio.to_thread(answered) if len(tokens) > OFF_LOOP_CHARS else answered()

@@ -1,4 +1,4 @@
-"""The pages' static files: GET / and /view/*.
+"""The pages' static files: GET /, /engine, /runs/{id} and /view/*.
 
 Owns their headers: ETag, a strict content security policy, no sniffing. Files are read once, at start; a path is a key of
 that table and never reaches a file system. Knows nothing of what the pages do.
@@ -16,7 +16,11 @@ from starlette.responses import Response
 from jilju.errors import RouteNotFound
 from jilju.serve.errors import shown
 
-POLICY = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+# HTML from text is made in one place only, by the sanitizer, whose policy for trusted types bears its name.
+POLICY = (
+    "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify"
+)
 TYPES = {
     ".js": "text/javascript",
     ".mjs": "text/javascript",
@@ -35,7 +39,7 @@ class ViewFile:
 
 
 def load_view(directory: Traversable | None) -> Mapping[str, ViewFile]:
-    """Every file below the directory by its path there: "index.html", "js/chat.js"."""
+    """Every file below the directory by its path there: "base.css", "chat/index.html"."""
     if directory is None:
         return {}
     return {path: _view_file(path, file.read_bytes()) for path, file in _walk(directory, "")}
@@ -65,7 +69,14 @@ class ViewRoutes:
         self._files = files
 
     async def index(self, request: Request) -> Response:
-        return self._respond(request, "index.html")
+        return self._respond(request, "chat/index.html")
+
+    async def engine(self, request: Request) -> Response:
+        return self._respond(request, "engine/index.html")
+
+    async def run(self, request: Request) -> Response:
+        """The same page for every id; what is known of a run, and whether the key may see it, is said by the API."""
+        return self._respond(request, "run/index.html")
 
     async def file(self, request: Request) -> Response:
         return self._respond(request, request.path_params["path"])

@@ -1,10 +1,11 @@
 """Spans: which message wrote which part of a rendered conversation, and what a caller should know of the rendering.
 
-Owns the search for each message's content in the text of a template, and the checks of a prompt that is likely not what its
+Owns the search for each message's content in the text of a template, the characters of each token, and the checks of a prompt that is likely not what its
 caller meant. Knows nothing of HTTP.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple, Unpack
 
 import msgspec
@@ -36,7 +37,7 @@ def message_spans(
     what it writes is searched for them in order instead.
     """
     marked = _marked_spans(template, messages, text, options)
-    return marked if marked is not None else _found_spans(messages, text)
+    return marked if marked is not None else found_spans(messages, text)
 
 
 def _marked_spans(
@@ -71,15 +72,30 @@ def _marked_spans(
     return found
 
 
-def _found_spans(messages: Sequence[Mapping[str, Any]], text: str) -> list[Span | None]:
+def found_spans(messages: Sequence[Mapping[str, Any]], text: str) -> list[Span | None]:
+    """Where each message's content stands in `text`, looked for in their order; None where it is not found."""
     found: list[Span | None] = []
     position = 0
     for message in messages:
         content = (message.get("content") or "").strip()
         start = text.find(content, position) if content else -1
         found.append(None if start < 0 else Span(start, start + len(content)))
-        position = max(position, start + len(content))
+        position = position if start < 0 else start + len(content)
     return found
+
+
+def token_offsets(ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[int, int]]:
+    """Of each token the characters that it has a part of: [begin, end) in the text of all."""
+    pieces = [tokenizer.token_bytes(token_id) for token_id in ids]
+    data = b"".join(pieces)
+    begun = list(accumulate((byte & 0xC0 != 0x80 for byte in data), initial=0))  # characters begun before each byte
+    offsets: list[tuple[int, int]] = []
+    position = 0
+    for piece in pieces:
+        is_inside = bool(piece) and piece[0] & 0xC0 == 0x80 and begun[position] > 0
+        offsets.append((begun[position] - is_inside, begun[position + len(piece)]))
+        position += len(piece)
+    return offsets
 
 
 def warnings_of(

@@ -1,7 +1,7 @@
-// The API as this page uses it: models, health and the chat stream, and one kind of error for all that can go wrong.
+// The API as the pages use it: JSON and event streams, and one kind of error for all that can go wrong.
 //
-// Owns the key header, the reading of refusals and the rule that a stream without finish_reason and [DONE] is incomplete.
-// Knows nothing of the page. Aborting is not an error here: an AbortError goes up as it is.
+// Owns the key header, the reading of refusals and what a call does when the server asks for a key. Knows nothing of any
+// page. Aborting is not an error here: an AbortError goes up as it is.
 
 import { EventTooLong, readEvents } from "./sse.js";
 
@@ -13,7 +13,7 @@ export class ApiError extends Error {
   }
 }
 
-function isAbort(error) {
+export function isAbort(error) {
   return error instanceof DOMException && error.name === "AbortError";
 }
 
@@ -44,70 +44,55 @@ async function refusal(response) {
   });
 }
 
-/** `key()` gives the key to send, or null. */
-export function createApi({ key }) {
-  async function call(path, { method = "GET", body, signal } = {}) {
+/**
+ * `key()` gives the key to send, or null. `wantKey()` asks a person for one and resolves to whether there is one now; a call
+ * that the server refuses for its key is then made again. A call with `quiet: true` asks nobody.
+ */
+export function createApi({ key, wantKey }) {
+  async function send(path, { method = "GET", body, signal }) {
     const headers = {};
     if (body !== undefined) headers["content-type"] = "application/json";
     if (key()) headers.authorization = `Bearer ${key()}`;
-    let response;
     try {
-      response = await fetch(path, { method, headers, signal, cache: "no-store", body: body && JSON.stringify(body) });
+      return await fetch(path, { method, headers, signal, cache: "no-store", body: body && JSON.stringify(body) });
     } catch (error) {
       if (isAbort(error)) throw error;
       throw new ApiError("network", String(error.message ?? error));
     }
+  }
+
+  /** The response of a call that went well. */
+  async function call(path, { quiet = false, ...options } = {}) {
+    let response = await send(path, options);
+    while (response.status === 401 && !quiet && (await wantKey())) response = await send(path, options);
     if (!response.ok) throw await refusal(response);
     return response;
   }
 
   return {
-    /** The first model served: its id, its context length and the sampling defaults in force. */
-    async model() {
-      const answer = await (await call("/v1/models")).json();
-      const model = answer.data?.[0];
-      if (!model) throw new ApiError("not_an_answer", "GET /v1/models names no model");
-      return { id: model.id, maxModelLen: model.max_model_len ?? null, defaults: model.jilju?.defaults ?? {} };
-    },
+    call,
 
-    /** How many requests wait and run, or null when the server does not say. */
-    async load(signal) {
+    async json(path, options) {
+      const response = await call(path, options);
       try {
-        const { running, waiting } = await (await call("/health", { signal })).json();
-        return { running, waiting };
+        return await response.json();
       } catch (error) {
-        if (isAbort(error) || error instanceof ApiError) return null;
-        throw error;
+        if (error instanceof SyntaxError) throw new ApiError("not_an_answer", `${path}: ${error.message}`);
+        throw isAbort(error) ? error : new ApiError("connection_lost", error.message);
       }
     },
 
-    /** The chunks of one streamed answer; ends after [DONE], throws on everything else. */
-    async *chat(body, signal) {
-      const response = await call("/v1/chat/completions", { method: "POST", body, signal });
+    /** {data, requestId} of each event of a stream. It ends where the connection does; what a whole stream is, its reader knows. */
+    async *events(path, { maxChars, ...options } = {}) {
+      const response = await call(path, options);
       const requestId = response.headers.get("x-request-id");
-      let finished = false;
       try {
-        for await (const data of readEvents(response.body)) {
-          if (data === "[DONE]") {
-            if (!finished) break;
-            return;
-          }
-          const chunk = JSON.parse(data);
-          if (chunk.error) {
-            throw new ApiError(chunk.error.code, chunk.error.message, { param: chunk.error.param, requestId });
-          }
-          finished ||= chunk.choices?.[0]?.finish_reason != null;
-          yield chunk;
-        }
+        for await (const data of readEvents(response.body, maxChars)) yield { data, requestId };
       } catch (error) {
-        if (isAbort(error) || error instanceof ApiError) throw error;
-        if (error instanceof SyntaxError || error instanceof EventTooLong) {
-          throw new ApiError("not_an_answer", error.message, { requestId });
-        }
+        if (error instanceof EventTooLong) throw new ApiError("not_an_answer", error.message, { requestId });
         if (error instanceof TypeError) throw new ApiError("connection_lost", error.message, { requestId });
         throw error;
       }
-      throw new ApiError("incomplete_stream", "the stream ended without finish_reason and [DONE]", { requestId });
     },
   };
 }

@@ -21,4 +21,9 @@ export function svg(tag, attributes = {}, ...children) {
   return build(document.createElementNS(SVG, tag), attributes, children);
 }
 
+/** A drawing of 20 by 20 in the text's colour, beside words or a label that say what it means. */
+export function icon(...paths) {
+  return svg("svg", { class: "icon", viewBox: "0 0 20 20", "aria-hidden": "true" }, ...paths.map((d) => svg("path", { d })));
+}
+
 export const byId = (id) => document.getElementById(id);

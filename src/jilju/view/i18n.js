@@ -1,33 +1,42 @@
-// Words: the page's strings in the browser's language, and numbers as that language writes them.
+// Words: the pages' strings in the browser's language, and numbers as that language writes them.
 //
 // Owns the choice of language and the filling of {holes}. A missing string is our bug and throws. The strings are in
-// strings.<language>.js, one file each, with the same keys.
+// strings.<language>.js, one file each with the same keys: those of all pages beside this file, a page's own in its folder.
 
-import { STRINGS as en } from "./strings.en.js";
-import { STRINGS as ko } from "./strings.ko.js";
-
-const LANGUAGES = { en, ko };
+const LANGUAGES = ["en", "ko"];
+const BYTE_UNITS = ["B", "kB", "MB", "GB", "TB"];
 
 /** The first of the preferred languages that we have; English otherwise. */
 export function chooseLanguage(preferred) {
   for (const tag of preferred) {
     const language = tag.toLowerCase().split("-")[0];
-    if (Object.hasOwn(LANGUAGES, language)) return language;
+    if (LANGUAGES.includes(language)) return language;
   }
   return "en";
 }
 
-export function createWords(language) {
-  const strings = LANGUAGES[language];
+/** `tables`: [{en, ko}, ...]; no key stands in two of them. */
+export function createWords(language, tables) {
+  const strings = new Map();
+  for (const [key, value] of tables.flatMap((table) => Object.entries(table[language]))) {
+    if (strings.has(key)) throw new Error(`the string ${key} is there twice in ${language}`);
+    strings.set(key, value);
+  }
   const integers = new Intl.NumberFormat(language);
-  const withDigits = (digits) => new Intl.NumberFormat(language, { maximumSignificantDigits: digits });
-  const three = withDigits(3);
-  const two = withDigits(2);
+  const digits = new Map(); // number of significant digits -> format
+
+  function number(value, numDigits = 3) {
+    if (!digits.has(numDigits)) digits.set(numDigits, new Intl.NumberFormat(language, { maximumSignificantDigits: numDigits }));
+    return digits.get(numDigits).format(value);
+  }
+
+  function look(key) {
+    if (!strings.has(key)) throw new Error(`no string ${key} in ${language}`);
+    return strings.get(key);
+  }
 
   function t(key, params = {}) {
-    const text = strings[key];
-    if (text === undefined) throw new Error(`no string ${key} in ${language}`);
-    return text.replace(/\{(\w+)\}/g, (hole, name) => {
+    return look(key).replace(/\{(\w+)\}/g, (hole, name) => {
       if (params[name] === undefined) throw new Error(`string ${key} has a hole ${name} that nothing fills`);
       return typeof params[name] === "number" ? integers.format(params[name]) : params[name];
     });
@@ -36,13 +45,22 @@ export function createWords(language) {
   return {
     language,
     t,
-    examples: strings.examples,
+    /** A list of strings. */
+    list: look,
+    number,
+    integer: (value) => integers.format(value),
     /** 0.4 ms, 96 ms, 1.24 s, 62.1 s */
     duration(ms) {
-      if (ms >= 999.5) return `${three.format(ms / 1000)} s`;
-      return `${(ms < 10 ? two : three).format(ms)} ms`;
+      if (ms >= 999.5) return `${number(ms / 1000)} s`;
+      return `${number(ms, ms < 10 ? 2 : 3)} ms`;
     },
-    rate: (perSecond) => three.format(perSecond),
+    /** 512 B, 4.92 MB: decimal units */
+    bytes(count) {
+      let unit = 0;
+      for (; count >= 999.5 && unit < BYTE_UNITS.length - 1; unit++) count /= 1000;
+      return `${number(count)} ${BYTE_UNITS[unit]}`;
+    },
+    rate: (perSecond) => number(perSecond),
     /** Fills every element under `root` that names its words in data-text, data-label, data-title, data-placeholder. */
     fill(root) {
       const each = (name, put) => {

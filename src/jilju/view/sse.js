@@ -2,14 +2,19 @@
 //
 // Owns line ends, comments, events cut anywhere by the network, and the bound on one event. Knows nothing of JSON or chat.
 
-const MAX_EVENT_CHARS = 1 << 20; // a chunk is a few hundred characters; whatever grows past 1 Mi is not our server
+const MAX_EVENT_CHARS = 1 << 20; // a chunk is a few hundred characters; a reader of bigger events says so
 
 export class EventTooLong extends Error {}
 
 /** Collects the lines of a `text/event-stream`; `push` returns the data of every event completed by this text. */
 export class SseParser {
+  #maxChars;
   #rest = ""; // the unfinished line
   #data = []; // data lines of the unfinished event
+
+  constructor(maxChars = MAX_EVENT_CHARS) {
+    this.#maxChars = maxChars;
+  }
 
   push(text) {
     this.#rest += text;
@@ -26,16 +31,16 @@ export class SseParser {
       } // comments (": wait") and the fields event, id, retry carry nothing here
     }
     const numChars = this.#data.reduce((sum, line) => sum + line.length, this.#rest.length);
-    if (numChars > MAX_EVENT_CHARS) throw new EventTooLong(`an event of more than ${MAX_EVENT_CHARS} characters`);
+    if (numChars > this.#maxChars) throw new EventTooLong(`an event of more than ${this.#maxChars} characters`);
     return events;
   }
 }
 
-/** The data of each event of a response body, in order. */
-export async function* readEvents(body) {
+/** The data of each event of a response body, in order; one of more than `maxChars` is not our server's. */
+export async function* readEvents(body, maxChars) {
   const reader = body.getReader();
   const decoder = new TextDecoder();
-  const parser = new SseParser();
+  const parser = new SseParser(maxChars);
   try {
     for (;;) {
       const { value, done } = await reader.read();

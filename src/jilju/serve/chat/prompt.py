@@ -149,8 +149,8 @@ async def encode_chat_prompt(
         text = "".join(pieces)
         if salt is None or context.history is None:
             ids = [id_ for index, piece in enumerate(pieces) for id_ in encode_piece(tokenizer, index, piece)]
-            return EncodedPrompt(ids, None, text)
-        return EncodedPrompt(*context.history.encode(salt, pieces, tokenizer), text)
+            return EncodedPrompt(ids, None, text, messages=messages)
+        return EncodedPrompt(*context.history.encode(salt, pieces, tokenizer), text, messages=messages)
 
     budget_ns = MAX_RENDER_NS if context.workers is None else INLINE_RENDER_NS
     is_long = template is not context.template or bool(tools) or _is_long(messages, options)

@@ -24,7 +24,8 @@ from jilju.serve.server import Server
 logger = logging.getLogger("jilju.serve")
 
 OPEN_PATHS = frozenset({"/livez"})
-PAGE_PREFIX = "/view/"
+PAGES = frozenset({"/", "/engine"})
+PAGE_PREFIXES = ("/view/", "/runs/")
 MESSAGES_PATH = "/v1/messages"  # its errors and the name of its id's header are Anthropic's
 MAX_LABEL = 128
 MAX_IGNORED = 1024  # characters of the header that names ignored fields
@@ -107,7 +108,7 @@ class Gate:
             error = InternalError(f"an error inside the server; its log names it by {arrival.id}")
         if error is not None:
             if not arrival.accepted:
-                self._ledger.refuse(error.code)
+                self._ledger.refuse(error.code, error.status)
             if not outgoing.status:
                 await self._send_error(outgoing, scope, error)
             error = None  # it holds this frame, and all of the call below it
@@ -149,7 +150,7 @@ class Gate:
             *retry_headers(error, self._context.random_bytes),
         ]
         if error.status == 401:
-            page = scope["path"] == "/" or scope["path"].startswith(PAGE_PREFIX)
+            page = scope["path"] in PAGES or scope["path"].startswith(PAGE_PREFIXES)
             challenge = b'Basic realm="jilju", charset="UTF-8"' if page else b'Bearer realm="jilju"'
             headers.append((b"www-authenticate", challenge))
         if error.status in (408, 413):

@@ -261,7 +261,7 @@ class Transport(HttpToolsProtocol):
         What the peer still sends is dropped for a moment before the close, or the reset that it causes would overtake the answer.
         """
         self._stop_timers()
-        self._server.ledger.refuse(error.code)
+        self._server.ledger.refuse(error.code, error.status)
         cycle = self.cycle
         if cycle is None or cycle.response_complete:
             self._answer(error)

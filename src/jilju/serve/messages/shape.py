@@ -57,9 +57,10 @@ def message_usage(num_prompt_tokens: int, num_cached: int, num_tokens: int = 0, 
 def _final_usage(usage: Usage) -> MessageUsage:
     prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
     assert prompt is not None and completion is not None, "every sequence has ended"
-    return message_usage(
+    final = message_usage(
         usage.prompt_tokens, prompt.cached_tokens, usage.completion_tokens, completion.reasoning_tokens
     )
+    return final if usage.jilju_cache is None else msgspec.structs.replace(final, jilju_cache=usage.jilju_cache)
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from typing import Any, Literal, NotRequired, TypedDict
 
 import msgspec
 
+from jilju.serve.answer import CacheUsage
 from jilju.serve.timings import Timings
 
 StopReason = Literal["end_turn", "stop_sequence", "max_tokens", "tool_use", "model_context_window_exceeded"]
@@ -43,6 +44,7 @@ class MessageUsage(msgspec.Struct, frozen=True, kw_only=True):
     cache_creation_input_tokens: int = 0  # nobody pays for what is kept: such tokens are in input_tokens
     output_tokens: int
     output_tokens_details: ThinkingTokens
+    jilju_cache: CacheUsage | msgspec.UnsetType = msgspec.UNSET
 
 
 class MessageAnswer(TypedDict):

@@ -100,6 +100,7 @@ def _parameters(route: Described) -> list[dict[str, Any]]:
         for name, what in ((DEADLINE_HEADER, "deadline_ms"), (MAX_QUEUE_HEADER, "max_queue_ms")):
             told = f"as the field {what}; the smaller of both holds"
             found.append({"name": name, "in": "header", "description": told, "schema": times})
+    found += [{"name": q.name, "in": "query", "description": q.text, "schema": q.schema} for q in route.query]
     return found
 
 
@@ -115,7 +116,7 @@ def _answers(route: Described) -> dict[str, Any]:
     prefix = "message_error" if route.path.startswith(MESSAGES_PATH) else "error"
     has_key = [status for status in OF_ALL if not (route.no_key and status == 401)]
     by_path = [404] if "{" in route.path or route.also_304 else []
-    for status in sorted({*has_key, *by_path, *OF_KIND[route.kind]}):
+    for status in sorted({*has_key, *by_path, *OF_KIND[route.kind], *route.errors}):
         answers.setdefault(str(status), {"$ref": f"#/components/responses/{prefix}_{status}"})
     return answers
 

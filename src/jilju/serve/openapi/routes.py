@@ -4,8 +4,9 @@ Owns one entry for every route of the app. Knows nothing of schemas or of what a
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from jilju.account.frame import Frame
 from jilju.serve.answer_types import (
     Alive,
     Cancelled,
@@ -27,6 +28,7 @@ from jilju.serve.openai_completions import CompletionFields
 from jilju.serve.openapi.schemas import COUNT_BODY, MESSAGES_BODY
 from jilju.serve.responses.fields import ResponseFields
 from jilju.serve.responses.types import ResponseAnswer
+from jilju.serve.runs.types import Run, RunList, StepOps
 from jilju.serve.tokenize import DetokenizeFields, TokenizeFields
 
 Kind = Literal["generates", "reads", "ends", "looks"]
@@ -48,6 +50,14 @@ MESSAGE_EVENTS = (
 )
 
 
+class Query(NamedTuple):
+    """A parameter that may be left out."""
+
+    name: str
+    text: str
+    schema: dict[str, Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Described:
     """One route. `body` is a type, or Composed. `answer` is a type, or the media type of a text; None: it only refuses.
@@ -65,6 +75,8 @@ class Described:
     no_key: bool = False
     also_503: bool = False  # then the answer says what is not so
     also_304: bool = False  # for who has the file already
+    query: tuple[Query, ...] = ()
+    errors: tuple[int, ...] = ()  # besides those of its kind
 
 
 ROUTES: tuple[Described, ...] = (
@@ -102,6 +114,32 @@ ROUTES: tuple[Described, ...] = (
     Described("get", "/metrics", "looks", "Metrics for Prometheus", None, "text/plain"),
     Described("get", "/version", "looks", "The version", None, Version),
     Described("get", "/openapi.json", "looks", "This description", None, dict[str, Any]),
+    Described("get", "/v1/jilju/runs", "looks", "The newest runs of the key", None, RunList),
+    Described("get", "/v1/jilju/runs/{id}", "looks", "One run: its tokens, steps and ledger", None, Run),
+    Described("get", "/v1/jilju/steps/{serial}", "looks", "The ops of one step", None, StepOps),
+    Described(
+        "get", "/v1/jilju/events", "looks", "The engine live: `data: {frame}`, the first of the last seconds, then one a second with the "
+        "steps and marks that are new; without an end", None, "text/event-stream",
+        query=(Query("seconds", "how far back the first frame goes", {"type": "integer", "minimum": 1, "maximum": 3600, "default": 60}),),
+        errors=(503,),
+    ),
+    Described(
+        "get", "/v1/jilju/window", "looks", "The engine in a stretch of the past", None, Frame,
+        query=(
+            Query("seconds", "how long it is", {"type": "integer", "minimum": 1, "maximum": 3600, "default": 60}),
+            Query("end_ms", "where it ends, on the log's own clock, from first_ms to now; left out: now", {"type": "number"}),
+        ),
+    ),
+    Described(
+        "get", "/v1/jilju/trace", "looks", "A run, or the last seconds, as a trace that Perfetto opens", None, dict[str, Any],
+        query=(
+            Query("run", "id of a run; not with seconds", {"type": "string"}),
+            Query("seconds", "how far back it goes", {"type": "integer", "minimum": 1, "maximum": 600, "default": 30}),
+        ),
+        errors=(404,),
+    ),
     Described("get", "/", "looks", "The chat page", None, "text/html", also_304=True),
+    Described("get", "/engine", "looks", "The page of the engine", None, "text/html", also_304=True),
+    Described("get", "/runs/{id}", "looks", "The page of one run", None, "text/html", also_304=True),
     Described("get", "/view/{path}", "looks", "Files of the pages", None, "*/*", also_304=True),
 )  # fmt: skip

@@ -90,7 +90,7 @@ def usage_fields(usage: Usage) -> ResponseUsage:
     """Of an answer that has ended: all is known."""
     prompt, completion = usage.prompt_tokens_details, usage.completion_tokens_details
     assert prompt is not None and completion is not None, "every sequence has ended"
-    return {
+    fields: ResponseUsage = {
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {
             "cached_tokens": prompt.cached_tokens,
@@ -100,3 +100,6 @@ def usage_fields(usage: Usage) -> ResponseUsage:
         "output_tokens_details": {"reasoning_tokens": completion.reasoning_tokens},
         "total_tokens": usage.total_tokens,
     }
+    if usage.jilju_cache is not None:
+        fields["jilju_cache"] = usage.jilju_cache
+    return fields

@@ -5,6 +5,7 @@ Owns names and kinds of the response's fields and of its items. Knows nothing of
 
 from typing import Any, Literal, NotRequired, TypedDict
 
+from jilju.serve.answer import CacheUsage
 from jilju.serve.answer_types import TokenLogprob
 from jilju.serve.responses.fields import FlatNamedTool, FlatTool, ReasoningFields, TextFormat
 from jilju.serve.timings import Timings
@@ -76,6 +77,7 @@ class ResponseUsage(TypedDict):
     output_tokens: int
     output_tokens_details: OutputTokensDetails
     total_tokens: int
+    jilju_cache: NotRequired[CacheUsage]
 
 
 class TextSettings(TypedDict):

@@ -1,0 +1,329 @@
+"""The fold of one run: what was kept of it, joined with the log, as its page shows it.
+
+Owns the join and the texts of tokens. Other runs are named only where the viewer's key may see them. Knows nothing of HTTP.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from jilju.account.records import CallRecord, SequenceRecord
+from jilju.account.step_model import StepModel
+from jilju.account.time_ledger import Interval as Cut
+from jilju.account.time_ledger import OwnStep, TimeLedger, make_time_ledger
+from jilju.engine.client import EngineInfo
+from jilju.engine.events import EventLog, RowRecord
+from jilju.engine.request import CacheMiss
+from jilju.plan import Plan
+from jilju.serve.runs import types
+from jilju.serve.runs.kept import KeptPrompt, KeptRun, KeptSequence
+from jilju.text.detokenizer import Detokenizer
+from jilju.text.spans import found_spans, token_offsets
+from jilju.text.tokenizer import Tokenizer
+
+MAX_SHOWN_TOKENS = 32_768  # of a prompt
+MAX_INTERVALS = 2_000  # of a ledger; of longer ones neighbouring intervals are joined kind by kind
+MAX_NEIGHBOURS = 16  # of a step, those with the most tokens
+MAX_BLAMED = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sight:
+    """What a run is seen with: the log, the model of costs, the tokenizer, and the names of other runs."""
+
+    model_name: str
+    tokenizer: Tokenizer
+    log: EventLog
+    model: StepModel
+    info: EngineInfo
+    plan: Plan | None
+    now_ns: int
+    run_of: Callable[[int], str | None]  # the run of a sequence's number, if the viewer may know it
+    cost_of: Callable[[CallRecord], "types.CostShare | None"] = lambda record: None
+
+
+def make_run(kept: KeptRun, sight: Sight) -> types.Run:
+    record = kept.call.record()
+    prompts = [_prompt(prompt, index, record, sight) for index, prompt in enumerate(kept.prompts)]
+    by_index = {sequence.index: sequence for sequence in kept.sequences}
+    sequences = [_sequence(life, by_index[life.index], record, sight) for life in record.sequences]
+    return msgspec.structs.replace(
+        run_without_text(record, sight),
+        created=kept.created,
+        message=kept.call.message,
+        parameters=kept.parameters(),
+        prompts=prompts,
+        sequences=sequences,
+    )
+
+
+def run_without_text(record: CallRecord, sight: Sight) -> types.Run:
+    """Of a call that did not come to the engine, or whose tokens are not kept any more."""
+    end_ns = record.ended_ns or sight.now_ns
+    first_ns = record.first_sent_ns
+    return types.Run(
+        id=record.run_id,
+        model=sight.model_name,
+        route=record.route,
+        created=None,
+        state=record.state or "running",
+        status=record.status,
+        code=record.code,
+        message=None,
+        is_streamed=record.is_streamed,
+        total_ms=(end_ns - record.received_ns) / 1e6,
+        ttft_ms=(first_ns - record.received_ns) / 1e6 if first_ns else None,
+        parameters={},
+        prompts=[],
+        sequences=[],
+        cost=sight.cost_of(record),
+        machine=_machine(sight),
+    )
+
+
+def summary(kept: KeptRun, tokenizer: Tokenizer, now_ns: int) -> types.RunSummary:
+    record = kept.call.record()
+    text = tokenizer.decode(kept.sequences[0].output_ids[:24], skip_special_tokens=True) if kept.sequences else ""
+    return types.RunSummary(
+        id=record.run_id,
+        route=record.route,
+        created=kept.created,
+        state=record.state or "running",
+        prompt_tokens=record.num_prompt_tokens,
+        cached_tokens=record.num_cached_tokens,
+        output_tokens=record.num_output_tokens,
+        total_ms=((record.ended_ns or now_ns) - record.received_ns) / 1e6,
+        ttft_ms=(record.first_sent_ns - record.received_ns) / 1e6 if record.first_sent_ns else None,
+        text=text,
+    )
+
+
+def _machine(sight: Sight) -> types.Machine:
+    info = sight.info
+    return types.Machine(
+        kernel_set=info.kernel_set,
+        num_threads=info.num_threads,
+        read_bytes_per_s=info.read_bytes_per_s,
+        flops_per_s=info.flops_per_s,
+        weight_bytes=info.weight_bytes,
+        kv_bytes_per_token=info.kv_bytes_per_token,
+        num_layers=None if sight.plan is None else sight.plan.kv.num_layers,
+    )
+
+
+# ---- prompts ------------------------------------------------------------------------------------------------------------
+
+
+def _prompt(kept: KeptPrompt, index: int, record: CallRecord, sight: Sight) -> types.Prompt:
+    tokenizer = sight.tokenizer
+    ids = list(kept.ids[:MAX_SHOWN_TOKENS])
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    life = next((s for s in record.sequences if s.prompt_index == index), None)
+    num_cached = 0 if life is None else life.num_cached_tokens
+    tokens = [
+        types.PromptToken(
+            id=token_id,
+            text=text[begin:end] if end > begin else "",
+            bytes=tokenizer.token_bytes(token_id).hex(),
+            begin=begin,
+            end=end,
+            is_special=token_id in tokenizer.special_ids,
+            is_cached=position < num_cached,
+            logprob=kept.logprobs[position - 1] if 0 < position <= len(kept.logprobs) else None,
+        )
+        for position, (token_id, (begin, end)) in enumerate(zip(ids, token_offsets(ids, tokenizer), strict=True))
+    ]
+    return types.Prompt(
+        text=text,
+        spans=text_spans(kept.messages, text),
+        tokens=tokens,
+        num_tokens=len(kept.ids),
+        is_cut=len(kept.ids) > len(ids),
+        num_truncated=kept.num_truncated,
+        cache=None if life is None or life.miss is None else _cache(life.miss, num_cached, kept, sight),
+    )
+
+
+def _cache(miss: CacheMiss, num_cached: int, kept: KeptPrompt, sight: Sight) -> types.Cache:
+    def text_of(token_id: int) -> str:
+        return sight.tokenizer.token_bytes(token_id).decode(errors="replace")
+
+    is_known = miss.earlier_id is not None and miss.position is not None and miss.position < len(kept.ids)
+    return types.Cache(
+        hit_tokens=num_cached,
+        miss_reason=miss.reason,
+        first_miss_position=miss.position,
+        earlier_text=text_of(miss.earlier_id) if is_known and miss.earlier_id is not None else None,
+        own_text=text_of(kept.ids[miss.position]) if is_known and miss.position is not None else None,
+        block_size=sight.info.block_size,
+    )
+
+
+def text_spans(messages: Sequence[Mapping[str, object]], text: str) -> list[types.TextSpan]:
+    """All of the text, in order: what each message says, and between them what the template wrote."""
+    if not messages:
+        return [types.TextSpan(begin=0, end=len(text), role="user", message_index=None)] if text else []
+    spans: list[types.TextSpan] = []
+    position = 0
+
+    def add(end: int, role: str | None, index: int | None) -> None:
+        nonlocal position
+        if end > position:
+            spans.append(types.TextSpan(begin=position, end=end, role=role, message_index=index))
+            position = end
+
+    for index, (message, span) in enumerate(zip(messages, found_spans(messages, text), strict=True)):
+        if span is not None and span.start >= position:
+            add(span.start, None, None)
+            add(span.end, str(message.get("role")), index)
+    add(len(text), None, None)
+    return spans
+
+
+# ---- sequences ----------------------------------------------------------------------------------------------------------
+
+
+def _sequence(life: SequenceRecord, kept: KeptSequence, record: CallRecord, sight: Sight) -> types.Sequence:
+    ledger = make_time_ledger(
+        record, life, sight.log, sight.model, block_size=sight.info.block_size, now_ns=sight.now_ns
+    )
+    begin_ns = record.received_ns
+    own_numbers = {sequence.number for sequence in record.sequences}
+    tokens = _output(kept, ledger.steps, begin_ns, sight.tokenizer)
+    moments = [token.at_ms for token in tokens if token.step_index is not None]
+    gaps = len(moments) - 1
+    return types.Sequence(
+        index=life.index,
+        prompt_index=life.prompt_index,
+        finish_reason=life.finish_reason,
+        stop_reason=kept.stop_reason,
+        ledger=_ledger(ledger, own_numbers, sight),
+        steps=[_step(own, begin_ns, index == 0, own_numbers, sight) for index, own in enumerate(ledger.steps)],
+        output=tokens,
+        text=sight.tokenizer.decode(list(kept.output_ids), skip_special_tokens=False),
+        ttft_ms=moments[0] if moments else None,
+        tpot_ms=(moments[-1] - moments[0]) / gaps if gaps > 0 else None,
+        preemptions=life.num_preemptions,
+        resumes=life.num_resumes,
+    )
+
+
+def _ledger(ledger: TimeLedger, own_numbers: set[int], sight: Sight) -> types.Ledger:
+    def blames(blame: Mapping[int, float]) -> list[types.Blame]:
+        largest = sorted(blame.items(), key=lambda item: -item[1])[:MAX_BLAMED]
+        return [
+            types.Blame(run=sight.run_of(number), is_self=number in own_numbers, ms=ns / 1e6) for number, ns in largest
+        ]
+
+    return types.Ledger(
+        total_ms=ledger.total_ns / 1e6,
+        is_balanced=ledger.is_balanced,
+        intervals=[
+            types.Interval(
+                kind=cut.kind,
+                begin_ms=(cut.begin_ns - ledger.begin_ns) / 1e6,
+                ms=cut.ns / 1e6,
+                blame=blames(cut.blame),
+            )
+            for cut in joined(ledger.intervals, MAX_INTERVALS)
+        ],
+        by_kind={kind: ns / 1e6 for kind, ns in ledger.by_kind().items()},
+        blame=blames(ledger.blame()),
+    )
+
+
+def joined(intervals: Sequence[Cut], most: int) -> list[Cut]:
+    """At most about `most` intervals: of each run of neighbours one of each kind, which still touch and sum to the same."""
+    if len(intervals) <= most:
+        return list(intervals)
+    size = -(-8 * len(intervals) // most)
+    found: list[Cut] = []
+    for first in range(0, len(intervals), size):
+        group = intervals[first : first + size]
+        at_ns = group[0].begin_ns
+        for kind in dict.fromkeys(cut.kind for cut in group):
+            cuts = [cut for cut in group if cut.kind == kind]
+            blame: dict[int, float] = {}
+            for cut in cuts:
+                for number, ns in cut.blame.items():
+                    blame[number] = blame.get(number, 0.0) + ns
+            end_ns = at_ns + sum(cut.ns for cut in cuts)
+            found.append(Cut(kind, at_ns, end_ns, blame))
+            at_ns = end_ns
+    return found
+
+
+def _output(
+    kept: KeptSequence, steps: Sequence[OwnStep], begin_ns: int, tokenizer: Tokenizer
+) -> list[types.OutputToken]:
+    """The k-th row that chose a token chose the k-th token, over all engines: a step and its events are told together."""
+    ids = list(kept.output_ids)
+    chose = [index for index, own in enumerate(steps) if own.row.is_sampled]
+    known = chose[-len(ids) :] if len(chose) > len(ids) else chose
+    detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
+    found: list[types.OutputToken] = []
+    for index, (token_id, (begin, end)) in enumerate(zip(ids, token_offsets(ids, tokenizer), strict=True)):
+        step_index = known[index] if index < len(known) else None
+        at_ns = begin_ns if step_index is None else steps[step_index].logged.step.end_ns
+        found.append(
+            types.OutputToken(
+                index=index,
+                id=token_id,
+                text=detokenizer.push(token_id),
+                bytes=tokenizer.token_bytes(token_id).hex(),
+                is_special=token_id in tokenizer.special_ids,
+                begin=begin,
+                end=end,
+                step_index=step_index,
+                at_ms=(at_ns - begin_ns) / 1e6,
+                logprob=kept.logprobs[index] if index < len(kept.logprobs) else None,
+                top=_alternatives(kept.tops[index], tokenizer) if index < len(kept.tops) else [],
+            )
+        )
+    return found
+
+
+def _alternatives(top: Sequence[tuple[int, float]], tokenizer: Tokenizer) -> list[types.Alternative]:
+    found: list[types.Alternative] = []
+    for token_id, logprob in top:
+        data = tokenizer.token_bytes(token_id)
+        text = data.decode(errors="replace")
+        found.append(types.Alternative(id=token_id, text=text, bytes=data.hex(), logprob=max(logprob, -9999.0)))
+    return found
+
+
+def _step(own: OwnStep, begin_ns: int, is_first: bool, own_numbers: set[int], sight: Sight) -> types.Step:
+    step, row, model = own.logged.step, own.row, sight.model
+    run_ns = step.done_ns - step.packed_ns
+    others = [other for other in own.logged.rows if other is not row]
+    most = sorted(others, key=lambda other: -other.num_tokens)[:MAX_NEIGHBOURS]
+    return types.Step(
+        serial=own.logged.serial,
+        begin_ms=(step.begin_ns - begin_ns) / 1e6,
+        ms=(step.end_ns - step.begin_ns) / 1e6,
+        schedule_ms=(step.scheduled_ns - step.begin_ns) / 1e6,
+        pack_ms=(step.packed_ns - step.scheduled_ns) / 1e6,
+        run_ms=run_ns / 1e6,
+        commit_ms=(step.end_ns - step.done_ns) / 1e6,
+        predicted_ms=step.predicted_ns / 1e6,
+        kind="prefill" if own.is_prefill else "decode",
+        start=row.start,
+        count=row.num_tokens,
+        cached=row.start if is_first else 0,
+        is_recompute=own.is_recompute,
+        rows=step.num_rows,
+        prefill_tokens=step.num_prefill_tokens,
+        decode_tokens=step.num_decode_tokens,
+        flops=step.flops,
+        bytes=step.bytes,
+        own_ms=own.own_ns / 1e6,
+        others_ms=(run_ns - own.own_ns) / 1e6,
+        memory_roof_share=model.memory_roof_share(step.bytes, run_ns),
+        compute_roof_share=model.compute_roof_share(step.flops, run_ns),
+        neighbours=[_neighbour(other, own_numbers, sight) for other in most],
+    )
+
+
+def _neighbour(row: RowRecord, own_numbers: set[int], sight: Sight) -> types.Neighbour:
+    return types.Neighbour(run=sight.run_of(row.number), count=row.num_tokens, is_prefill=row.num_tokens > 1)

@@ -1,0 +1,114 @@
+"""The data of runs: GET /v1/jilju/runs, /v1/jilju/runs/{id} and /v1/jilju/steps/{serial}.
+
+Owns who may see what: a key sees its own runs. Folds are made in a thread, beside the streams. Knows nothing of pages.
+"""
+
+import asyncio
+from itertools import islice
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from jilju.account.records import CallRecord
+from jilju.account.step_model import StepModel
+from jilju.engine.client import EngineInfo
+from jilju.errors import NotReady, RunNotFound
+from jilju.plan.cost import Roofs
+from jilju.serve.door.gate import arrival_of
+from jilju.serve.errors import shown
+from jilju.serve.health import json_response
+from jilju.serve.runs import types
+from jilju.serve.runs.fold import Sight, make_run, run_without_text, summary
+from jilju.serve.runs.ops import step_ops
+from jilju.serve.server import Server
+
+MAX_LISTED = 100
+
+
+class RunRoutes:
+    def __init__(self, server: Server):
+        self._server = server
+        self._model: StepModel | None = None  # made when it is asked for
+
+    async def list_runs(self, request: Request) -> Response:
+        """The newest runs of the key."""
+        context = self._server.context
+        newest = islice(self._server.runs.newest(_key_name(request)), MAX_LISTED)
+        now_ns = context.clock.now_ns()
+        return json_response(types.RunList(runs=[summary(run, context.tokenizer, now_ns) for run in newest]))
+
+    async def get_run(self, request: Request) -> Response:
+        call_id, key_name = _call_id(request.path_params["id"]), _key_name(request)
+        sight = self._sight(key_name)
+        kept = self._server.runs.find(call_id, key_name)
+        if kept is not None:
+            run = await asyncio.to_thread(make_run, kept, sight)
+            return json_response(run)
+        record = self._record(call_id)
+        if record is None or record.key_name != key_name:
+            raise self._not_found(request.path_params["id"])
+        return json_response(run_without_text(record, sight))
+
+    async def get_step(self, request: Request) -> Response:
+        serial = request.path_params["serial"]
+        logged = self._server.context.client.log.step(int(serial)) if serial.isdecimal() and len(serial) < 19 else None
+        if logged is None:
+            raise RunNotFound(f"there is no step {shown(serial)} in the log, or not any more")
+        return json_response(await asyncio.to_thread(step_ops, logged, self._step_model(self._info())))
+
+    def _info(self) -> EngineInfo:
+        info = self._server.context.client.info
+        if info is None:
+            raise NotReady("the engine has not been ready yet; try again when /readyz answers 200", retry_after_s=1.0)
+        return info
+
+    def _step_model(self, info: EngineInfo) -> StepModel:
+        if self._model is None:
+            roofs = None
+            if info.read_bytes_per_s is not None and info.flops_per_s is not None:
+                roofs = Roofs(info.read_bytes_per_s, info.flops_per_s)
+            self._model = StepModel(self._server.context.plan, info.kv_bytes_per_token, roofs)
+        return self._model
+
+    def _sight(self, key_name: str | None) -> Sight:
+        context, info = self._server.context, self._info()
+        live = {life.number: call for call in self._server.ledger.live.values() for life in call.lives}
+
+        def run_of(number: int) -> str | None:
+            if (call := live.get(number)) is not None:
+                return call.run_id if call.key_name == key_name else None
+            record = self._server.calls.of_number(number)
+            return record.run_id if record is not None and record.key_name == key_name else None
+
+        return Sight(
+            model_name=context.model_name,
+            tokenizer=context.tokenizer,
+            log=context.client.log,
+            model=self._step_model(info),
+            info=info,
+            plan=context.plan,
+            now_ns=context.clock.now_ns(),
+            run_of=run_of,
+            cost_of=self._server.billing.share_of,
+        )
+
+    def _record(self, call_id: str) -> CallRecord | None:
+        call = self._server.ledger.live.get(call_id)
+        return call.record() if call is not None else self._server.calls.find(call_id)
+
+    def _not_found(self, run_id: str) -> RunNotFound:
+        if not self._server.context.run_store_bytes:
+            return RunNotFound("this server keeps no runs; start it with a larger --run-store")
+        return RunNotFound(
+            f"there is no run {shown(run_id)}: it never was, is another key's, or newer runs have taken its place; see /v1/jilju/runs"
+        )
+
+
+def _key_name(request: Request) -> str | None:
+    key = arrival_of(request.scope).key
+    return None if key is None else key.name
+
+
+def _call_id(run_id: str) -> str:
+    """Of a run's id, which is that of its answer: "chatcmpl-" and the call's."""
+    return run_id.replace("_", "-").rpartition("-")[2]

@@ -1,0 +1,158 @@
+// Sums: memory by owner, money and energy, calls: each shown as the sum that it is, with a sign that it adds up.
+//
+// Owns these three panels. What is not known (of a recorded file, of a machine without a counter) is said in words.
+
+import { h } from "../dom.js";
+import { bar } from "./bar.js";
+import { setText } from "./rows.js";
+
+const OWNERS = ["weights", "kv", "workspace", "log", "run store", "prefix index", "tokenizer", "connections", "unattributed"];
+const PROCESSES = ["engine", "server"];
+const UNATTRIBUTED_MAX = 0.05; // of a process; above it the line warns
+const COST_LINES = ["requests", "idle", "load", "failed", "recompute", "host"];
+const COST_LOOKS = { requests: "accent", idle: "wait", load: "others", failed: "fault", recompute: "cached", host: "host" };
+const ENDINGS = ["completed", "cancelled", "deadline", "shed", "failed", "live"];
+const ROUNDING = 1e-6; // of a sum of floats
+
+const total = (list, of) => list.reduce((sum, each) => sum + of(each), 0);
+
+export function createMemoryView({ root, words, format, terms }) {
+  const { t, bytes } = words;
+  let drawn = "";
+
+  function line({ owner, bytes: count, is_file: isFile }, sum) {
+    const share = sum > 0 ? count / sum : 0;
+    const isUnknown = owner === "unattributed";
+    const name = OWNERS.includes(owner) ? t(`owner_${owner.replace(" ", "_")}`) : owner;
+    const label = isUnknown ? terms("unattributed", name) : isFile ? h("span", {}, name, " ", terms("file_pages", t("file_pages"))) : name;
+    const look = isFile ? "file" : isUnknown ? "wait" : "accent";
+    const isHigh = isUnknown && share > UNATTRIBUTED_MAX;
+    const row = h("tr", { class: isHigh ? "fault-text" : null }, h("th", { scope: "row" }, label), h("td", {}, bytes(count)), h("td", {}, format.share(share)));
+    row.append(h("td", { class: "row-bar" }, bar([{ look, value: count }], sum, 0)));
+    return row;
+  }
+
+  function table(process, owners) {
+    const sum = total(owners, (each) => each.bytes);
+    const rank = (each) => (each.owner === "unattributed" ? -1 : each.bytes);
+    const sorted = [...owners].sort((one, other) => rank(other) - rank(one));
+    const name = PROCESSES.includes(process) ? t(`process_${process}`) : process;
+    return h(
+      "table",
+      { class: "sum-table" },
+      h("caption", {}, name),
+      h("thead", { class: "visually-hidden" }, h("tr", {}, ...["owner", "bytes", "share"].map((key) => h("th", { scope: "col" }, t(`memory_${key}`))), h("td", {}))),
+      h("tbody", {}, ...sorted.map((each) => line(each, sum))),
+      h("tfoot", {}, h("tr", {}, h("th", { scope: "row" }, t("memory_sum")), h("td", {}, bytes(sum)), h("td", {}), h("td", {}))),
+    );
+  }
+
+  return ({ memory, is_live: isLive }) => {
+    const key = JSON.stringify([memory, isLive]);
+    if (key === drawn) return;
+    drawn = key;
+    if (memory === null) root.replaceChildren(h("p", { class: "quiet-text" }, t(isLive ? "memory_none_now" : "memory_none")));
+    else root.replaceChildren(...[...new Set(memory.map((each) => each.process))].map((process) => table(process, memory.filter((each) => each.process === process))));
+  };
+}
+
+export function createCostView({ root, words, format, terms }) {
+  const { t } = words;
+  const price = h("p", { class: "quiet-text" });
+  const strip = h("p", { class: "strip" });
+  const lines = new Map([...COST_LINES, "total"].map((name) => [name, { time: h("td", {}), share: h("td", {}), amount: h("td", { class: "amount" }) }]));
+  const row = (name, head) => h("tr", {}, head, ...Object.values(lines.get(name)));
+  const rows = COST_LINES.map((name) => {
+    const swatch = h("span", { class: `swatch look-${COST_LOOKS[name]}`, "aria-hidden": "true" });
+    return row(name, h("th", { scope: "row" }, swatch, terms(`cost_${name}`, t(`cost_${name}`))));
+  });
+  const heads = ["line", "time", "share", "amount"].map((name) => h("th", { scope: "col", class: name === "amount" ? name : null }, t(`cost_${name}`)));
+  const table = h(
+    "table",
+    { class: "sum-table" },
+    h("caption", { class: "visually-hidden" }, t("cost_title")),
+    h("thead", { class: "visually-hidden" }, h("tr", {}, ...heads)),
+    h("tbody", {}, ...rows),
+    h("tfoot", {}, row("total", h("th", { scope: "row" }, t("cost_sum")))),
+  );
+  const [perToken, keys, energy] = [h("p", { class: "small" }), h("p", { class: "quiet-text" }), h("p", { class: "small" })];
+  const none = h("p", { class: "quiet-text", hidden: true });
+  const money = h("div", { class: "stack" }, price, strip, table, perToken, keys);
+  root.append(money, none, energy);
+
+  function drawLine(name, cost) {
+    const { machine_s: seconds, currency } = cost;
+    const { time, share, amount } = lines.get(name);
+    setText(time, format.long(seconds[name]));
+    setText(share, name !== "total" && seconds.total > 0 ? format.share(seconds[name] / seconds.total) : "");
+    setText(amount, format.money(cost[name], currency));
+  }
+
+  function drawMoney({ cost }) {
+    const { machine_s: seconds, currency } = cost;
+    money.classList.toggle("has-no-price", cost.is_default);
+    setText(price, cost.is_default ? t("price_none") : t("price", { price: format.money(cost.price_per_hour, currency) }));
+    for (const name of lines.keys()) drawLine(name, cost);
+    const isTrue = [seconds, cost].every((sums) => Math.abs(total(COST_LINES, (name) => sums[name]) - sums.total) <= ROUNDING * Math.max(1, sums.total));
+    setText(lines.get("total").share, isTrue ? "✓" : "≠");
+    table.querySelector("tfoot").classList.toggle("fault-text", !isTrue);
+    strip.replaceChildren(bar(COST_LINES.map((name) => ({ look: COST_LOOKS[name], value: seconds[name], title: t(`cost_${name}`) })), seconds.total, 0));
+    perToken.hidden = seconds.per_million_output_tokens === null;
+    if (!perToken.hidden) {
+      const time = format.long(seconds.per_million_output_tokens);
+      const amount = cost.per_million_output_tokens === null || cost.is_default ? "" : `, ${format.money(cost.per_million_output_tokens, currency)}`;
+      setText(perToken, t("cost_per_million", { time, amount }));
+    }
+    const named = Object.entries(seconds.by_key);
+    keys.hidden = named.length === 0;
+    setText(keys, named.map(([key, time]) => `${key} ${format.long(time)}`).join(" · "));
+  }
+
+  const [energyTerm, energyText] = [terms("energy", t("energy")), h("span", {})];
+  function drawEnergy({ energy: used }) {
+    if (used === null) {
+      energy.replaceChildren(h("span", { class: "quiet-text" }, t("energy_none")));
+      return;
+    }
+    if (energyTerm.parentNode !== energy) energy.replaceChildren(energyTerm, " ", energyText);
+    const rest = Math.max(0, used.joules - used.requests_joules - used.idle_joules); // loading, host, failed steps
+    const parts = { all: used.joules, requests: used.requests_joules, idle: used.idle_joules, rest };
+    const written = Object.fromEntries(Object.entries(parts).map(([name, value]) => [name, format.joules(value)]));
+    const each = used.joules_per_output_token === null ? "" : ` ${t("energy_per_token", { joules: format.joules(used.joules_per_output_token) })}`;
+    setText(energyText, `${t("energy_text", { ...written, source: used.source })}${each}`);
+  }
+
+  return (frame) => {
+    money.hidden = frame.cost === null;
+    none.hidden = frame.cost !== null;
+    setText(none, t(frame.is_live ? "cost_none_now" : "cost_none"));
+    energy.hidden = !frame.is_live && frame.energy === null;
+    if (frame.cost) drawMoney(frame);
+    drawEnergy(frame);
+  };
+}
+
+export function createCallsView({ root, words, terms }) {
+  const { t, integer } = words;
+  const figures = new Map();
+  const figure = (name) => {
+    figures.set(name, h("b", {}));
+    return figures.get(name);
+  };
+  const parts = ENDINGS.map((name) => h("li", { "data-name": name }, figure(name), " ", t(`calls_${name}`)));
+  const sign = h("span", {});
+  root.append(
+    h("p", {}, figure("accepted"), " ", t("calls_accepted"), " = "),
+    h("ul", { class: "calls" }, ...parts),
+    sign,
+    h("p", { class: "calls-apart" }, figure("refused"), " ", terms("refused", t("calls_refused")), " · ", figure("restarts"), " ", terms("restarts", t("calls_restarts"))),
+  );
+
+  return ({ counts }) => {
+    for (const [name, element] of figures) setText(element, integer(counts[name]));
+    const isTrue = total(ENDINGS, (name) => counts[name]) === counts.accepted;
+    setText(sign, t(isTrue ? "calls_true" : "calls_false"));
+    sign.classList.toggle("fault-text", !isTrue);
+    for (const item of parts) item.classList.toggle("is-zero", counts[item.dataset.name] === 0);
+  };
+}
