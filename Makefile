@@ -21,7 +21,7 @@ comma := ,
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
-.PHONY: serve test test-neon check sanitize soak soak-native soak-api soak-structured bugs coverage conformance clients bench bench-http bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-structured bench-quality
+.PHONY: serve test test-neon check sanitize soak soak-native soak-api soak-structured bugs coverage conformance clients bench bench-http bench-account bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-structured bench-quality
 .PHONY: peers oracle oracle-write dev clean wheel install-check image-check
 .DELETE_ON_ERROR:
 
@@ -154,7 +154,7 @@ JILJU := .venv-dev/bin/jilju
 NAMED := smollm2-135m gemma3-270m qwen2.5-coder-0.5b
 LOADS := --prefill 512 --contexts 128,512
 
-bench: bench-machine bench-models bench-engine bench-start bench-serve bench-load bench-http bench-structured bench-quality bench-bars
+bench: bench-machine bench-models bench-engine bench-start bench-serve bench-load bench-http bench-structured bench-account bench-quality bench-bars
 
 bench-bars: .venv-dev/installed
 	@$(JILJU) bench bars $(RESULTS)
@@ -201,6 +201,12 @@ bench-load: .venv-dev/installed
 bench-http: .venv-dev/installed
 	@mkdir -p $(RESULTS) && .venv-dev/bin/jilju pull smollm2-135m
 	@.venv-dev/bin/python benchmarks/over_http.py --json $(RESULTS)/over-http.json $(ARGS)
+
+# whether every run's time is accounted for under a mixed load, and what accounting costs: ten minutes
+bench-account: .venv-dev/installed
+	@mkdir -p $(RESULTS) && .venv-dev/bin/jilju pull smollm2-135m
+	@.venv-dev/bin/python benchmarks/ledger.py --json $(RESULTS)/ledger.json $(ARGS)
+	@$(JILJU) bench overhead smollm2-135m --json $(RESULTS)/overhead.json
 
 # masks of a step, streams beside hostile grammars, the first grammar after a start: five minutes
 bench-structured: .venv-dev/installed

@@ -58,6 +58,12 @@ def test_settings_of_the_door(monkeypatch, tmp_path):
     assert plain.api_key_file is None
 
 
+def test_numbers():
+    config = resolve_serve_config(None, {"price": "2.75"}, {"JILJU_WATTS": "0"})
+    assert (config.price, config.watts) == (2.75, 0.0)
+    assert resolve_serve_config(None, {}, {}).price is None
+
+
 def test_with_auto_makes_a_new_config():
     config = resolve_serve_config(None, {"threads": "auto"}, {})
     assert config.threads is None
@@ -109,6 +115,11 @@ def test_bytes(text, count):
         ({"api_key_file": ""}, ["--api-key-file", "empty"]),
         ({"allow_origin": ("https://a.example/x",)}, ["--allow-origin", "https://a.example/x", "scheme://host"]),
         ({"lenient": "maybe"}, ["--lenient", "true or false"]),
+        ({"price": "-1"}, ["--price", "'-1'", "0 to 1000000"]),
+        ({"price": "nan"}, ["--price", "'nan'", "such as 2.5"]),
+        ({"price": "1e3"}, ["--price", "1e3"]),
+        ({"watts": "1000000.5"}, ["--watts", "0 to 1000000"]),
+        ({"usage_log": ""}, ["--usage-log", "empty"]),
     ],
 )
 def test_refusals_name_flag_given_and_allowed(flags, words):

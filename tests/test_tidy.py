@@ -32,7 +32,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     "terminal": {"errors", "model"},
     "cli_bench": PLAN | {"text", "model", "engine", "bench", "assemble", "llm", "terminal"},
     "cli_simulate": {"config", "errors", "simulation", "assemble"},
-    "cli": PLAN | {"text", "model", "engine", "serve", "assemble", "llm", "terminal", "cli_bench", "cli_simulate"},
+    "cli_trace": {"errors", "account"},
+    "cli_view": {"account", "serve", "view"},
+    "cli": PLAN
+    | {
+        "text",
+        "model",
+        "engine",
+        "serve",
+        "assemble",
+        "llm",
+        "terminal",
+        "cli_bench",
+        "cli_simulate",
+        "cli_trace",
+        "cli_view",
+    },
     "__init__": {"llm", "engine"},
     "__main__": {"cli"},
 }

@@ -1,4 +1,4 @@
-"""The command line: serve, chat, generate, tokenize, pull, models, bench, simulate.
+"""The command line: serve, chat, generate, tokenize, pull, models, bench, simulate, view, trace.
 
 Owns flags, help texts and what is printed; every command hands its work to a part made by `assemble`. Errors that stop a
 command print one line and exit with 1. Heavy parts are imported by the command that needs them, so that help is instant.
@@ -21,6 +21,8 @@ from rich.table import Table
 from jilju import __version__
 from jilju.cli_bench import bench
 from jilju.cli_simulate import simulate
+from jilju.cli_trace import trace
+from jilju.cli_view import view
 from jilju.config import DEFAULT_MODEL, FALLBACK_MODEL, OFF, SERVE_OPTIONS, Option, ServeConfig, resolve_serve_config
 from jilju.errors import InvalidRequest, JiljuError, ModelSourceError, PlatformError, TemplateFailed
 from jilju.terminal import accept_licence_option, agree, fetching, threads_option
@@ -540,6 +542,8 @@ def cache(packed_cache: str | None, clear: bool) -> None:
 
 commands.add_command(bench)
 commands.add_command(simulate)
+commands.add_command(trace)
+commands.add_command(view)
 
 
 if __name__ == "__main__":

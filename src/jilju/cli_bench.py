@@ -1,4 +1,4 @@
-"""The command line's `bench` group: machine, model, engine, contention, serve, quality, bars.
+"""The command line's `bench` group: machine, model, engine, contention, overhead, serve, quality, bars.
 
 Owns their flags and where results go: a table on standard output, JSON and a chart into files. Every command hands its work to
 `jilju.bench`. Heavy parts are imported by the command that needs them, so that help is instant.
@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from jilju.config import DEFAULT_MODEL, usable_cores
+from jilju.config import DEFAULT_MODEL, FALLBACK_MODEL, usable_cores
 from jilju.errors import ConfigError
 from jilju.terminal import agree, counting, fetching, threads_option
 
@@ -308,6 +308,28 @@ def bench_contention(
             progress=lambda done: count(done, rounds, "rounds"),
         )  # fmt: skip
     _tell(result, [contention_table(result)], json_file)
+
+
+@bench.command("overhead")
+@click.argument("model", default=FALLBACK_MODEL)
+@_rounds
+@_max_others
+@_json
+def bench_overhead(model: str, rounds: int, max_others: float, json_file: str | None) -> None:
+    """What it costs that everything is accounted for: the log by itself, all that can be kept, an open page.
+
+    Starts two servers. Most exact on a machine on which nothing else runs.
+
+    \b
+    Example:
+      jilju bench overhead smollm2-135m --rounds 15
+    """
+    from jilju.bench.overhead import measure_overhead
+    from jilju.bench.report import overhead_table
+
+    with counting("rounds") as count:
+        result = measure_overhead(model, guard=_guard(max_others), num_rounds=max(2, rounds), progress=count)
+    _tell(result, [overhead_table(result)], json_file)
 
 
 @bench.command("bars")

@@ -220,7 +220,9 @@ def _parse(option: Option, given: Any, where: str) -> Any:
 
 def _parse_number(option: Option, text: str, where: str) -> float:
     if not NUMBER.fullmatch(text) or not option.low <= float(text) <= option.high:
-        raise ConfigError(f"{where} is {text!r:.200}; allowed: a number from {option.low} to {option.high}, such as 2.5")
+        raise ConfigError(
+            f"{where} is {text!r:.200}; allowed: a number from {option.low} to {option.high}, such as 2.5"
+        )
     return float(text)
 
 

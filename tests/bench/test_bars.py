@@ -12,10 +12,12 @@ from jilju.bench.bars import (
     SIXTEEN,
     CancellationFigures,
     HostileFigures,
+    LedgerFigures,
     LongPromptFigures,
     MaskFigures,
     MemoryFigures,
     OpenLoop,
+    OverheadFigures,
     OverloadFigures,
     QualityFigures,
     ServedFigures,
@@ -96,6 +98,21 @@ def memory(growth_mib: float) -> MemoryFigures:
     )  # fmt: skip
 
 
+def ledger(num_wrong: int, blamed_share: float) -> LedgerFigures:
+    return LedgerFigures(
+        model="m", num_requests=1000, num_unbalanced=num_wrong, num_off=num_wrong, num_timed=900, num_preempted=5, num_resumed=9,
+        num_cancelled=90, num_kills=6, imbalance=num_wrong, excess_ms=0.5, excess_ms_max=4.0, blamed_share=blamed_share,
+    )  # fmt: skip
+
+
+def overhead(times: float) -> OverheadFigures:
+    """So many times the limit."""
+    return OverheadFigures(
+        model="m", step_us=5.0 * times, row_us=0.7 * times, median_step_ms=10.0, log_share=0.001 * times, num_rounds=9,
+        on_share=0.01 * times, on_share_low=0.0, on_share_high=0.02, page_core_share=0.005 * times, others_share=0.0,
+    )  # fmt: skip
+
+
 def structured(mask_share: float, refusal_s: float, change: float, num_failed: int) -> StructuredFigures:
     masks = MaskFigures(
         model="m", vocab_size=49152, num_rows=8, num_rounds=7, step_ms=10.0, held_step_ms=10.1, share=0.01, greedy_step_ms=10.0,
@@ -143,6 +160,8 @@ def write(folder, good: bool) -> None:
     put("long-prompt.json", long_prompt(0, 1.1) if good else long_prompt(2, 1.4))
     put("cancellations.json", cancellations(0, 0) if good else cancellations(1, 3))
     put("memory.json", memory(1.5 if good else 2.5))
+    put("ledger.json", ledger(0, 0.95) if good else ledger(1, 0.8))
+    put("overhead.json", overhead(0.9 if good else 1.1))
     put("structured.json", structured(0.04, 1.0, 0.05, 0) if good else structured(0.06, 2.1, 0.2, 1))
     put("quality-m.json", {"extra": 1, **msgspec.to_builtins(QualityFigures(
         model="m", compared=[*compared, Compared("llama.cpp", 10.1, 3e-3, 1e-4)]))})  # fmt: skip

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jilju.clock import Clock, WallClock
-from jilju.engine.client import EngineInfo, EngineState, EngineStatus
+from jilju.engine.client import EngineClient, EngineInfo, EngineState, EngineStatus
 from jilju.engine.events import EventLog, StepRecord
 from jilju.engine.request import (
     EngineEvent,
@@ -255,14 +255,14 @@ def step_record(**changes: Any) -> StepRecord:
     return StepRecord(**(dict.fromkeys(names, 0) | {"closed_by": "open", "rows": b""} | changes))
 
 
-def make_context(client: StubClient | None = None, **changes: object) -> ServerContext:
+def make_context(client: EngineClient | None = None, **changes: object) -> ServerContext:
     settings: dict[str, object] = {
         "model_name": "stub",
         "tokenizer": ByteTokenizer(),
         "workers": StubCompiler(),
         "template": ChatTemplate(TEMPLATE, bos_token="<|bos|>", eos_token="<|eos|>"),
         "client": client or StubClient(),
-        "max_context": 512 if client is None else client.max_context,
+        "max_context": client.max_context if isinstance(client, StubClient) else 512,
         "fingerprint": "fp_stub",
         "version": "0.0.test",
     }

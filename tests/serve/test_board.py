@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from jilju.account.energy import DeclaredPower
 from jilju.clock import VirtualClock
 
 from .conftest import Connect
@@ -32,6 +33,7 @@ async def told(connect: Connect, **changes: Any) -> str:
     """After traffic, on a server of which everything is known."""
     stub = StubClient()
     stub.process_id = os.getppid()  # type: ignore[attr-defined]
+    changes = {"price_per_hour": 1.0, "meter": DeclaredPower(65.0)} | changes
     async with connect(stub, clock=VirtualClock(100 * S), **changes) as (http, server):
         assert stub.info is not None
         stub.info = msgspec.structs.replace(stub.info, read_bytes_per_s=1e9, flops_per_s=1e9)

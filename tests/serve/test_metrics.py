@@ -48,6 +48,7 @@ pytestmark = pytest.mark.anyio
 S = 10**9
 # Every label of ours besides `model`, and the values that it may have; None: as the server's own tables say.
 LABELS: dict[str, set[str] | None] = {
+    "line": {"requests", "idle", "load", "failed", "recompute", "host"},
     "le": None,
     "version": None, "block_size": None, "num_blocks": None, "kv_dtype": None, "kernel_set": None,
     "route": {CHAT, COMPLETIONS, "/v1/responses", "/v1/messages"},

@@ -4,6 +4,7 @@ Owns the two routes of frames and the one of a step's operations, and tells when
 with `advance`, so none waits for a clock. Knows nothing of what the page does with a frame.
 """
 
+import contextlib
 import json
 import queue
 import select
@@ -15,7 +16,7 @@ import msgspec
 
 from jilju.account.frame import Frame
 
-from .frame_data import World, step_ops
+from .frame_data import FIRST_MS, World, step_ops
 from .stub_server import StubServer
 
 WAIT_S = 20.0  # for what the page must do; longer is a broken test
@@ -28,6 +29,7 @@ class EngineStub(StubServer):
     def __init__(self, world: World) -> None:
         self.world = world
         self.now_ms = world.until_ms
+        self.first_ms = FIRST_MS  # what the ring still has
         self.status = 200
         self.window_status = 200
         self.changes: dict[str, Any] = {}
@@ -84,7 +86,10 @@ class EngineStub(StubServer):
             self._refuse(handler, self.window_status)
             return
         end_ms = float(query["end_ms"]) if "end_ms" in query else self.now_ms
-        self._answer(handler, self.world.frame(end_ms, **self.changes))
+        if not self.first_ms <= end_ms <= self.now_ms:  # as the real route
+            self._refuse(handler, 400)
+            return
+        self._answer(handler, self.world.frame(end_ms, **(self.changes | {"first_ms": self.first_ms})))
 
     def _events(self, handler: BaseHTTPRequestHandler) -> None:
         if self.status != 200:
@@ -97,10 +102,10 @@ class EngineStub(StubServer):
         handler.send_header("content-type", "text/event-stream")
         handler.end_headers()
         self.told.put("opened")
-        try:
+        with contextlib.suppress(
+            BrokenPipeError, ConnectionResetError
+        ):  # the page has gone, which is what "closed" says
             self._follow(handler, stream)
-        except (BrokenPipeError, ConnectionResetError):
-            pass  # the page has gone, which is what "closed" says
         self._streams.remove(stream)
         self.told.put("closed")
 

@@ -150,6 +150,12 @@ class World:
             self._mark(0.958, "deadline", "chatcmpl-0061b7c2", "2 s had passed"),
         ]
 
+    @property
+    def busy_ms(self) -> float:
+        """A moment near the end of the log at which some wait."""
+        found = (step for step in self.steps if step.end_ms > self.until_ms - RUSH_MS and len(step.waiting) > 3)
+        return next(found).end_ms + 0.01
+
     def _mark(self, where: float, kind: str, run: str | None, text: str) -> Mark:
         return Mark(at_ms=FIRST_MS + where * (self.until_ms - FIRST_MS), kind=kind, run=run, text=text)
 
@@ -163,7 +169,7 @@ class World:
             while next_arrival <= now:
                 number += 1
                 waiting.append(self._arrive(number, next_arrival))
-                mean_ms = 190.0 if now < self.until_ms - RUSH_MS else 100.0
+                mean_ms = 190.0 if now < self.until_ms - RUSH_MS else 60.0
                 next_arrival += self._draw.expovariate(1 / mean_ms) + 20
             while waiting and len(running) < MAX_ROWS:
                 call = waiting.pop(0)
@@ -267,7 +273,9 @@ class World:
         begin_ms = max(FIRST_MS, end_ms - 60_000)
         window = [step for step in self.steps if begin_ms < step.end_ms <= end_ms]
         shown_since = begin_ms if since_ms is None else since_ms
-        last = next((step for step in reversed(self.steps) if step.end_ms < end_ms), None)  # the log has no later one then
+        last = next(
+            (step for step in reversed(self.steps) if step.end_ms < end_ms), None
+        )  # the log has no later one then
         ended = [call for call in self.ended if begin_ms < call.end_ms <= end_ms]
         falls = sorted((call.waterfall() for call in ended), key=lambda fall: -fall.total_ms)
         uptime_s = (end_ms - FIRST_MS) / 1000 + 12
@@ -327,7 +335,7 @@ def empty_frame(**changes: object) -> Frame:
 
 
 def _tiles(window: list[Step], ended: list[Call], last: Step | None, begin_ms: float, end_ms: float) -> Tiles:
-    seconds = (end_ms - begin_ms) / 1000
+    seconds = max(1e-3, (end_ms - begin_ms) / 1000)
     errors = [(step.predicted_ms - step.ms) / step.ms for step in window]
     busy_s = sum(step.run_ms for step in window) / 1000
     first = sorted(call.first_ms - call.arrival_ms for call in ended)
@@ -390,10 +398,11 @@ def memory() -> list[Owned]:
         Owned(process="engine", owner="kv", bytes=120 * mib),
         Owned(process="engine", owner="workspace", bytes=22 * mib),
         Owned(process="engine", owner="log", bytes=48 * mib),
-        Owned(process="engine", owner="unattributed", bytes=14 * mib),
+        Owned(process="engine", owner="unattributed", bytes=24 * mib),
+        Owned(process="engine", owner="not_resident", bytes=-10 * mib),
         Owned(process="server", owner="run store", bytes=9 * mib),
-        Owned(process="server", owner="tokenizer", bytes=21 * mib),
-        Owned(process="server", owner="prefix index", bytes=1 * mib),
+        Owned(process="server", owner="start", bytes=21 * mib),
+        Owned(process="server", owner="history", bytes=1 * mib),
         Owned(process="server", owner="unattributed", bytes=31 * mib),
     ]
 

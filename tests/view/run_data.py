@@ -274,7 +274,7 @@ def korean_run() -> Run:
     timeline = Timeline()
     before_engine(timeline)
     timeline.add("queue_step", 9.4, Blame(run=OTHER_ID, ms=6.1), Blame(run=None, ms=3.3))
-    timeline.add("queue_tokens", 21.7, Blame(run=OTHER_ID, ms=21.7, text="a prefill of 512 tokens"))
+    timeline.add("queue_tokens", 21.7, Blame(run=OTHER_ID, ms=21.7))
     neighbours = [Neighbour(run=OTHER_ID, count=1, is_prefill=False), Neighbour(run=None, count=1, is_prefill=False)]
     steps = [
         make_step(
@@ -511,7 +511,7 @@ def run_list(*runs: Run) -> RunList:
             RunSummary(
                 id=run.id,
                 route=run.route,
-                created=run.created,
+                created=run.created or 0.0,
                 state=run.state,
                 prompt_tokens=run.prompts[0].num_tokens,
                 cached_tokens=run.prompts[0].cache.hit_tokens if run.prompts[0].cache else 0,

@@ -44,12 +44,14 @@ class RunServer(StubServer):
                 self._send(handler, run_list(*self.runs.values()))
             case ["runs", run_id] if run_id in self.runs:
                 self._send(handler, self.runs[run_id])
-            case ["runs", run_id, "trace"] if run_id in self.runs:
+            case [query] if query.startswith("trace?run=") and query.partition("=")[2] in self.runs:
                 self._json(handler, {"traceEvents": [], "displayTimeUnit": "ms"})
             case ["steps", serial] if (ops := self._ops(int(serial))) is not None:
                 self._send(handler, ops)
             case _:
-                Exchange(handler, {}, self.gates).refuse(404, "not_found", f"there is nothing at {handler.path}")
+                Exchange(handler, {}, self.gates, self.vocabulary).refuse(
+                    404, "not_found", f"there is nothing at {handler.path}"
+                )
 
     def _ops(self, serial: int) -> StepOps | None:
         if serial in self.lost_steps:

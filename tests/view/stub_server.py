@@ -184,6 +184,10 @@ class StubServer:
             def do_GET(self) -> None:
                 stub._get(self)
 
+            def do_HEAD(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+
             def do_POST(self) -> None:
                 stub._post(self)
 
@@ -207,7 +211,7 @@ class StubServer:
             self._file(handler, "chat/index.html")
         elif path == "/engine":
             self._file(handler, "engine/index.html")
-        elif path.startswith("/runs/"):
+        elif path == "/runs" or path.startswith("/runs/"):
             self._file(handler, "run/index.html")
         elif path.startswith("/view/"):
             self._file(handler, path.removeprefix("/view/"))

@@ -5,9 +5,11 @@ Each test also fails on any console error, policy violation or request that leav
 
 import json
 import re
+from functools import partial
 
 import pytest
 
+from .axe import check_axe
 from .stub_server import MODEL, TIMINGS, USAGE, Exchange, say
 
 
@@ -281,31 +283,32 @@ def test_settings_reach_the_request_and_outlive_a_reload(open_page, stub):
     assert not {"temperature", "seed", "max_tokens"} & stub.bodies[-1].keys()
 
 
-@pytest.mark.parametrize(
-    ("label", "given", "said"),
-    [
-        ("Temperature", "warm", "“warm” is not a number. Write it like 0.7, with a point."),
-        ("Temperature", "0,7", "“0,7” is not a number. Write it like 0.7, with a point."),
-        ("Temperature", "2.1", "2.1 is outside 0 to 2."),
-        ("Seed", "1.5", "“1.5” is not a whole number. Write it like 42."),
-        ("Seed", "9007199254740993", "9007199254740993 is outside"),
-        ("Max tokens", "0", "0 is outside 1 to 4,096."),
-        ("Max tokens", "5000", "5000 is outside 1 to 4,096."),
-    ],
-)
-def test_a_wrong_setting_is_explained_and_not_kept(open_page, stub, label, given, said):
+WRONG_SETTINGS = [
+    ("Temperature", "warm", "“warm” is not a number. Write it like 0.7, with a point."),
+    ("Temperature", "0,7", "“0,7” is not a number. Write it like 0.7, with a point."),
+    ("Temperature", "2.1", "2.1 is outside 0 to 2."),
+    ("Seed", "1.5", "“1.5” is not a whole number. Write it like 42."),
+    ("Seed", "9007199254740993", "9007199254740993 is outside"),
+    ("Max tokens", "0", "0 is outside 1 to 4,096."),
+    ("Max tokens", "5000", "5000 is outside 1 to 4,096."),
+]
+
+
+def test_a_wrong_setting_is_explained_and_not_kept(open_page, stub):
     page, _ = open_page()
     expect(page.locator("#model-name")).to_have_text("stub-1b")
-    sheet = open_settings(page)
-    field = sheet.get_by_label(label)
-    field.fill(given)
-    field.press("Enter")
-    expect(sheet.locator(".field-error", has_text=said)).to_be_visible()
-    expect(field).to_have_attribute("aria-invalid", "true")
-    expect(field).to_be_focused()
-    page.keyboard.press("Escape")
-    expect(sheet).to_be_hidden()
-    assert page.evaluate("localStorage.getItem('jilju.settings')") is None
+    for label, given, said in WRONG_SETTINGS:
+        sheet = open_settings(page)
+        field = sheet.get_by_label(label)
+        expect(field).to_have_value("")
+        field.fill(given)
+        field.press("Enter")
+        expect(sheet.locator(".field-error", has_text=said)).to_be_visible()
+        expect(field).to_have_attribute("aria-invalid", "true")
+        expect(field).to_be_focused()
+        page.keyboard.press("Escape")
+        expect(sheet).to_be_hidden()
+        assert page.evaluate("localStorage.getItem('jilju.settings')") is None
 
 
 def test_kept_settings_that_are_not_valid_are_left_out(open_page, stub):
@@ -400,6 +403,52 @@ def test_every_control_has_a_name(open_page):
         }).map((element) => element.outerHTML)"""
     )
     assert nameless == []
+
+
+@pytest.mark.parametrize(
+    ("locale", "color_scheme", "width"), [("en-US", "light", 1440), ("ko-KR", "dark", 1440), ("ko-KR", "light", 390)]
+)
+def test_axe_finds_nothing_serious(open_page, stub, locale, color_scheme, width):
+    stub.script = say(
+        "# Title\n\n",
+        "| a | b |\n|---|---|\n| 1 | 2 |\n\n",
+        "```js\nlet a;\n```\n\n",
+        "> [link](https://example.invalid/)",
+    )
+    page, watch = open_page(locale=locale, color_scheme=color_scheme, viewport={"width": width, "height": 844})
+    expect(page.locator("#model-name")).to_have_text("stub-1b")
+    check_axe(page)
+    ask(page, "**Hi**")
+    expect(page.locator(".figures")).to_be_visible()
+    check_axe(page)
+    watch.allowed.append("status of 429")
+    stub.script = lambda exchange: exchange.refuse(429, "overloaded", "too much")
+    page.locator(".ask-again").click()
+    expect(page.locator(".fault")).to_be_visible()
+    check_axe(page)
+    page.locator("#open-settings").click()
+    page.locator("#setting-temperature").fill("hot")
+    page.keyboard.press("Enter")
+    expect(page.locator(".field-error").first).to_be_visible()
+    check_axe(page)
+
+
+def test_axe_finds_nothing_serious_while_an_answer_comes_and_in_the_key_dialog(open_page, stub):
+    stub.script = lambda exchange: (exchange.begin(), exchange.token("Half"), exchange.wait("end"), exchange.end())
+    page, watch = open_page()
+    ask(page)
+    expect(answer(page).locator(".text")).to_have_text("Half")
+    check_axe(page)
+    stub.gates["end"].set()
+    expect(page.locator(".figures")).to_be_visible()
+    watch.allowed.append("status of 401")
+    stub.key = "right"
+    ask(page)
+    expect(page.locator("#key-dialog")).to_be_visible()
+    page.keyboard.press("Enter")
+    check_axe(page)
+    page.keyboard.press("Escape")
+    expect(page.locator(".fault")).to_contain_text("The server asks for a key.")
 
 
 # Themes, widths, languages
@@ -500,7 +549,7 @@ def test_other_languages_get_english(open_page):
     expect(page.locator("#empty h2")).to_have_text("What would you like to know?")
 
 
-@pytest.mark.parametrize("folder", ["/view", "/view/chat"])
+@pytest.mark.parametrize("folder", ["/view", "/view/chat", "/view/engine"])
 def test_the_languages_have_the_same_strings_with_the_same_holes(open_page, folder):
     page, _ = open_page()
     strings = page.evaluate(
@@ -588,24 +637,26 @@ REFUSALS = [
 ]
 
 
-@pytest.mark.parametrize(("status", "code", "headers", "title", "advice"), REFUSALS)
-def test_a_refusal_says_what_to_do_and_can_be_tried_again(open_page, stub, status, code, headers, title, advice):
-    stub.script = lambda exchange: exchange.refuse(
-        status, code, "given this, allowed <b>that</b>", "max_tokens", **headers
-    )
+def test_a_refusal_says_what_to_do_and_can_be_tried_again(open_page, stub):
     page, watch = open_page()
-    watch.allowed.append(f"status of {status}")
     expect(page.locator("#model-name")).to_have_text("stub-1b")  # from here on a body names it
-    ask(page)
-    fault = page.locator(".fault")
-    expect(fault).to_contain_text(title)
-    expect(fault).to_contain_text(advice)
-    expect(fault).to_contain_text("given this, allowed <b>that</b>")
-    stub.script = say("Fine now")
-    fault.get_by_role("button", name="Try again").click()
-    expect(answer(page).locator(".text")).to_have_text("Fine now")
-    expect(page.locator(".fault")).to_have_count(0)
-    assert stub.bodies[0] == stub.bodies[1]
+    for status, code, headers, title, advice in REFUSALS:
+        watch.allowed.append(f"status of {status}")
+        stub.script = partial(refuse, status, code, headers)
+        ask(page, code)
+        fault = page.locator(".fault")
+        expect(fault).to_contain_text(title)
+        expect(fault).to_contain_text(advice)
+        expect(fault).to_contain_text("given this, allowed <b>that</b>")
+        stub.script = say("Fine now")
+        fault.get_by_role("button", name="Try again").click()
+        expect(answer(page).locator(".text")).to_have_text("Fine now")
+        expect(page.locator(".fault")).to_have_count(0)
+        assert stub.bodies[-2] == stub.bodies[-1]
+
+
+def refuse(status: int, code: str, headers: dict[str, str], exchange: Exchange) -> None:
+    exchange.refuse(status, code, "given this, allowed <b>that</b>", "max_tokens", **headers)
 
 
 def test_an_error_in_mid_stream_keeps_what_arrived(open_page, stub):

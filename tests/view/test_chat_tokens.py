@@ -173,7 +173,7 @@ def test_tokens_are_joined_to_the_smallest_whole_characters(open_page):
     page, _ = open_page()
 
     @given(st.lists(cut_anywhere(), min_size=20, max_size=40))
-    @settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
     def check(cases: list[list[bytes]]) -> None:
         results = page.evaluate(
             f"async (cases) => {{ const join = {JOIN}; return Promise.all(cases.map(join)); }}",

@@ -67,7 +67,7 @@ def test_an_answer_and_its_balanced_ledger(open_page, serve):
     page.get_by_role("button", name="대한민국의 수도는 어디인가요?").click()
     expect(page.locator(".figures")).to_be_visible()
     assert page.locator(".answer .text").text_content() == text
-    expect(page.locator(".figure").nth(1)).to_have_text(f"출력 {len(text.encode()) + 1}")
+    expect(page.locator(".figure", has_text="출력")).to_have_text(f"출력 {len(text.encode()) + 1}")
     expect(page.locator(".ledger")).to_have_count(1)
     expect(page.locator(".ledger.unbalanced")).to_have_count(0)
 
@@ -120,3 +120,23 @@ def test_a_server_with_keys_takes_the_browsers_own_password_field(open_page, ser
     ask(page, "Hi")
     expect(page.locator(".figures")).to_be_visible()
     expect(page.locator("#key-dialog")).to_be_hidden()
+
+
+def test_the_browsers_own_password_given_for_a_page_of_a_folder_holds_for_the_api(open_page, serve):
+    served = serve(StubClient(), keys=(ApiKey(name="me", secret="s3cret"),))
+    page, watch = open_page("/livez", url=served.url, http_credentials={"username": "me", "password": "s3cret"})
+    watch.allowed.append("status of 401")
+    page.goto(f"{served.url}/view/base.css")  # a document in a folder, with no script of its own
+    page.evaluate("document.body.replaceChildren(Object.assign(document.createElement('header'), { id: 'bar' }))")
+    given = page.evaluate(
+        """async () => {
+          const { openPage } = await import("/view/page.js");
+          const { api } = openPage({ page: "run", strings: { en: {}, ko: {} } });
+          const asked = new Promise((resolve) => {
+            const look = () => (document.querySelector("dialog[open]") ? resolve("a key was asked for") : setTimeout(look, 20));
+            look();
+          });
+          return Promise.race([asked, api.json("/v1/models").then(({ object }) => object)]);
+        }"""
+    )
+    assert given == "list"

@@ -16,11 +16,18 @@ from .run_data import (
     ANSWER,
     OTHER_ID,
     RUN_ID,
+    Timeline,
+    after_engine,
+    before_engine,
+    chat_prompt,
     cut_run,
     korean_run,
     long_run,
+    make_step,
     preempted_run,
     refused_run,
+    run_of,
+    sequence_of,
     two_answers,
 )
 from .run_server import RunServer
@@ -45,6 +52,14 @@ def station(page, name: str):
     return page.locator(f"#station-{name}")
 
 
+def columns_of(page):
+    return page.get_by_role("listbox").get_by_role("option")
+
+
+def wait_until_drawn(page) -> None:
+    expect(page.locator(".cell-time")).to_have_count(6)
+
+
 def numbers(text: str) -> list[float]:
     return [float(number.replace(",", "")) for number in re.findall(r"[\d,]+\.?\d*", text)]
 
@@ -65,7 +80,7 @@ def test_the_head_says_what_went_in_and_came_out(open_page, stub):
 
 def test_each_kind_of_interval_has_a_name_and_a_station(open_page, stub):
     """A kind that the page does not know would be an error of its own there."""
-    page, _ = open_page("/runs/")
+    page, _ = open_page("/runs")
     named = page.evaluate(
         """async (kinds) => {
           const tables = await Promise.all(["en", "ko"].map((name) => import(`/view/run/strings.${name}.js`)));
@@ -113,6 +128,7 @@ def test_the_balance_sign_turns_when_the_intervals_do_not_sum(open_page, stub, b
 def test_the_bar_is_true_to_scale(open_page, stub):
     run = korean_run()
     page, _ = open_page(stub.put(run))
+    wait_until_drawn(page)
     boxes = page.evaluate(
         """() => [...document.querySelectorAll(".ledger-bar path")].map((path) =>
              [path.getAttribute("class"), path.getTotalLength(), path.getBBox().x, path.getBBox().width])"""
@@ -129,6 +145,7 @@ def test_the_bar_is_true_to_scale(open_page, stub):
 
 def test_text_that_the_template_wrote_is_told_from_what_the_messages_say(open_page, stub):
     page, _ = open_page(stub.put(korean_run()))
+    wait_until_drawn(page)
     text = station(page, "text")
     assert text.locator(".by-template").all_inner_texts()[0] == "<|im_start|>system↵\n"
     expect(text.locator(".by-role")).to_have_count(2)
@@ -189,7 +206,7 @@ def test_waits_name_who_held_what(open_page, stub):
     expect(link).to_have_attribute("href", f"/runs/{OTHER_ID}")
     expect(causes.filter(has_text="waiting for the running step")).to_contain_text("a run of someone else")
     expect(wait.locator(".causes").last).to_contain_text("stalled: budget spent on others")
-    expect(wait.locator(".causes").last).to_contain_text("8 prompt tokens, 13 tokens of decode")  # in steps of this run
+    expect(wait.locator(".causes").last).to_contain_text("8 prompt tokens, 17 tokens of decode")  # in steps of this run
 
 
 def test_prefill_is_blocks_as_wide_as_their_tokens(open_page, stub):
@@ -210,6 +227,13 @@ def test_prefill_is_blocks_as_wide_as_their_tokens(open_page, stub):
     expect(prefill.locator(".prefill-block").nth(1)).to_have_class(re.compile("chosen"))
 
 
+def test_a_station_has_the_time_that_the_sum_has(open_page, stub):
+    page, _ = open_page(stub.put(korean_run()))
+    wait_until_drawn(page)
+    in_sum = page.locator(".cell-time").all_inner_texts()
+    assert page.locator(".station:not(#station-machine) .station-time").all_inner_texts() == in_sum
+
+
 def test_prompt_tokens_that_do_not_add_up_are_said(open_page, stub):
     run = korean_run()
     page, _ = open_page(stub.put(replace(run, prompts=[replace(run.prompts[0], num_tokens=40)])))
@@ -224,8 +248,8 @@ def test_prompt_tokens_that_do_not_add_up_are_said(open_page, stub):
 def test_a_column_a_step_and_what_a_chosen_one_says(open_page, stub):
     run = korean_run()
     page, _ = open_page(stub.put(run), viewport={"width": 1440, "height": 900})
-    columns = page.get_by_role("option")
-    expect(columns.first).to_have_attribute("aria-label", re.compile("“서울”, made by the last step of prefill"))
+    columns = columns_of(page)
+    expect(columns.first).to_contain_text("“서울”, made by the last step of prefill")
     expect(columns.first).to_have_attribute("aria-setsize", "23")
     late = columns.nth(7)
     expect(late.locator(".dot")).to_have_count(3)  # two in decode, one in prefill
@@ -268,6 +292,16 @@ def test_the_columns_leave_no_time_out(open_page, stub):
     assert all(whole == pytest.approx(sum_, abs=1e-6) for whole, sum_ in parts)
 
 
+@pytest.mark.parametrize(
+    ("share", "words"), [(0.71, "71% of what memory can give"), (1.1, "so a part was still in the processor's caches")]
+)
+def test_decode_is_measured_against_memory(open_page, stub, share, words):
+    run = korean_run()
+    steps = [replace(step, memory_roof_share=share) for step in run.sequences[0].steps]
+    page, _ = open_page(stub.put(replace(run, sequences=[replace(run.sequences[0], steps=steps)])))
+    expect(station(page, "decode").locator(".lead")).to_contain_text(words)
+
+
 def test_alternatives_have_probabilities_that_sum_to_one(open_page, stub):
     page, _ = open_page(stub.put(korean_run()))
     rows = page.locator(".alternative")
@@ -288,7 +322,7 @@ def test_without_logprobs_the_page_says_how_to_get_them(open_page, stub):
 
 def test_what_was_computed_again_is_in_the_column_that_waited_for_it(open_page, stub):
     page, _ = open_page(stub.put(preempted_run()), viewport={"width": 1440, "height": 900})
-    columns = page.get_by_role("option")
+    columns = columns_of(page)
     expect(columns).to_have_count(7)
     expect(columns.nth(3).locator(".look-fault")).to_have_count(1)  # computed again
     expect(columns.nth(3).locator(".look-decode")).to_have_count(0)
@@ -321,8 +355,6 @@ def test_tokens_that_make_one_syllable_are_joined(open_page, stub):
 
 
 def test_characters_beyond_the_basic_plane_keep_their_places(open_page, stub):
-    from .run_data import Timeline, after_engine, before_engine, chat_prompt, make_step, run_of, sequence_of
-
     timeline = Timeline()
     before_engine(timeline)
     prompt = chat_prompt(None, question=["😀".encode(), b" ok"])
@@ -351,7 +383,7 @@ def test_a_step_shows_its_ops_and_they_sum_to_its_time(open_page, stub):
     station(page, "prefill").locator(".chunk").click()
     expect(machine.locator("tbody tr").first).to_contain_text("[23 tokens, 896] x [896, 9728] q4_k")
     expect(machine.locator("tbody tr").first).to_contain_text("arithmetic")
-    page.get_by_role("option").nth(1).click()
+    columns_of(page).nth(1).click()
     expect(machine.locator("tbody tr").first).to_contain_text("[3 tokens")
     assert stub.asked.count("/v1/jilju/steps/4103") == 1, "the ops of a step were asked for twice"
 
@@ -361,7 +393,7 @@ def test_ops_that_are_gone_are_said_and_the_rest_stays(open_page, stub):
     page, watch = open_page(stub.put(korean_run()))
     watch.allowed.append("404")
     expect(station(page, "machine")).to_contain_text("the ops of this step are gone")
-    page.get_by_role("option").nth(2).click()
+    columns_of(page).nth(2).click()
     expect(station(page, "machine").locator("tbody tr")).to_have_count(8)
 
 
@@ -443,6 +475,7 @@ def test_the_slider_moves_through_the_run_by_keyboard(open_page, stub):
 def test_a_click_on_the_bar_shows_that_moment(open_page, stub):
     run = korean_run()
     page, _ = open_page(stub.put(run))
+    wait_until_drawn(page)
     bar = page.locator(".ledger-track").bounding_box()
     prefill = run.sequences[0].steps[0]
     share = (prefill.begin_ms + prefill.ms / 2) / run.total_ms
@@ -489,7 +522,7 @@ def test_a_run_in_the_making_is_followed_to_its_end(open_page, stub):
     page, _ = open_page(path)
     expect(page.locator(".state")).to_have_text("running")
     expect(station(page, "again").locator(".answer-text")).to_have_text("서울은 대한민국의")
-    page.get_by_role("option").nth(3).click()
+    columns_of(page).nth(3).click()
     page.locator(".station-cell").nth(4).focus()
     stub.put(run)
     expect(page.locator(".state")).to_have_text("completed · the model ended it")
@@ -509,7 +542,10 @@ def test_a_run_that_never_reached_a_step(open_page, stub):
     expect(page.locator(".run-head .fault")).to_contain_text("ask when the server is less busy")
     expect(station(page, "wait")).to_contain_text("waiting for a row")
     expect(station(page, "tokens")).to_contain_text("It was never in a step, so the cache was not asked.")
-    expect(station(page, "decode")).to_contain_text("No token has been made yet.")
+    expect(station(page, "decode")).to_contain_text("No token was made")
+    expect(station(page, "wait")).to_contain_text("waited 2 s and never came into a step")
+    expect(station(page, "tokens")).to_contain_text("37 tokens, none computed")
+    expect(station(page, "tokens").locator(".chip-computed")).to_have_count(0)
     expect(station(page, "machine")).to_be_hidden()
     expect(page.locator(".step")).to_be_hidden()
     expect(page.locator(".total .sign")).to_have_class("sign")
@@ -536,7 +572,7 @@ def test_a_run_that_is_not_there_gives_the_recent_ones(open_page, stub):
 
 
 def test_without_an_id_the_recent_runs_are_shown(open_page, stub):
-    page, _ = open_page("/runs/")
+    page, _ = open_page("/runs")
     expect(page.locator("h1")).to_have_text("Recent runs")
     expect(page.locator("#runs")).to_contain_text("No run yet.")
 
@@ -614,14 +650,14 @@ def test_a_long_run_draws_only_what_is_in_sight(open_page, stub):
     expect(page.locator(".summary")).to_contain_text(
         "4,000 tokens went in, 1,024 of them out of the cache, and 2,000 came out"
     )
-    expect(page.get_by_role("option").first).to_have_attribute("aria-setsize", "2000")
+    expect(columns_of(page).first).to_have_attribute("aria-setsize", "2000")
     assert page.locator("*").count() < 4_000
     row = page.get_by_role("listbox")
     row.focus()
     page.keyboard.press("End")
     expect(page.locator(".step h2")).to_have_text("Step 2,005 of 2,005: decode")
     expect(page.locator(".col.chosen")).to_be_in_viewport()
-    assert page.get_by_role("option").count() < 60
+    assert columns_of(page).count() < 60
     page.keyboard.press("PageUp")
     page.keyboard.press("ArrowLeft")
     expect(page.locator(".col.chosen")).to_be_in_viewport()
@@ -641,7 +677,7 @@ def test_a_long_run_draws_only_what_is_in_sight(open_page, stub):
 
 
 def test_the_strings_of_both_languages_have_the_same_keys_and_holes(open_page, stub):
-    page, _ = open_page("/runs/")
+    page, _ = open_page("/runs")
     english, korean = page.evaluate(
         """async () => {
           const tables = await Promise.all(["en", "ko"].map((name) => import(`/view/run/strings.${name}.js`)));

@@ -89,8 +89,9 @@ class Bill:
 
     def on_leave(self, number: int, at_ns: int) -> None:
         if self._inside == {number}:
-            line = self._line()
-            self._pass(at_ns, "failed" if line == "host" and self._has_new_faults() else line)
+            line, num_faults = self._line(), self._count_faults()
+            self._pass(at_ns, "failed" if line == "host" and num_faults > self._num_faults else line)
+            self._num_faults = num_faults
         self._inside.discard(number)
 
     def on_engine(self, is_ready: bool, at_ns: int) -> None:
@@ -103,9 +104,10 @@ class Bill:
 
     def on_step(self, step: StepRecord) -> None:
         line = self._line()
-        # Steps are numbered without gaps: one that raised has a number and no record.
-        if step.step_id > self._last_step_id + 1 and self._has_new_faults() and line == "host":
-            line = "failed"
+        if step.step_id > self._last_step_id + 1:  # steps are numbered without gaps: one that raised has no record
+            line = "failed" if line == "host" else line
+            if not step.is_rerun:  # until then parts of it may go on to raise
+                self._num_faults = self._count_faults()
         self._pass(step.begin_ns, line)
         self._last_step_id = step.step_id
         self._is_ready = True
@@ -140,10 +142,6 @@ class Bill:
     def _line(self) -> Line:
         """Whose the time is in which there is no step."""
         return "load" if not self._is_ready else "host" if self._inside else "idle"
-
-    def _has_new_faults(self) -> bool:
-        before, self._num_faults = self._num_faults, self._count_faults()
-        return self._num_faults > before
 
     def _pass(self, until_ns: int, line: Line) -> None:
         if until_ns > self._until_ns:

@@ -9,14 +9,14 @@ import fcntl
 import io
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
 from jilju.account.frame import Counts
-from jilju.account.recording import Recording, Refusal, Restarts
+from jilju.account.recording import Outage, Outages, Recording, Refusal, Restarts
 from jilju.account.records import CallRecord
 from jilju.account.step_model import make_step_model
 from jilju.engine.client import EngineInfo
@@ -27,7 +27,7 @@ from jilju.plan import Plan
 MAGIC, VERSION = b"JILJULOG", 1
 _HEAD = struct.Struct("<8sI")
 _ENTRY = struct.Struct("<IB")  # bytes of the body, kind
-ABOUT, INFO, STEP, CALL, REFUSAL, END = range(1, 7)  # kinds
+ABOUT, INFO, STEP, CALL, REFUSAL, ENGINE, END = range(1, 8)  # kinds
 MAX_ENTRY = 64 << 20  # bytes: what says it has more is no entry
 UNBOUNDED = 1 << 40  # steps or rows of a ring that keeps all
 
@@ -41,6 +41,7 @@ class About(msgspec.Struct, frozen=True, kw_only=True):
     begun_ns: int
     unix_ns: int
     counts: Counts  # when the file was begun
+    is_ready: bool  # an engine was, when the file was begun
     plan: Plan | None  # by which steps are shared out among their rows
 
 
@@ -141,11 +142,13 @@ def _recording(path: Path, file: BinaryIO) -> Recording:
     restarts = Restarts(log)
     calls: list[CallRecord] = []
     refusals: list[Refusal] = []
+    outages: Sequence[Outage] = ()
     end_ns = 0
     for at, kind, body in _entries(path, file):
         try:
             if kind == ABOUT:
                 about = msgspec.msgpack.decode(body, type=About)
+                outages = Outages(log, about.begun_ns, is_ready=about.is_ready).found
             elif kind == INFO:
                 info = msgspec.msgpack.decode(body, type=EngineInfo)
             elif kind == STEP:
@@ -157,6 +160,8 @@ def _recording(path: Path, file: BinaryIO) -> Recording:
                 end_ns = max(end_ns, calls[-1].ended_ns)
             elif kind == REFUSAL:
                 refusals.append(msgspec.msgpack.decode(body, type=Refusal))
+            elif kind == ENGINE:
+                log.engine(*msgspec.msgpack.decode(body, type=tuple[bool, int]))
             elif kind == END:
                 end_ns = max(end_ns, msgspec.msgpack.decode(body, type=int))
             else:
@@ -174,6 +179,7 @@ def _recording(path: Path, file: BinaryIO) -> Recording:
         live=tuple,
         refusals=refusals,
         restarts=restarts.found,
+        outages=outages,
         info=info,
         step_model=make_step_model(about.plan, info),
         counts=_counts(about.counts, calls, refusals, restarts),

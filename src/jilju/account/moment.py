@@ -35,7 +35,7 @@ class _Live:
 
     call: CallRecord
     sequence: SequenceRecord
-    first_start: int = 0
+    cached_start: int | None = None  # where its present stay began; None: before that minute
     computed: int = 0
     num_output: int = 0
     is_sampled: bool = False  # its newest row is
@@ -49,10 +49,8 @@ def make_moment(source: Recording, rows: SequenceRows, calls: Iterable[CallRecor
     newest = source.log.step(serials.stop - 1)
     is_now = source.now is not None and end_ns >= source.now_ns
     live = _live(calls, rows, end_ns)
-    if is_now and source.now is not None:
-        state, counts = source.now.state, source.now.blocks
-    else:
-        state, counts = _state(source, newest) if live else "ready", _blocks(source, newest)
+    state = source.state_at(end_ns)
+    counts = source.now.blocks if is_now and source.now is not None else _blocks(source, newest)
     running = [each for each in live if each.is_running]
     waiting = sorted((each for each in live if not each.is_running), key=lambda each: each.call.submitted_ns)
     queue = _Queue(source, newest, state, running)
@@ -96,13 +94,22 @@ def _of_rows(call: CallRecord, sequence: SequenceRecord, rows: SequenceRows, pla
     return _Live(
         call,
         sequence,
-        int(rows.rows[places[0]]["start"]),
+        _stay_start(rows, places, is_whole=call.submitted_ns >= rows.begin_ns),
         int(last["start"]) + int(last["num_tokens"]),
         max(0, num_output),
         bool(last["is_sampled"]),
         int(rows.steps["end_ns"][last_step]),
         not is_out,
     )
+
+
+def _stay_start(rows: SequenceRows, places: np.ndarray, *, is_whole: bool) -> int | None:
+    """Where it began to compute when it was last let in: what is before that was cached. `is_whole`: these are all its rows."""
+    starts = rows.rows["start"][places]
+    breaks = np.flatnonzero(starts[1:] != starts[:-1] + rows.rows["num_tokens"][places[:-1]])
+    if len(breaks):
+        return int(starts[breaks[-1] + 1])
+    return int(starts[0]) if is_whole else None
 
 
 def _running_row(each: _Live, block_size: int) -> RunningRow:
@@ -167,15 +174,6 @@ def _shares(held: dict[int, int], runs: dict[int, str]) -> list[Share]:
     return [Share(run=run, share=amount / total) for run, amount in largest if amount]
 
 
-def _state(source: Recording, newest: LoggedStep | None) -> str:
-    """Of the past: between the last step of an engine and the first of the next there was none."""
-    following = None if newest is None else source.log.step(newest.serial + 1)
-    if newest is None or following is None:
-        return "ready"
-    is_new = following.step.step_id <= newest.step.step_id and not following.step.is_rerun
-    return "restarting" if is_new else "ready"
-
-
 def _blocks(source: Recording, newest: LoggedStep | None) -> BlockCounts:
     if newest is None:
         return BlockCounts(0, 0, source.info.num_blocks if source.info is not None else 0)
@@ -183,17 +181,13 @@ def _blocks(source: Recording, newest: LoggedStep | None) -> BlockCounts:
     return BlockCounts(step.num_blocks_held, step.num_blocks_cached, step.num_blocks_free)
 
 
-def _cached_tokens(each: _Live) -> int:
-    """The engine tells of them with the first token; until then the first row says where it began."""
-    return each.sequence.num_cached_tokens if each.sequence.queued_ns else each.first_start
-
-
 def _shown_blocks(source: Recording, counts: BlockCounts, running: Sequence[_Live]) -> Blocks:
     size = source.block_size
     held: dict[str, tuple[int, int]] = {}
     for each in running:
         blocks = _blocks_for(each.computed, size)
-        cached = min(blocks, _cached_tokens(each) // size) if size else 0
+        found = each.cached_start if each.cached_start is not None else each.sequence.num_cached_tokens
+        cached = min(blocks, found // size) if size else 0
         sums = held.get(each.call.run_id, (0, 0))
         held[each.call.run_id] = sums[0] + blocks, sums[1] + cached
     return Blocks(

@@ -49,6 +49,37 @@ class Restarts:
         self._last_id = step.step_id
 
 
+class Outage(NamedTuple):
+    """No engine was ready."""
+
+    begin_ns: int
+    end_ns: int  # 0: it goes on
+    state: str  # "loading" before the first engine, "restarting" later
+
+
+class Outages:
+    """A watcher of the log."""
+
+    def __init__(self, log: EventLog, now_ns: int, *, is_ready: bool):
+        self.found: deque[Outage] = deque(maxlen=MAX_RESTARTS)
+        if not is_ready:
+            self.found.append(Outage(now_ns, 0, "loading"))
+        log.watch(self)
+
+    def on_enter(self, number: int, tenant: str, at_ns: int) -> None:
+        pass
+
+    def on_leave(self, number: int, at_ns: int) -> None:
+        pass
+
+    def on_engine(self, is_ready: bool, at_ns: int) -> None:
+        is_out = bool(self.found) and not self.found[-1].end_ns
+        if is_ready and is_out:
+            self.found[-1] = self.found[-1]._replace(end_ns=at_ns)
+        elif not is_ready and not is_out:
+            self.found.append(Outage(at_ns, 0, "restarting"))
+
+
 class BlockCounts(NamedTuple):
     held: int
     cached: int
@@ -90,6 +121,7 @@ class Recording:
     live: Callable[[], Sequence[CallRecord]]
     refusals: Sequence[Refusal]
     restarts: Sequence[Restart]
+    outages: Sequence[Outage]
     info: EngineInfo | None  # None: no engine was ready yet
     step_model: StepModel
     counts: Counts  # at now_ns
@@ -102,6 +134,13 @@ class Recording:
     @property
     def block_size(self) -> int:
         return self.info.block_size if self.info is not None else 0
+
+    def state_at(self, at_ns: int) -> str:
+        """Of the engine."""
+        if self.now is not None and at_ns >= self.now_ns:
+            return self.now.state
+        out = (outage.state for outage in self.outages if outage.begin_ns < at_ns <= (outage.end_ns or at_ns))
+        return next(out, "ready")
 
     def unix_ms(self, at_ns: int) -> float:
         return (self.unix_ns - self.now_ns + at_ns) / 1e6

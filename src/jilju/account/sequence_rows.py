@@ -14,6 +14,7 @@ class SequenceRows:
     """Of the steps that ended in [begin_ns, end_ns)."""
 
     def __init__(self, log: EventLog, begin_ns: int, end_ns: int):
+        self.begin_ns = begin_ns
         arrays = log.arrays(log.serials(begin_ns, end_ns))
         self.steps, self.rows, self.row_steps = arrays.steps, arrays.rows, arrays.row_steps
         numbers = np.ascontiguousarray(self.rows["number"])

@@ -45,6 +45,8 @@ KEPT, REFUSAL_MS, RECOVERY_S, GAP_SHARE, GROWTH_MIB = 0.80, 50.0, 10.0, 1.25, 2.
 
 # Of a decode step that masks may add; of the p99 gap of streams beside hostile grammars; s until one of these is refused.
 MASK_SHARE, HOSTILE_CHANGE, GRAMMAR_REFUSAL_S = 0.05, 0.10, 2.0
+BLAMED = 0.9
+LOG_STEP_US, LOG_ROW_US, LOG_SHARE, ON_SHARE, PAGE_SHARE = 5.0, 0.7, 0.001, 0.01, 0.005
 
 T = TypeVar("T")
 
@@ -171,6 +173,40 @@ class MemoryFigures(msgspec.Struct, frozen=True, kw_only=True):
         return self.server_anonymous + self.engine_anonymous
 
 
+class LedgerFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """As `benchmarks/ledger.py` writes it."""
+
+    model: str
+    num_requests: int
+    num_unbalanced: int  # runs whose intervals do not sum to their wall time
+    num_off: int  # runs whose time is not their client's within 1 % + 5 ms
+    num_timed: int  # runs that were answered, so that a client has a time
+    num_preempted: int
+    num_resumed: int  # over deaths of the engine
+    num_cancelled: int
+    num_kills: int
+    imbalance: float  # broken conservation laws at the end
+    excess_ms: float  # client's clock over the run's time, median
+    excess_ms_max: float
+    blamed_share: float  # on a long prompt, of what a short stream beside it lost to others; the least of all streams
+
+
+class OverheadFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """As `jilju bench overhead` writes it; shares of CPU time are of both processes together, medians over rounds."""
+
+    model: str
+    step_us: float  # what the log takes of a step, by itself, in both processes
+    row_us: float  # and of each of its rows
+    median_step_ms: float
+    log_share: float  # of the median step
+    num_rounds: int
+    on_share: float  # CPU time of a token with everything on, beside one with everything off
+    on_share_low: float  # quartiles
+    on_share_high: float
+    page_core_share: float  # of a core, what the server takes more while a page is open
+    others_share: float
+
+
 class MaskFigures(msgspec.Struct, frozen=True, kw_only=True):
     """Of rows that decode side by side, held to grammars and not; shares are of a step without, medians over rounds."""
 
@@ -259,6 +295,8 @@ class Results(msgspec.Struct, frozen=True, kw_only=True):
     long_prompt: LongPromptFigures | None
     cancellations: CancellationFigures | None
     memory: MemoryFigures | None
+    ledger: LedgerFigures | None
+    overhead: OverheadFigures | None
     structured: StructuredFigures | None
     qualities: list[QualityFigures]
 
@@ -287,6 +325,8 @@ def read_results(folder: Path) -> Results:
         long_prompt=next(iter(read("long-prompt", LongPromptFigures)), None),
         cancellations=next(iter(read("cancellations", CancellationFigures)), None),
         memory=next(iter(read("memory", MemoryFigures)), None),
+        ledger=next(iter(read("ledger", LedgerFigures)), None),
+        overhead=next(iter(read("overhead", OverheadFigures)), None),
         structured=next(iter(read("structured", StructuredFigures)), None),
         qualities=read("quality-", QualityFigures),
     )
@@ -301,6 +341,7 @@ def bars_of(results: Results) -> list[Bar]:
         *_process(results),
         *_served(results),
         *_loads(results),
+        *_account(results),
         *_structured(results),
     ]
 
@@ -440,6 +481,24 @@ def _loads(results: Results) -> Iterator[Bar]:
     yield at_most("load", text + "sequences, blocks, calls left over", left.num_left if left else None, 0, "{:.0f}")
     growth = memory.anonymous / (1 << 20) if memory else None
     yield at_most("load", "growth of both processes over 8,000 requests, MiB", growth, GROWTH_MIB, "{:.1f}")
+
+
+def _account(results: Results) -> Iterator[Bar]:
+    ledger, overhead = results.ledger, results.overhead
+    text = "a mixed load: "
+    unbalanced = ledger.num_unbalanced if ledger else None
+    yield at_most("ledger", text + "runs whose intervals do not sum to their time", unbalanced, 0, "{:.0f}")
+    off = ledger.num_off if ledger else None
+    yield at_most("ledger", text + "runs off their client's clock by over 1 % + 5 ms", off, 0, "{:.0f}")
+    yield at_most("ledger", text + "broken conservation laws", ledger.imbalance if ledger else None, 0, "{:.0f}")
+    blamed = ledger.blamed_share if ledger else None
+    yield at_least("ledger", "blamed on a long prompt, of what streams beside it lose", blamed, BLAMED, "{:.0%}")
+    yield at_most("log", "us of a step", overhead.step_us if overhead else None, LOG_STEP_US, "{:.2f}")
+    yield at_most("log", "us of a row", overhead.row_us if overhead else None, LOG_ROW_US, "{:.2f}")
+    yield at_most("log", "of the median step", overhead.log_share if overhead else None, LOG_SHARE, "{:.3%}")
+    yield at_most("log", "everything on, of CPU time", overhead.on_share if overhead else None, ON_SHARE, "{:+.2%}")
+    page = overhead.page_core_share if overhead else None
+    yield at_most("log", "an open page, of a core", page, PAGE_SHARE, "{:.2%}")
 
 
 def _structured(results: Results) -> Iterator[Bar]:

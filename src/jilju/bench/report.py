@@ -104,6 +104,18 @@ LONG = {
 }
 
 
+def overhead_table(result: bars.OverheadFigures) -> Table:
+    table = table_of(f"{result.model}: what accounting costs, medians of {result.num_rounds} rounds", ["", ""])
+    table.add_row("the log by itself, a step", f"{result.step_us:.2f} us")
+    table.add_row("and each row", f"{result.row_us:.2f} us")
+    table.add_row(f"of the median step of {result.median_step_ms:.1f} ms", f"{result.log_share:.3%}")
+    spread = f"{result.on_share_low:+.2%} to {result.on_share_high:+.2%}"
+    table.add_row("everything on, CPU time of both processes", f"{result.on_share:+.2%} ({spread})")
+    table.add_row("an open page, of a core", f"{result.page_core_share:.2%}")
+    table.add_row("others took of the cores, at most", f"{result.others_share:.1%}")
+    return table
+
+
 def load_tables(result: LoadResult) -> list[Table]:
     title = f"{result.model}: {result.completed} requests in {result.duration:.1f} s, {result.failed} failed"
     rates = table_of(title, ["", ""])

@@ -239,21 +239,21 @@ class EventLog:
         self.steps = StepRing(ring)
         self.rows = RowRing(row_ring)
         self.num_steps = 0  # ever added
-        self._keeps_rows = True
+        self._is_kept = True
         self._listeners: list[Callable[[StepRecord], None]] = []
         self._watchers: list[Watcher] = []
 
     def add_step(self, record: StepRecord) -> None:
-        self.steps.add(record, self.rows.num_added)
         self.num_steps += 1
-        if record.rows and self._keeps_rows:
+        if self._is_kept:
+            self.steps.add(record, self.rows.num_added)
             self.rows.add(record.rows)
         for listener in self._listeners:
             listener(record)
 
-    def keep_one(self) -> None:
+    def keep_none(self) -> None:
         """From now on: for who only hands records on."""
-        self.steps, self._keeps_rows = StepRing(1, self.steps), False
+        self.steps, self._is_kept = StepRing(1), False
 
     def listen(self, listener: Callable[[StepRecord], None]) -> None:
         self._listeners.append(listener)

@@ -223,7 +223,7 @@ class EngineTurns:
         self.events: list[EngineEvent] = []  # of the last step, not sent yet
         self.step: Step | None = None  # decided and not run yet
         engine.log.listen(self._records.append)
-        engine.log.keep_one()  # the server keeps them
+        engine.log.keep_none()  # the server keeps them
 
     @property
     def has_work(self) -> bool:

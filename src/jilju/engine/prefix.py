@@ -7,7 +7,7 @@ miss and never a wrong answer. Knows nothing of who holds a block or when it is 
 Why a match ended where it did is asked of `known_texts`, which remembers what was here.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -25,6 +25,8 @@ class _Entry(NamedTuple):
     key: bytes
     parent: bytes | int  # id of the entry that it continues; the salt, if it is the first block
     tokens: bytes  # int32 [block_size]
+    parent_key: bytes
+    tenant: str  # who computed it
 
 
 class PrefixIndex:
@@ -55,21 +57,45 @@ class PrefixIndex:
             sequence.prefix_ids.append(self._entry_of[block_id].id)
         return block_ids
 
-    def explain(self, sequence: Sequence, num_hits: int, max_tokens: int) -> CacheMiss:
-        """Why match() found `num_hits` blocks of the sequence and no more."""
+    def explain(
+        self, sequence: Sequence, num_hits: int, max_tokens: int, running: Iterable[Sequence] = ()
+    ) -> CacheMiss:
+        """Why match() found `num_hits` blocks of the sequence and no more. `running`: others, whose last blocks are not full yet.
+
+        To be asked once for a sequence: what it has found is from now on a text of its tenant too.
+        """
+        for index in range(num_hits):
+            entry = self._entry_of[self._block_of[sequence.block_keys[index]]]
+            if entry.tenant != sequence.tenant:
+                self._note(sequence, index)
         position = num_hits * self._block_size
         if position >= max_tokens:
             return CacheMiss(reason="none")
-        rest = sequence.tokens[position : min(position + self._block_size, max_tokens)]
+        end = min(position + self._block_size, max_tokens)
         parent = self._parent_key(sequence, num_hits)
-        return self._known.explain(parent, rest, position, self._block_size, sequence.tenant, salt_only=num_hits == 0)
+        followers = [
+            other.tokens[position : min(position + self._block_size, other.num_computed)].tobytes()
+            for other in running
+            if other.num_computed > position
+            and other.tenant == sequence.tenant
+            and self._parent_key(other, num_hits) == parent
+        ]
+        return self._known.explain(
+            parent,
+            sequence.tokens[position:end].tobytes(),
+            position,
+            sequence.tenant,
+            is_whole=end - position == self._block_size,
+            is_first=num_hits == 0,
+            running=followers,
+        )
 
     def note_tail(self, sequence: Sequence) -> None:
         """The sequence gives up its blocks: tokens of it that fill none are remembered, for who asks why they are not found."""
         num_whole, num_tail = divmod(sequence.num_computed, self._block_size)
-        if num_tail and len(sequence.block_keys) >= num_whole:
+        if num_tail:
             tail = sequence.tokens[num_whole * self._block_size : sequence.num_computed].tobytes()
-            self._known.add(self._parent_key(sequence, num_whole), tail, sequence.tenant, is_first=False)
+            self._known.note(self._parent_key(sequence, num_whole), tail, sequence.tenant, is_first=False)
 
     def orphan(self, sequence: Sequence, index: int) -> int | None:
         """The block, if there is one, that has the key of block `index` of the sequence and continues an entry that is gone.
@@ -89,18 +115,23 @@ class PrefixIndex:
 
         After a block that could not be entered, because another content has its key or its parent is gone, no later one can be.
         """
+        key = self._key(sequence, index)  # of a block that is not entered too: who asks for it is told so
         if len(sequence.prefix_ids) < index or (index and sequence.prefix_ids[index - 1] not in self._ids):
+            self._note(sequence, index)
             return
-        self._known.add(
-            self._parent_key(sequence, index), self._tokens(sequence, index), sequence.tenant, is_first=index == 0
-        )
         known = self._find(sequence, index)
         if known is not None:
             sequence.prefix_ids.append(self._entry_of[known].id)
-        elif (key := self._key(sequence, index)) not in self._block_of:
+            self._note(sequence, index)
+        elif key in self._block_of:
+            self._note(sequence, index)
+        else:
             block_id = sequence.block_ids[index]
             assert block_id not in self._entry_of, f"block {block_id} is entered for a second content"
-            entry = _Entry(self._num_entered, key, self._parent(sequence, index), self._tokens(sequence, index))
+            parent, parent_key = self._parent(sequence, index), self._parent_key(sequence, index)
+            tokens, tenant = self._tokens(sequence, index), sequence.tenant
+            entry = _Entry(self._num_entered, key, parent, tokens, parent_key, tenant)
+            self._known.hold(parent_key, tokens, tenant, is_first=index == 0)
             self._num_entered += 1
             self._block_of[key] = block_id
             self._entry_of[block_id] = entry
@@ -112,6 +143,8 @@ class PrefixIndex:
         if entry is not None:
             del self._block_of[entry.key]
             self._ids.remove(entry.id)
+            is_first = isinstance(entry.parent, bytes)
+            self._known.note(entry.parent_key, entry.tokens, entry.tenant, is_first=is_first, has_left=True)
 
     def check(self) -> None:
         """Deep audit, for tests."""
@@ -120,6 +153,11 @@ class PrefixIndex:
         for block_id, entry in self._entry_of.items():
             assert self._block_of[entry.key] == block_id, f"block {block_id} is not the one of its key"
             assert len(entry.tokens) == 4 * self._block_size, f"block {block_id} is entered but not full"
+
+    def _note(self, sequence: Sequence, index: int) -> None:
+        """Block `index` of the sequence is a text of its tenant, in the cache or not."""
+        parent_key, tokens = self._parent_key(sequence, index), self._tokens(sequence, index)
+        self._known.note(parent_key, tokens, sequence.tenant, is_first=index == 0)
 
     def _find(self, sequence: Sequence, index: int) -> int | None:
         """The block with the content of block `index` of the sequence, whose blocks before it are entered."""

@@ -403,7 +403,7 @@ class Scheduler:
         if count == 0:
             return False
         if sequence.miss is None:
-            sequence.miss = self.prefix.explain(sequence, len(hits), most)
+            sequence.miss = self.prefix.explain(sequence, len(hits), most, self.running)
         sequence.refused_room = -1
         self.waiting.take(sequence)
         self._start(draft, sequence, hits)
@@ -684,6 +684,7 @@ class Scheduler:
     def _fail(self, sequence: Sequence, error: JiljuError, events: list[EngineEvent]) -> None:
         """End a request whose blocks may hold rubbish."""
         self._forget(sequence)
+        self.prefix.note_tail(sequence)
         self.pool.discard(sequence.block_ids, sequence.num_hit_blocks, sequence.tenant)
         sequence.block_ids = []
         events.append(RequestFailed(request_id=sequence.id, code=error.code, message=error.message))

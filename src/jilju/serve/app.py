@@ -72,6 +72,7 @@ def app_of(server: Server) -> Starlette:
             _route("GET", "/v1/jilju/trace", live.trace, "view"),
             _route("GET", "/", view.index, "view"),
             _route("GET", "/engine", view.engine, "view"),
+            _route("GET", "/runs", view.run, "view"),
             _route("GET", "/runs/{id}", view.run, "view"),
             _route("GET", "/view/{path:path}", view.file, "view"),
         ],

@@ -6,8 +6,7 @@ if it left a step that it was in, when that step is known. Knows nothing of how 
 
 from jilju.account.bill import Bill, Paid, Sums
 from jilju.account.records import CallRecord, CallRing
-from jilju.account.step_model import StepModel
-from jilju.plan.cost import Roofs
+from jilju.account.step_model import make_step_model
 from jilju.serve.context import ServerContext
 from jilju.serve.ledger import Call
 from jilju.serve.runs.types import CostShare
@@ -22,7 +21,7 @@ class Billing:
         self.num_output_tokens = 0
         self.bill = Bill(
             context.clock.now_ns(),
-            self._step_model,
+            lambda: make_step_model(context.plan, context.client.info),
             context.meter,
             num_faults=lambda: context.client.status().num_step_faults,
             is_ready=context.client.info is not None,
@@ -89,11 +88,3 @@ class Billing:
         context = self._context
         if context.usage_log is not None:
             context.usage_log.write(usage_line(call, context.model_name, context.price_per_hour, context.unix_time()))
-
-    def _step_model(self) -> StepModel:
-        info = self._context.client.info
-        roofs = None
-        if info is not None and info.read_bytes_per_s is not None and info.flops_per_s is not None:
-            roofs = Roofs(info.read_bytes_per_s, info.flops_per_s)
-        plan = self._context.plan if info is not None and info.kv_bytes_per_token else None
-        return StepModel(plan, 0 if info is None else info.kv_bytes_per_token, roofs)

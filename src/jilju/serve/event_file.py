@@ -7,11 +7,13 @@ the format.
 
 import asyncio
 import logging
+from pathlib import Path
 
-from jilju.account.log_file import CALL, END, INFO, REFUSAL, STEP, About, LogWriter, entry
+from jilju.account.log_file import CALL, END, ENGINE, INFO, REFUSAL, STEP, About, LogWriter, entry
 from jilju.account.recording import Refusal
 from jilju.engine.client import EngineInfo
 from jilju.engine.events import StepRecord
+from jilju.errors import ConfigError
 from jilju.serve.ledger import Call
 from jilju.serve.recordings import Recordings
 
@@ -19,6 +21,7 @@ logger = logging.getLogger("jilju.serve")
 
 FLUSH_S = 1.0
 FLUSH_BYTES = 64 << 10
+LEAST_BYTES = 1 << 20  # that a file may be let grow to
 MAX_BYTES = 16 << 20  # that may wait for a disk
 
 
@@ -38,6 +41,7 @@ class EventFile:
         """Raises ConfigError."""
         self._writer.open(self._about())
         self._recordings.log.listen(self.on_step)
+        self._recordings.log.watch(self)
         self._recordings.ledger.listen(self)
 
     def on_token(self, call: Call, gap_ns: int | None) -> None:
@@ -45,6 +49,15 @@ class EventFile:
 
     def on_step(self, step: StepRecord) -> None:
         self._put(entry(STEP, step))
+
+    def on_enter(self, number: int, tenant: str, at_ns: int) -> None:
+        pass
+
+    def on_leave(self, number: int, at_ns: int) -> None:
+        pass
+
+    def on_engine(self, is_ready: bool, at_ns: int) -> None:
+        self._put(entry(ENGINE, (is_ready, at_ns)))
 
     def on_end(self, call: Call) -> None:
         self._put(entry(CALL, call.record()))
@@ -113,3 +126,12 @@ class EventFile:
 
     def _about(self) -> About:
         return self._recordings.about()
+
+
+def make_event_file(path: str | None, max_bytes: int, recordings: Recordings) -> EventFile | None:
+    """None: nobody wants it. Raises ConfigError."""
+    if path is None:
+        return None
+    if max_bytes < LEAST_BYTES:
+        raise ConfigError(f"--event-log-max is {max_bytes} bytes; allowed: {LEAST_BYTES >> 20}MiB and above")
+    return EventFile(recordings, LogWriter(Path(path), max_bytes))

@@ -8,7 +8,7 @@ from collections import Counter
 from jilju.account.bill import make_cost, make_energy
 from jilju.account.frame import Counts
 from jilju.account.log_file import About
-from jilju.account.recording import BlockCounts, Now, Recording, Restarts, Viewer, first_moment
+from jilju.account.recording import BlockCounts, Now, Outages, Recording, Restarts, Viewer, first_moment
 from jilju.account.records import CallRecord, CallRing
 from jilju.account.step_model import StepModel, make_step_model
 from jilju.config import ApiKey
@@ -37,6 +37,7 @@ class Recordings:
         self._admission, self._drain, self._billing, self._memory = admission, drain, billing, memory
         self._started_ns = context.clock.now_ns()
         self._restarts = Restarts(self.log)
+        self._outages = Outages(self.log, self._started_ns, is_ready=self._is_ready())
         self._model: StepModel | None = None  # made with what the first engine tells of itself
 
     @property
@@ -62,6 +63,7 @@ class Recordings:
             live=lambda: live,
             refusals=list(self.ledger.refusals),
             restarts=self._restarts.found,
+            outages=self._outages.found,
             info=self.info,
             step_model=self._step_model(),
             counts=self._counts(),
@@ -82,8 +84,12 @@ class Recordings:
             begun_ns=self.now_ns(),
             unix_ns=int(context.unix_time() * 1e9),
             counts=self._counts(),
+            is_ready=self._is_ready(),
             plan=context.plan,
         )
+
+    def _is_ready(self) -> bool:
+        return self._context.client.status().state == "ready"
 
     def _step_model(self) -> StepModel:
         if self.info is None:

@@ -5,10 +5,8 @@ Owns their making, and nothing else; routes are handed one of these. Knows nothi
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jilju.account.log_file import LogWriter
 from jilju.account.records import CallRing
 from jilju.engine.admission import Admission
 from jilju.serve.billing import Billing
@@ -17,7 +15,7 @@ from jilju.serve.door.auth import KeyRing
 from jilju.serve.door.quota import Quotas
 from jilju.serve.drain import Drain
 from jilju.serve.endings import Endings
-from jilju.serve.event_file import EventFile
+from jilju.serve.event_file import EventFile, make_event_file
 from jilju.serve.ledger import Ledger
 from jilju.serve.loop_lag import LoopLag
 from jilju.serve.metrics.scrape import Metrics
@@ -57,7 +55,7 @@ def make_server(context: ServerContext) -> Server:
     calls, runs = CallRing(), RunStore(context.run_store_bytes)
     billing = Billing(context, calls)
     ledger.listen(billing)  # first: others tell what a call has cost
-    metrics = Metrics(context, ledger, drain, loop_lag, runs)
+    metrics = Metrics(context, ledger, drain, loop_lag, runs, billing)
     telemetry = _make_telemetry(context, runs)
     if telemetry is not None:
         ledger.listen(telemetry)  # before a run may leave the store
@@ -65,9 +63,7 @@ def make_server(context: ServerContext) -> Server:
         ledger.listen(listener)
     keys = KeyRing(context.keys)
     recordings = Recordings(context, ledger, calls, admission, drain, billing, metrics.memory)
-    event_file = None
-    if context.event_log is not None:
-        event_file = EventFile(recordings, LogWriter(Path(context.event_log), context.event_log_bytes))
+    event_file = make_event_file(context.event_log, context.event_log_bytes, recordings)
     return Server(
         context, keys, ledger, billing, admission, quotas, drain, endings, calls, runs, metrics, loop_lag, recordings,
         event_file, telemetry,

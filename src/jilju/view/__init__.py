@@ -1,8 +1,9 @@
-"""The pages a person sees, as static files: plain ES modules, one stylesheet, no build step, no foreign request.
+"""The pages a person sees, as static files: plain ES modules, no build step, no foreign request.
 
-Owns the files and where they lie: `index.html` is the page at `/`, every other file is at `/view/<name>`. They keep to a strict
-content security policy (no inline script or style, no eval, no HTML made from strings), which the server sends. Knows nothing
-of HTTP, requests or engines.
+Owns the files and where they lie: a folder for each page with its `index.html`, what all pages share beside them, and what
+others wrote in `vendor/`, listed there. Every file is at `/view/<path>`. They keep to a strict content security policy (no inline
+script or style, no eval, HTML from a text by the sanitizer alone), which the server sends. Knows nothing of HTTP, requests or
+engines.
 """
 
 from pathlib import Path

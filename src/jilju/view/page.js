@@ -22,7 +22,16 @@ export function openPage({ page, strings, bar = () => ({}) }) {
 
   const bare = createApi({ key: readKey, wantKey: async () => false });
   const key = createKeyView({ words, accepted: () => isTaken(bare) });
-  return { words, key, api: createApi({ key: readKey, wantKey: () => key.ask() }) };
+  // The password that a browser asked for by itself holds for the folder of the page. The root, asked for once, makes it hold
+  // for all.
+  let isEntered = location.pathname.lastIndexOf("/") === 0;
+  async function wantKey() {
+    if (isEntered) return key.ask();
+    isEntered = true;
+    await bare.call("/", { method: "HEAD" }).catch(() => null); // what is wrong, the call that is made again will say
+    return true;
+  }
+  return { words, key, api: createApi({ key: readKey, wantKey }) };
 }
 
 // Any key is good enough for this route. What else may go wrong is for the call that comes next to say.

@@ -24,7 +24,7 @@ from jilju.serve.server import Server
 logger = logging.getLogger("jilju.serve")
 
 OPEN_PATHS = frozenset({"/livez"})
-PAGES = frozenset({"/", "/engine"})
+PAGES = frozenset({"/", "/engine", "/runs"})
 PAGE_PREFIXES = ("/view/", "/runs/")
 MESSAGES_PATH = "/v1/messages"  # its errors and the name of its id's header are Anthropic's
 MAX_LABEL = 128

@@ -6,6 +6,7 @@ nothing of the text format.
 
 from collections.abc import Iterable, Sequence
 
+from jilju.account.bill import Paid, Sums
 from jilju.account.frame import Owned
 from jilju.config import cpu_quota_cores
 from jilju.engine.client import EngineInfo, EngineStatus
@@ -123,6 +124,23 @@ def show_engine(out: Exposition, status: EngineStatus, folds: Folds, dropped_log
         ("dropped_log_lines_total", "Lines of the log that could not be written", dropped_log_lines),
     ):  # fmt: skip
         out.one("counter", name, text, value)
+
+
+def show_bill(out: Exposition, sums: Sums, price_per_hour: float | None) -> None:
+    """Whose the machine's time was, and what that was in money and energy where those are known. All lines sum to the uptime."""
+    paid: list[tuple[str, Paid]] = [("requests", sums.requests), *sums.lines.items()]
+    seconds = [({"line": line}, of_line.machine_ns / 1e9) for line, of_line in paid]
+    out.family(
+        "counter", "machine_seconds_total", "Time of the machine since the server's start, by whose it was", seconds
+    )
+    cost = [({"line": line}, of_line.cost(price_per_hour)) for line, of_line in paid]
+    out.family("counter", "cost_usd_total", "The same in US dollars, at the price that was set", known(cost))
+    joules = [({"line": line}, of_line.joules) for line, of_line in paid]
+    out.family("counter", "energy_joules_total", "Energy, measured or declared", known(joules))
+
+
+def known(samples: Iterable[tuple[dict[str, str], float | None]]) -> list[Sample]:
+    return [(labels, value) for labels, value in samples if value is not None]
 
 
 def show_histograms(out: Exposition, folds: Folds) -> None:

@@ -4,6 +4,7 @@ Owns the order of what is shown, and which sets are. Reads what lies ready: it a
 takes a millisecond. Knows nothing of HTTP.
 """
 
+from jilju.serve.billing import Billing
 from jilju.serve.context import ServerContext
 from jilju.serve.drain import Drain
 from jilju.serve.ledger import Ledger
@@ -17,8 +18,17 @@ from jilju.serve.runs.store import RunStore
 
 
 class Metrics:
-    def __init__(self, context: ServerContext, ledger: Ledger, drain: Drain, loop_lag: LoopLag, runs: RunStore):
+    def __init__(
+        self,
+        context: ServerContext,
+        ledger: Ledger,
+        drain: Drain,
+        loop_lag: LoopLag,
+        runs: RunStore,
+        billing: Billing,
+    ):
         self._context, self._ledger, self._drain, self._loop_lag = context, ledger, drain, loop_lag
+        self._billing = billing
         self.memory = Memory(context, runs)
         self.folds = Folds(context.max_context, context.client.log)
         ledger.listen(self.folds)
@@ -35,6 +45,7 @@ class Metrics:
         own.show_blocks(out, status)
         own.show_machine(out, context, info, self.memory.owned(), self._loop_lag.worst_s)
         own.show_roofs(out, info, folds, context.clock.now_ns())
+        own.show_bill(out, self._billing.settled_sums(), context.price_per_hour)
         own.show_histograms(out, folds)
         text = out.text()
         if context.metrics_compat == "vllm":

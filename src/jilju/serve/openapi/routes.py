@@ -140,6 +140,7 @@ ROUTES: tuple[Described, ...] = (
     ),
     Described("get", "/", "looks", "The chat page", None, "text/html", also_304=True),
     Described("get", "/engine", "looks", "The page of the engine", None, "text/html", also_304=True),
+    Described("get", "/runs", "looks", "The page of the newest runs", None, "text/html", also_304=True),
     Described("get", "/runs/{id}", "looks", "The page of one run", None, "text/html", also_304=True),
     Described("get", "/view/{path}", "looks", "Files of the pages", None, "*/*", also_304=True),
 )  # fmt: skip

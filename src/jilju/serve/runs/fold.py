@@ -5,6 +5,7 @@ Owns the join and the texts of tokens. Other runs are named only where the viewe
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import msgspec
 
@@ -26,6 +27,7 @@ MAX_SHOWN_TOKENS = 32_768  # of a prompt
 MAX_INTERVALS = 2_000  # of a ledger; of longer ones neighbouring intervals are joined kind by kind
 MAX_NEIGHBOURS = 16  # of a step, those with the most tokens
 MAX_BLAMED = 16
+OF_STEPS = frozenset({"host", "prefill_own", "prefill_others", "decode_own", "decode_others"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -234,23 +236,32 @@ def _ledger(ledger: TimeLedger, own_numbers: set[int], sight: Sight) -> types.Le
 
 
 def joined(intervals: Sequence[Cut], most: int) -> list[Cut]:
-    """At most about `most` intervals: of each run of neighbours one of each kind, which still touch and sum to the same."""
+    """Fewer where there are more than about `most`: of some steps in a row the parts are summed by kind. They still touch and sum to
+    the same; what is no part of a step stays where it is."""
     if len(intervals) <= most:
         return list(intervals)
     size = -(-8 * len(intervals) // most)
     found: list[Cut] = []
-    for first in range(0, len(intervals), size):
-        group = intervals[first : first + size]
-        at_ns = group[0].begin_ns
-        for kind in dict.fromkeys(cut.kind for cut in group):
-            cuts = [cut for cut in group if cut.kind == kind]
-            blame: dict[int, float] = {}
-            for cut in cuts:
-                for number, ns in cut.blame.items():
-                    blame[number] = blame.get(number, 0.0) + ns
-            end_ns = at_ns + sum(cut.ns for cut in cuts)
-            found.append(Cut(kind, at_ns, end_ns, blame))
-            at_ns = end_ns
+    for is_step, run in groupby(intervals, key=lambda cut: cut.kind in OF_STEPS):
+        cuts = list(run)
+        groups = [cuts[first : first + size] for first in range(0, len(cuts), size)] if is_step else [[c] for c in cuts]
+        for group in groups:
+            found += _by_kind(group)
+    return found
+
+
+def _by_kind(group: Sequence[Cut]) -> list[Cut]:
+    at_ns = group[0].begin_ns
+    found: list[Cut] = []
+    for kind in dict.fromkeys(cut.kind for cut in group):
+        cuts = [cut for cut in group if cut.kind == kind]
+        blame: dict[int, float] = {}
+        for cut in cuts:
+            for number, ns in cut.blame.items():
+                blame[number] = blame.get(number, 0.0) + ns
+        end_ns = at_ns + sum(cut.ns for cut in cuts)
+        found.append(Cut(kind, at_ns, end_ns, blame))
+        at_ns = end_ns
     return found
 
 

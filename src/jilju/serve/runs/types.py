@@ -15,7 +15,6 @@ class Blame(msgspec.Struct, frozen=True, kw_only=True):
     run: str | None  # None: of another key, or of nobody in particular
     is_self: bool = False  # another sequence of this same call
     ms: float
-    text: str = ""  # what it did: "a prefill of 3,210 tokens"
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True):

@@ -133,7 +133,7 @@ store.subscribe((state) => {
   drawn = state;
 });
 
-addEventListener("pagehide", shelf.keep);
+addEventListener("pagehide", shelf.leave);
 addEventListener("storage", ({ key, storageArea }) => {
   if (storageArea === localStorage) shelf.changedElsewhere(key);
 });

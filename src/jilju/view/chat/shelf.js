@@ -53,7 +53,11 @@ export function createShelf({ store, conversations, chat, newId }) {
   });
 
   return {
-    keep,
+    /** The page goes: what has arrived is kept. */
+    leave() {
+      chat.end();
+      keep();
+    },
     open(id) {
       if (id === store.get().conversationId) return;
       show(id, conversations.load(id) ?? []);
@@ -64,7 +68,9 @@ export function createShelf({ store, conversations, chat, newId }) {
     remove(id) {
       const { title } = store.get().conversations.find((entry) => entry.id === id);
       if (id === store.get().conversationId) this.startNew();
-      store.update({ removed: { id, title, restore: conversations.remove(id) }, noRoom: false });
+      store.update({ removed: { id, title, restore: conversations.remove(id) } });
+      if (store.get().noRoom) kept = null; // there may be room now
+      keep();
       relist();
     },
     /** Brings the last removed one back and opens it. */

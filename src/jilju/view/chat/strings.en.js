@@ -15,7 +15,7 @@ export const STRINGS = {
 
   conversations: "Conversations",
   conversations_none: "None yet. What you ask begins one.",
-  conversations_kept: "Kept in this browser only, never on the server.",
+  conversations_kept: "Kept in this browser. The server remembers the run of an answer for a while, if at all.",
   untitled: "Untitled",
   remove: "Delete “{title}”",
   remove_short: "Delete",

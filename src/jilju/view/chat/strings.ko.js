@@ -15,7 +15,7 @@ export const STRINGS = {
 
   conversations: "대화 목록",
   conversations_none: "아직 없습니다. 질문하면 대화가 시작됩니다.",
-  conversations_kept: "이 브라우저에만 보관하고 서버에는 남기지 않습니다.",
+  conversations_kept: "이 브라우저에 보관합니다. 서버는 답변의 실행 기록만 잠시 기억합니다.",
   untitled: "제목 없음",
   remove: "“{title}” 지우기",
   remove_short: "지우기",

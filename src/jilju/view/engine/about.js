@@ -61,11 +61,11 @@ export function createAbout({ words, format, shown }) {
     queue_length: ({ tiles }) => ({ waiting: tiles.waiting }),
     block: ({ blocks }) => ({ size: blocks.block_size, bytes: bytes(blocks.bytes_per_block), total: blocks.total }),
     held: ({ blocks }) => ({ held: blocks.held, total: blocks.total }),
-    shared: ({ blocks }) => ({ cached: sum(blocks.holders.map((holder) => holder.cached)) }),
     cached: ({ blocks }) => ({ cached: blocks.cached, tokens: blocks.cached * blocks.block_size }),
     free: ({ blocks }) => ({ free: blocks.free, tokens: blocks.free * blocks.block_size }),
     waterfall: ({ slowest }) => (slowest.length > 0 ? { total: duration(slowest[0].total_ms) } : null),
     unattributed: ({ memory }) => ({ bytes: bytes(owned({ memory }, (each) => each.owner === "unattributed")) }),
+    not_resident: ({ memory }) => ({ bytes: bytes(-owned({ memory }, (each) => each.owner === "not_resident")) }),
     file_pages: ({ memory }) => ({ bytes: bytes(owned({ memory }, (each) => each.is_file)) }),
     cost_requests: (frame) => machineTime(frame, "requests"),
     cost_idle: (frame) => machineTime(frame, "idle"),
@@ -76,7 +76,6 @@ export function createAbout({ words, format, shown }) {
     energy: ({ energy }) => ({ joules: format.joules(energy.joules), source: energy.source }),
     refused: ({ counts }) => ({ refused: counts.refused }),
     restarts: ({ counts }) => ({ restarts: counts.restarts }),
-    shed: ({ counts }) => ({ shed: counts.shed }),
   };
 
   /** The sentence of a term. Terms without numbers of their own have none to fill in. */

@@ -6,7 +6,6 @@
 import { h, svg } from "../dom.js";
 import { bar } from "./bar.js";
 import { createRows, setText } from "./rows.js";
-import { runLink } from "./run_link.js";
 
 const CELLS_MAX = 1200; // of a bigger pool, a cell stands for several blocks
 const SHAPE = 3; // cells across for one down
@@ -34,7 +33,7 @@ export function stripes(begin, end, across) {
   return rects;
 }
 
-export function createBlocksView({ map, sum, list, words, format, terms }) {
+export function createBlocksView({ map, sum, list, words, runLink, terms }) {
   const { t, bytes, duration, integer } = words;
   let frame = null;
   let lit = null; // the place of the stream pointed at
@@ -182,7 +181,7 @@ export function createBlocksView({ map, sum, list, words, format, terms }) {
     return {
       element,
       update({ row, place }) {
-        if (run !== row.run) name.replaceChildren(runLink(words, row.run));
+        if (run !== row.run) name.replaceChildren(runLink(row.run));
         run = row.run;
         element.dataset.holder = place;
         element.dataset.phase = row.phase;

@@ -6,12 +6,11 @@ import { h } from "../dom.js";
 import { bar } from "./bar.js";
 import { isBalanced, lookOf } from "./kinds.js";
 import { createFew, createRows, setText } from "./rows.js";
-import { runLink } from "./run_link.js";
 
 const FEW = 8;
 const STATES = ["completed", "client_cancelled", "deadline", "shed", "failed"];
 
-export function createFallsView({ list, more, empty, words, format }) {
+export function createFallsView({ list, more, empty, words, format, runLink }) {
   const { t, duration } = words;
   let frame = null;
   let longestMs = 0;
@@ -35,7 +34,7 @@ export function createFallsView({ list, more, empty, words, format }) {
     return {
       element: h("li", { class: "fall" }, name, facts, place, total, spoken),
       update(fall) {
-        if (name.firstChild === null) name.append(runLink(words, fall.run));
+        if (name.firstChild === null) name.append(runLink(fall.run));
         const { parts } = fall;
         const balanced = isBalanced(fall);
         const cached = fall.cached_tokens > 0 ? t("fall_cached", { cached: fall.cached_tokens }) : "";

@@ -21,8 +21,11 @@ export function createFormat(words) {
   }
 
   return {
-    /** 0.4 %, 7.1 %, 71 % */
-    share: (value) => (Math.abs(value) < 0.095 ? fine : coarse).format(value),
+    /** <0.1 %, 0.4 %, 7.1 %, 71 % */
+    share(value) {
+      if (value > 0 && value < 0.001) return `<${fine.format(0.001)}`;
+      return (value < 0.095 ? fine : coarse).format(value);
+    },
     signedShare: (value) => signed.format(value).replace("-", "−"),
     /** 14:03:12 of unix ms */
     clock: (unixMs) => seconds.format(unixMs),
@@ -31,11 +34,13 @@ export function createFormat(words) {
     flops: (value) => si(value, "FLOP"),
     flopRate: (value) => si(value, "FLOP/s"),
     joules: (value) => si(value, "J"),
-    /** 42 s, 12 min, 3 h 20 min, 2 d 4 h */
+    /** 0 s, 4.7 s, 12 min 30 s, 3 h 20 min, 2 d 4 h */
     long(totalSeconds) {
-      if (totalSeconds < 60) return words.duration(totalSeconds * 1000);
-      const minutes = Math.floor(totalSeconds / 60);
-      if (minutes < 60) return t("minutes", { minutes });
+      if (totalSeconds === 0) return t("seconds", { seconds: 0 });
+      if (totalSeconds < 59.95) return words.duration(totalSeconds * 1000);
+      const whole = Math.round(totalSeconds);
+      const minutes = Math.floor(whole / 60);
+      if (minutes < 60) return t("minutes_seconds", { minutes, seconds: whole % 60 });
       if (minutes < 48 * 60) return t("hours_minutes", { hours: Math.floor(minutes / 60), minutes: minutes % 60 });
       return t("days_hours", { days: Math.floor(minutes / 1440), hours: Math.floor(minutes / 60) % 24 });
     },

@@ -7,12 +7,11 @@ import { h, icon } from "../dom.js";
 import { explain } from "../faults.js";
 import { bar } from "./bar.js";
 import { setText } from "./rows.js";
-import { runLink } from "./run_link.js";
 
 const CLOSED = ["rows", "tokens", "blocks", "order"];
 
 /** `walk(places)` goes to a neighbour step, `release()` back to where the page came from. Returns show(step, frame, isMoment). */
-export function createInspectorView({ root, words, format, terms, api, walk, release }) {
+export function createInspectorView({ root, words, format, runLink, terms, api, walk, release }) {
   const { t, duration, integer, bytes } = words;
   const { share } = format;
   const button = (label, path, act) => h("button", { type: "button", class: "quiet", "aria-label": label, title: label, onclick: act }, icon(path));
@@ -85,8 +84,12 @@ export function createInspectorView({ root, words, format, terms, api, walk, rel
   }
 
   function rowItem(row) {
-    const text = row.phase === "prefill" ? t("row_prefill", { computed: row.computed_tokens, prompt: row.prompt_tokens }) : t("row_decode", { output: row.output_tokens });
-    return h("li", { class: "step-row" }, h("span", { class: `swatch look-${row.phase}`, "aria-hidden": "true" }), runLink(words, row.run), " ", text);
+    const isPrefill = row.phase === "prefill";
+    const isFirst = !isPrefill && row.output_tokens === 1; // the rows are as the step left them
+    const inPrompt = { computed: row.computed_tokens, prompt: row.prompt_tokens };
+    const text = isPrefill ? t("row_prefill", inPrompt) : isFirst ? t("row_first") : t("row_decode", { output: row.output_tokens });
+    const swatch = h("span", { class: `swatch look-${isPrefill || isFirst ? "prefill" : "decode"}`, "aria-hidden": "true" });
+    return h("li", { class: "step-row" }, swatch, runLink(row.run), " ", text);
   }
 
   function whyWaited({ waiting, closed_by: cause }) {

@@ -17,6 +17,7 @@ import { createMarksView } from "./marks_view.js";
 import { createQueueView } from "./queue_view.js";
 import { createRewindView } from "./rewind_view.js";
 import { setText } from "./rows.js";
+import { createRunLink } from "./run_link.js";
 import { createSource } from "./source.js";
 import { createStatusView } from "./status_view.js";
 import { createSteps } from "./steps.js";
@@ -47,13 +48,16 @@ const store = createStore({
 });
 const terms = createTerms({ explain: createAbout({ words, format, shown: () => ({ frame: store.get().frame, steps }) }), closeLabel: t("close") });
 
+const runLink = createRunLink({ words, hasPages: () => store.get().frame.is_live });
+
 // What is shown
 
 function take(frame, how) {
   const { selected } = store.get();
+  const isLive = how === "first" || how === "next";
   if (how === "next") steps.append(frame);
   else if (selected === null) steps.replace(frame);
-  store.update({ frame, mode: how !== "moment" ? "live" : frame.is_live ? "past" : "file", isMoment: true });
+  store.update({ frame, mode: isLive ? "live" : frame.is_live ? "past" : "file", isMoment: how !== "passing" });
 }
 
 const source = createSource({ api, take, tell: (link) => store.update({ link }) });
@@ -64,7 +68,7 @@ function live() {
 }
 
 function go(endMs) {
-  store.update({ selected: null, mode: store.get().mode === "file" ? "file" : "past" });
+  store.update({ selected: null, isMoment: false, mode: store.get().mode === "file" ? "file" : "past" });
   source.moment(endMs);
 }
 
@@ -91,31 +95,30 @@ async function askKey() {
 
 // The views
 
-const timeline = createTimelineView({ words, format, terms, store, steps, select, release });
+const timeline = createTimelineView({ words, format, terms, store, steps, select });
 byId("timeline-place").append(timeline.stage);
 byId("timeline-head").append(timeline.zoom);
 const stepsTable = createStepsTableView({ details: byId("steps-table"), words, format, store, steps, select });
-const inspector = createInspectorView({ root: byId("inspector"), words, format, terms, api, walk: timeline.walk, release });
+const inspector = createInspectorView({ root: byId("inspector"), words, format, runLink, terms, api, walk: timeline.walk, release });
 const rewind = createRewindView({
   root: byId("rewind-bar"),
   notice: byId("notice"),
   status: byId("status"),
   words,
   format,
-  terms,
   go,
   live,
   end: () => go(null),
   retry: source.retry,
   askKey,
 });
-const marks = createMarksView({ list: byId("marks"), empty: byId("marks-empty"), words, format });
+const marks = createMarksView({ list: byId("marks"), empty: byId("marks-empty"), words, format, runLink });
 const panels = [
   createStatusView({ root: byId("engine-status"), words, format, terms }),
   createTilesView({ root: byId("tiles"), words, format, terms }),
-  createBlocksView({ map: byId("blocks-map"), sum: byId("blocks-sum"), list: byId("streams"), words, format, terms }),
-  createQueueView({ list: byId("queue"), more: byId("queue-more"), empty: byId("queue-empty"), words, format, terms }),
-  createFallsView({ list: byId("falls"), more: byId("falls-more"), empty: byId("falls-empty"), words, format }),
+  createBlocksView({ map: byId("blocks-map"), sum: byId("blocks-sum"), list: byId("streams"), words, runLink, terms }),
+  createQueueView({ list: byId("queue"), more: byId("queue-more"), empty: byId("queue-empty"), words, format, runLink, terms }),
+  createFallsView({ list: byId("falls"), more: byId("falls-more"), empty: byId("falls-empty"), words, format, runLink }),
   createMemoryView({ root: byId("memory"), words, format, terms }),
   createCostView({ root: byId("cost"), words, format, terms }),
   createCallsView({ root: byId("calls"), words, terms }),
@@ -159,6 +162,7 @@ store.subscribe((state) => {
     timeline.changed();
   }
   document.body.dataset.mode = state.mode;
+  document.body.dataset.link = state.link.state;
   if (state !== drawn) rewind.update(state);
   drawn = state;
 });

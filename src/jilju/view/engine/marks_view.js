@@ -2,12 +2,11 @@
 
 import { h } from "../dom.js";
 import { createRows, setText } from "./rows.js";
-import { runLink } from "./run_link.js";
 
 const SHOWN_MAX = 20;
 const FAULTS = ["refused", "shed", "deadline", "failed", "restart"];
 
-export function createMarksView({ list, empty, words, format }) {
+export function createMarksView({ list, empty, words, format, runLink }) {
   const show = createRows(list, () => {
     const when = h("time", {});
     const what = h("b", {});
@@ -21,7 +20,7 @@ export function createMarksView({ list, empty, words, format }) {
         setText(what, words.markName(mark.kind));
         element.dataset.fault = String(FAULTS.includes(mark.kind));
         setText(text, mark.text);
-        if (mark.run !== null && name.firstChild === null) name.append(runLink(words, mark.run));
+        if (mark.run !== null && name.firstChild === null) name.append(runLink(mark.run));
       },
     };
   });

@@ -4,18 +4,17 @@
 
 import { h } from "../dom.js";
 import { createFew, createRows, setText } from "./rows.js";
-import { runLink } from "./run_link.js";
 
 const FEW = 6;
 const CAUSES = ["step", "rows", "tokens", "blocks", "order", "restart", "grammar"];
 
-export function createQueueView({ list, more, empty, words, format, terms }) {
+export function createQueueView({ list, more, empty, words, format, runLink, terms }) {
   const { t, duration } = words;
   let frame = null;
 
   function holderText({ holders }) {
     if (holders.length === 0) return [];
-    const names = holders.slice(0, 3).flatMap(({ run, share }, place) => [place > 0 ? ", " : "", runLink(words, run), ` ${format.share(share)}`]);
+    const names = holders.slice(0, 3).flatMap(({ run, share }, place) => [place > 0 ? ", " : "", runLink(run), ` ${format.share(share)}`]);
     return [t("queue_held_by"), " ", ...names];
   }
 
@@ -29,7 +28,7 @@ export function createQueueView({ list, more, empty, words, format, terms }) {
     return {
       element: h("li", { class: "wait" }, name, cause, since, start, holders),
       update(row) {
-        if (drawn.run !== row.run) name.replaceChildren(runLink(words, row.run));
+        if (drawn.run !== row.run) name.replaceChildren(runLink(row.run));
         if (drawn.cause !== row.cause) {
           const known = CAUSES.includes(row.cause);
           cause.replaceChildren(known ? terms(`cause_${row.cause}`, t(`cause_${row.cause}`)) : row.cause);

@@ -7,10 +7,11 @@ import { explain } from "../faults.js";
 import { setText } from "./rows.js";
 
 const STEP_MS = 1000;
+const LOSSES = ["network", "connection_lost"];
 const LEAPS_MS = { PageUp: 10_000, PageDown: -10_000 };
 
 /** `go(endMs)` shows a moment, `live()` the present, `end()` the end of a file, `retry()` tries the connection again, `askKey()` a key. */
-export function createRewindView({ root, notice, status, words, format, terms, go, live, end, retry, askKey }) {
+export function createRewindView({ root, notice, status, words, format, go, live, end, retry, askKey }) {
   const { t } = words;
   const lamp = h("span", { class: "live-lamp", "aria-hidden": "true" });
   const liveText = h("span", {});
@@ -25,7 +26,7 @@ export function createRewindView({ root, notice, status, words, format, terms, g
   root.append(liveButton, back, slider, on, when);
 
   let range = { firstMs: 0, lastMs: 1 };
-  let shown = { frame: null, mode: "live" };
+  let shown = { frame: null, mode: "live", isMoment: true };
   let isHeld = false; // a person holds the thumb: what comes in meanwhile does not move it
 
   // The slider counts from the first moment, so that its end is a whole number of steps away.
@@ -47,7 +48,7 @@ export function createRewindView({ root, notice, status, words, format, terms, g
   function say() {
     const { frame } = shown;
     if (frame === null) return;
-    const atMs = isHeld ? toMs() : frame.end_ms;
+    const atMs = isHeld || !shown.isMoment ? toMs() : frame.end_ms;
     const unixMs = atMs + frame.unix_ms - frame.end_ms;
     setText(clock, format.clock(unixMs));
     const before = (range.lastMs - atMs) / 1000;
@@ -75,14 +76,15 @@ export function createRewindView({ root, notice, status, words, format, terms, g
     const what = retryMs === null ? t(advice, params) : t("lost_retry", { seconds: Math.round(retryMs / 1000) });
     const act = h("button", { type: "button", class: "button", onclick: () => (isKey ? askKey() : retry()) }, isKey ? t("give_key") : t("try_again"));
     const seen = shown.frame ? ` ${t("lost_shown", { clock: format.clock(shown.frame.unix_ms) })}` : "";
-    notice.replaceChildren(h("p", {}, h("strong", {}, t(retryMs === null ? title : "lost_title")), ` ${what}${seen}`), act);
+    const isLoss = retryMs !== null && LOSSES.includes(error.code);
+    notice.replaceChildren(h("p", {}, h("strong", {}, t(isLoss ? "lost_title" : title)), ` ${what}${seen}`), act);
   }
 
   let wasLost = false; // said once, not at each try
   return {
-    /** {frame, mode, link}: mode is "live", "past" or "file"; link what the source told last. */
-    update({ frame, mode, link }) {
-      shown = { frame, mode };
+    /** The page's state. While a moment is on its way (isMoment is false) the thumb stays where a person has put it. */
+    update({ frame, mode, link, isMoment }) {
+      shown = { frame, mode, isMoment };
       root.dataset.mode = mode;
       root.dataset.link = link.state;
       setText(liveText, t(mode === "file" ? "file_end" : mode === "past" ? "to_live" : link.state === "live" ? "live" : "connecting"));
@@ -96,7 +98,7 @@ export function createRewindView({ root, notice, status, words, format, terms, g
       const lastMs = mode === "live" ? frame.end_ms : Math.max(range.lastMs, frame.end_ms);
       range = { firstMs: frame.first_ms, lastMs };
       slider.max = Math.ceil((range.lastMs - range.firstMs) / STEP_MS) * STEP_MS;
-      if (!isHeld) slider.value = mode === "live" ? slider.max : Math.ceil((frame.end_ms - range.firstMs) / STEP_MS) * STEP_MS;
+      if (isMoment && !isHeld) slider.value = mode === "live" ? slider.max : Math.ceil((frame.end_ms - range.firstMs) / STEP_MS) * STEP_MS;
       say();
     },
   };

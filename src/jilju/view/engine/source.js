@@ -9,10 +9,11 @@ const FIRST_RETRY_MS = 1000;
 const RETRY_MS_MAX = 15_000;
 const SILENCE_MS = 8000; // a frame is due each second; a connection may die without a word
 const FRAME_CHARS_MAX = 1 << 24; // a minute of 16,384 steps is some 2 MB
+const FORGOTTEN_MS = 1000; // how much more the ring may forget between two calls
 const HOPELESS = [401, 403]; // trying again changes nothing until a person does something
 
 /**
- * `take(frame, how)`: how is "first", "next" or "moment". `tell({state, error, retryMs})`: state is "connecting", "live", "lost",
+ * `take(frame, how)`: how is "first", "next", "moment", or "passing" while a later moment is wanted already. `tell({state, error, retryMs})`: state is "connecting", "live", "lost",
  * "past", "file". `retryMs` is null where a person has to try again. Returns {live, moment, retry, hide, show}.
  */
 export function createSource({ api, take, tell }) {
@@ -87,6 +88,19 @@ export function createSource({ api, take, tell }) {
     }
   }
 
+  const windowPath = (endMs) => `/v1/jilju/window?seconds=60${endMs === null ? "" : `&end_ms=${endMs}`}`;
+
+  /** The ring forgets while a page stands still: a moment that is not there any more becomes the nearest one that is. */
+  async function fetchWindow(endMs) {
+    try {
+      return await api.json(windowPath(endMs));
+    } catch (error) {
+      if (error.status !== 400 || endMs === null) throw error;
+      const newest = await api.json(windowPath(null));
+      return endMs >= newest.end_ms ? newest : api.json(windowPath(newest.first_ms + FORGOTTEN_MS));
+    }
+  }
+
   async function fetchMoments() {
     if (isFetching) return;
     isFetching = true;
@@ -94,11 +108,10 @@ export function createSource({ api, take, tell }) {
       const endMs = wanted;
       wanted = undefined;
       try {
-        const end = endMs === null ? "" : `&end_ms=${endMs}`;
-        const frame = await api.json(`/v1/jilju/window?seconds=60${end}`);
+        const frame = await fetchWindow(endMs);
         if (isLive) break;
         tell({ state: isFile ? "file" : "past" });
-        take(frame, "moment");
+        take(frame, wanted === undefined ? "moment" : "passing");
       } catch (error) {
         if (!(error instanceof ApiError)) throw error;
         if (!isLive) tell({ state: "lost", error, retryMs: null });

@@ -6,7 +6,7 @@ import { h, icon } from "../dom.js";
 import { setText } from "./rows.js";
 
 const SCALES = ["M10 3v13", "M6 16.5h8", "M3.5 5.5h13", "M5 5.5l-2.5 6h5z", "M15 5.5l-2.5 6h5z"];
-const STATES = ["ready", "loading", "restarting", "draining", "failed"];
+const STATES = ["ready", "loading", "restarting", "draining", "gone"];
 
 export function createStatusView({ root, words, format, terms }) {
   const { t } = words;

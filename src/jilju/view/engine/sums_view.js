@@ -6,7 +6,8 @@ import { h } from "../dom.js";
 import { bar } from "./bar.js";
 import { setText } from "./rows.js";
 
-const OWNERS = ["weights", "kv", "workspace", "log", "run store", "prefix index", "tokenizer", "connections", "unattributed"];
+const OWNERS = ["weights", "kv", "workspace", "log", "start", "run store", "history", "grammars", "prefix index", "unattributed", "not_resident"];
+const LAST_OWNERS = ["unattributed", "not_resident"];
 const PROCESSES = ["engine", "server"];
 const UNATTRIBUTED_MAX = 0.05; // of a process; above it the line warns
 const COST_LINES = ["requests", "idle", "load", "failed", "recompute", "host"];
@@ -20,30 +21,37 @@ export function createMemoryView({ root, words, format, terms }) {
   const { t, bytes } = words;
   let drawn = "";
 
-  function line({ owner, bytes: count, is_file: isFile }, sum) {
-    const share = sum > 0 ? count / sum : 0;
-    const isUnknown = owner === "unattributed";
+  const signed = (count) => (count < 0 ? `−${bytes(-count)}` : bytes(count));
+
+  function nameOf({ owner, is_file: isFile }) {
     const name = OWNERS.includes(owner) ? t(`owner_${owner.replace(" ", "_")}`) : owner;
-    const label = isUnknown ? terms("unattributed", name) : isFile ? h("span", {}, name, " ", terms("file_pages", t("file_pages"))) : name;
-    const look = isFile ? "file" : isUnknown ? "wait" : "accent";
-    const isHigh = isUnknown && share > UNATTRIBUTED_MAX;
-    const row = h("tr", { class: isHigh ? "fault-text" : null }, h("th", { scope: "row" }, label), h("td", {}, bytes(count)), h("td", {}, format.share(share)));
-    row.append(h("td", { class: "row-bar" }, bar([{ look, value: count }], sum, 0)));
-    return row;
+    if (LAST_OWNERS.includes(owner)) return terms(owner, name);
+    return isFile ? h("span", {}, name, " ", terms("file_pages", t("file_pages"))) : name;
+  }
+
+  function line(owned, resident, held) {
+    const { owner, bytes: count, is_file: isFile } = owned;
+    const isHigh = owner === "unattributed" && count > UNATTRIBUTED_MAX * resident;
+    const look = isFile ? "file" : owner === "unattributed" ? "wait" : "accent";
+    const share = count >= 0 && held > 0 ? format.share(count / held) : "";
+    const cells = [signed(count), share].map((text) => h("td", {}, text));
+    const picture = h("td", { class: "row-bar" }, bar([{ look, value: Math.max(0, count) }], held, 0));
+    return h("tr", { class: isHigh ? "fault-text" : null }, h("th", { scope: "row" }, nameOf(owned)), ...cells, picture);
   }
 
   function table(process, owners) {
-    const sum = total(owners, (each) => each.bytes);
-    const rank = (each) => (each.owner === "unattributed" ? -1 : each.bytes);
-    const sorted = [...owners].sort((one, other) => rank(other) - rank(one));
-    const name = PROCESSES.includes(process) ? t(`process_${process}`) : process;
+    const resident = total(owners, (each) => each.bytes);
+    const held = total(owners, (each) => Math.max(0, each.bytes)); // what was promised may be more than what is there
+    const rank = ({ owner, bytes: count }) => (LAST_OWNERS.includes(owner) ? -1 - LAST_OWNERS.indexOf(owner) : count);
+    const sorted = owners.filter(({ owner, bytes: count }) => owner !== "not_resident" || count !== 0).sort((one, other) => rank(other) - rank(one));
+    const heads = ["owner", "bytes", "share"].map((key) => h("th", { scope: "col" }, t(`memory_${key}`)));
     return h(
       "table",
       { class: "sum-table" },
-      h("caption", {}, name),
-      h("thead", { class: "visually-hidden" }, h("tr", {}, ...["owner", "bytes", "share"].map((key) => h("th", { scope: "col" }, t(`memory_${key}`))), h("td", {}))),
-      h("tbody", {}, ...sorted.map((each) => line(each, sum))),
-      h("tfoot", {}, h("tr", {}, h("th", { scope: "row" }, t("memory_sum")), h("td", {}, bytes(sum)), h("td", {}), h("td", {}))),
+      h("caption", {}, PROCESSES.includes(process) ? t(`process_${process}`) : process),
+      h("thead", { class: "visually-hidden" }, h("tr", {}, ...heads, h("td", {}))),
+      h("tbody", {}, ...sorted.map((each) => line(each, resident, held))),
+      h("tfoot", {}, h("tr", {}, h("th", { scope: "row" }, t("memory_sum")), h("td", {}, bytes(resident)), h("td", {}), h("td", {}))),
     );
   }
 
@@ -52,7 +60,7 @@ export function createMemoryView({ root, words, format, terms }) {
     if (key === drawn) return;
     drawn = key;
     if (memory === null) root.replaceChildren(h("p", { class: "quiet-text" }, t(isLive ? "memory_none_now" : "memory_none")));
-    else root.replaceChildren(...[...new Set(memory.map((each) => each.process))].map((process) => table(process, memory.filter((each) => each.process === process))));
+    else root.replaceChildren(...new Set(memory.map((each) => each.process)).values().map((process) => table(process, memory.filter((each) => each.process === process))));
   };
 }
 
@@ -80,6 +88,10 @@ export function createCostView({ root, words, format, terms }) {
   const money = h("div", { class: "stack" }, price, strip, table, perToken, keys);
   root.append(money, none, energy);
 
+  // the option as one word, which no line end may cut
+  const [before, after] = t("price_none", { option: "\n" }).split("\n");
+  const withoutPrice = [before, h("code", { class: "option" }, "--price"), after];
+
   function drawLine(name, cost) {
     const { machine_s: seconds, currency } = cost;
     const { time, share, amount } = lines.get(name);
@@ -91,7 +103,8 @@ export function createCostView({ root, words, format, terms }) {
   function drawMoney({ cost }) {
     const { machine_s: seconds, currency } = cost;
     money.classList.toggle("has-no-price", cost.is_default);
-    setText(price, cost.is_default ? t("price_none") : t("price", { price: format.money(cost.price_per_hour, currency) }));
+    if (cost.is_default) price.replaceChildren(...withoutPrice);
+    else setText(price, t("price", { price: format.money(cost.price_per_hour, currency) }));
     for (const name of lines.keys()) drawLine(name, cost);
     const isTrue = [seconds, cost].every((sums) => Math.abs(total(COST_LINES, (name) => sums[name]) - sums.total) <= ROUNDING * Math.max(1, sums.total));
     setText(lines.get("total").share, isTrue ? "✓" : "≠");
@@ -103,7 +116,7 @@ export function createCostView({ root, words, format, terms }) {
       const amount = cost.per_million_output_tokens === null || cost.is_default ? "" : `, ${format.money(cost.per_million_output_tokens, currency)}`;
       setText(perToken, t("cost_per_million", { time, amount }));
     }
-    const named = Object.entries(seconds.by_key);
+    const named = Object.entries(seconds.by_key).filter(([key]) => key !== ""); // that of a server without keys
     keys.hidden = named.length === 0;
     setText(keys, named.map(([key, time]) => `${key} ${format.long(time)}`).join(" · "));
   }

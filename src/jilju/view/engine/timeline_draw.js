@@ -103,7 +103,7 @@ function drawTokens({ ctx, colours }, columns, tops) {
   }
 }
 
-function drawTimes({ ctx, colours }, columns, tops) {
+function drawTimes({ ctx, scale, colours }, columns, tops) {
   const base = LANES.time.top + LANES.time.height;
   const toHeight = (ms) => (ms / tops.time) * LANES.time.height;
   for (const { x0, x1, ms, hostMs, prefill } of columns) {
@@ -114,7 +114,10 @@ function drawTimes({ ctx, colours }, columns, tops) {
   }
   // a line for each step, not through them: between steps nothing was predicted
   ctx.fillStyle = colours.ink;
-  for (const { x0, x1, predictedMs } of columns) ctx.fillRect(x0, base - toHeight(predictedMs) - 0.5, x1 - x0, 1);
+  for (const { x0, x1, predictedMs } of columns) {
+    const y = Math.round((base - toHeight(predictedMs)) * scale) / scale; // on whole pixels, or it is a blur
+    ctx.fillRect(x0, y, x1 - x0, 1);
+  }
 }
 
 function drawWaiting({ ctx, colours }, columns, tops) {

@@ -13,7 +13,7 @@ const SPANS_MS = [60_000, 20_000, 5000, 1000];
 const DRAG_PX = 4; // less is a press
 
 /** `store` holds {frame, mode, selected}; `steps` is the data. Returns {stage, zoom, walk, changed}. */
-export function createTimelineView({ words, format, terms, store, steps, select, release }) {
+export function createTimelineView({ words, format, terms, store, steps, select }) {
   const { t, duration } = words;
   const canvas = h("canvas", { class: "timeline-canvas", role: "slider", tabindex: 0, "aria-label": t("timeline_label"), "aria-describedby": "timeline-hint" });
   const ctx = canvas.getContext("2d");
@@ -212,7 +212,6 @@ export function createTimelineView({ words, format, terms, store, steps, select,
     "+": () => zoomBy(1),
     "=": () => zoomBy(1),
     "-": () => zoomBy(-1),
-    Escape: () => release(),
   };
   canvas.addEventListener("keydown", (event) => {
     const act = KEYS[event.key];

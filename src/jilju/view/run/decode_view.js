@@ -9,7 +9,7 @@ import { median } from "./story.js";
 import { textOfBytes, visible } from "./units.js";
 
 const LEAST_WIDTH = 52; // px of a column: a token and a figure can be read
-const MOST_WIDTH = 72;
+const MOST_WIDTH = 96;
 const AROUND = 6; // columns beyond the edges, so that a swipe finds them there
 const CUT_AT = 4; // medians: what is higher is cut off, with its figure above it
 const OVERVIEW_BINS = 600;
@@ -19,7 +19,11 @@ export function createDecodeView({ words, units, rich, select }) {
   const { t, duration } = words;
   const station = createStation({ name: "decode", number: 5, words });
   const inner = h("div", { class: "columns-inner", role: "presentation" });
-  const row = h("div", { class: "columns", role: "listbox", tabindex: "0", "aria-label": t("decode_steps"), "aria-orientation": "horizontal" }, inner);
+  const row = h(
+    "div",
+    { class: "columns", role: "listbox", tabindex: "0", "aria-label": t("decode_steps"), "aria-orientation": "horizontal" },
+    inner,
+  );
   const overview = svg("svg", { class: "overview-bars", preserveAspectRatio: "none" });
   const view = h("span", { class: "overview-view" });
   const overviewBox = h("div", { class: "overview", "aria-hidden": "true", hidden: true }, overview, view);
@@ -40,7 +44,9 @@ export function createDecodeView({ words, units, rich, select }) {
   function batch({ step, isFirst }) {
     const lane = h("span", { class: "col-batch" });
     if (isFirst) return lane;
-    const dots = step.neighbours.slice(0, DOTS).map((each) => h("span", { class: each.is_prefill ? "dot look-prefill" : "dot look-decode" }));
+    const dots = step.neighbours
+      .slice(0, DOTS)
+      .map((each) => h("span", { class: each.is_prefill ? "dot look-prefill" : "dot look-decode" }));
     lane.append(...dots);
     const rest = step.rows - 1 - dots.length;
     if (rest > 0) lane.append(h("span", { class: "dots-rest" }, `+${rest}`));
@@ -87,7 +93,12 @@ export function createDecodeView({ words, units, rich, select }) {
       bar.style.width = `${Math.exp(token.logprob) * 100}%`;
       chance.append(h("span", { class: "chance-bar" }, bar), units.share(Math.exp(token.logprob)));
     }
-    const classes = ["col", column.isFirst && "col-first", index === chosen && "chosen", at !== null && column.endMs > at && "future"];
+    const classes = [
+      "col",
+      column.isFirst && "col-first",
+      index === chosen && "chosen",
+      at !== null && column.endMs > at && "future",
+    ];
     const element = h(
       "div",
       {
@@ -97,12 +108,9 @@ export function createDecodeView({ words, units, rich, select }) {
         "aria-selected": String(index === chosen),
         "aria-setsize": list().length,
         "aria-posinset": index + 1,
-        "aria-label": label(column),
       },
-      batch(column),
-      stack(column),
-      chip,
-      chance,
+      h("span", { class: "visually-hidden" }, label(column)),
+      h("span", { class: "col-drawn", "aria-hidden": "true" }, batch(column), stack(column), chip, chance),
     );
     element.style.left = `${index * width}px`;
     element.style.width = `${width}px`;
@@ -201,22 +209,40 @@ export function createDecodeView({ words, units, rich, select }) {
   new ResizeObserver(layout).observe(row);
 
   function table() {
-    const heads = ["head_step", "head_token", "head_time", "head_own", "head_others", "head_host", "head_wait", "head_predicted", "head_bytes", "head_rows"];
+    const heads = [
+      "head_step",
+      "head_token",
+      "head_time",
+      "head_own",
+      "head_others",
+      "head_host",
+      "head_wait",
+      "head_predicted",
+      "head_bytes",
+      "head_rows",
+    ];
     const rows = () =>
       list().map((column) => {
         const part = (look) => duration(column.parts.find((each) => each.look === look)?.ms ?? 0);
         const text = column.tokens.map((token) => visible(textOfBytes(token.bytes) ?? units.hex(token.bytes))).join(" ");
         if (column.isFirst) return [t("from_prefill"), text, "–", "–", "–", "–", "–", "–", "–", String(column.step.rows)];
         const parts = ["decode", "others", "host", "wait"].map(part);
-        return [String(column.stepIndex + 1), text, duration(column.ms), ...parts, duration(column.step.predicted_ms), words.bytes(column.step.bytes), String(column.step.rows)];
+        return [
+          String(column.stepIndex + 1),
+          text,
+          duration(column.ms),
+          ...parts,
+          duration(column.step.predicted_ms),
+          words.bytes(column.step.bytes),
+          String(column.step.rows),
+        ];
       });
     return tableBehind({ label: t("decode_table"), heads: heads.map((key) => t(key)), rows }, words);
   }
 
   function drawLead() {
-    const { sequence, stations } = story;
+    const { sequence } = story;
     const steps = list().filter((column) => !column.isFirst);
-    station.showTime(duration(stations[4].ms));
     figure.hidden = list().length === 0;
     behind.hidden = steps.length === 0;
     if (steps.length === 0) {
@@ -225,9 +251,15 @@ export function createDecodeView({ words, units, rich, select }) {
     }
     const middle = median(steps.map((column) => column.step.ms));
     const bytes = median(steps.map((column) => column.step.bytes));
-    const nodes = rich("lead_decode", { steps: steps.length, duration: duration(middle), bytes: words.bytes(bytes) });
+    // true of most machines' steps, but not of a long context on a small model
+    const key = story.run.machine.weight_bytes > bytes / 2 ? "lead_decode" : "lead_decode_kv";
+    const nodes = rich(key, { steps: steps.length, duration: duration(middle), bytes: words.bytes(bytes) });
     const shares = steps.map((column) => column.step.memory_roof_share).filter((share) => share !== null);
-    if (shares.length > 0) nodes.push(" ", ...rich("lead_decode_roof", { share: units.share(median(shares)) }));
+    if (shares.length > 0)
+      nodes.push(
+        " ",
+        ...rich(median(shares) > 1 ? "lead_decode_roof_over" : "lead_decode_roof", { share: units.share(median(shares)) }),
+      );
     station.say(nodes);
     axis.replaceChildren(...rich("decode_axis"));
   }
@@ -237,7 +269,9 @@ export function createDecodeView({ words, units, rich, select }) {
     draw(next) {
       const tableWasOpen = behind.querySelector("details")?.open ?? false;
       story = next;
-      const times = list().filter((column) => !column.isFirst).map((column) => Math.max(column.ms, column.step.predicted_ms));
+      const times = list()
+        .filter((column) => !column.isFirst)
+        .map((column) => Math.max(column.ms, column.step.predicted_ms));
       const highest = Math.max(...times, 1e-6);
       top = Math.min(highest, (median(times) ?? highest) * CUT_AT);
       drawLead();

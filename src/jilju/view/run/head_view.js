@@ -30,7 +30,12 @@ export function createHeadView({ root, words, units, rich, choose, trace }) {
 
   function figure(name, value, note = null) {
     const label = h("dt", {}, name ? term(name, t(`figure_${name}`)) : null);
-    return h("div", { class: "figure-box" }, label, h("dd", {}, h("span", { class: "figure-value" }, value), note && h("span", { class: "figure-note" }, note)));
+    return h(
+      "div",
+      { class: "figure-box" },
+      label,
+      h("dd", {}, h("span", { class: "figure-value" }, value), note && h("span", { class: "figure-note" }, note)),
+    );
   }
 
   function figures({ run, sequence }) {
@@ -42,7 +47,10 @@ export function createHeadView({ root, words, units, rich, choose, trace }) {
     if (run.cost) {
       const { amount, currency, is_default: isDefault, machine_ms: machineMs, joules } = run.cost;
       const time = duration(machineMs);
-      const notes = [isDefault ? t("figure_no_price") : t("figure_machine", { time }), joules === null ? null : `${words.number(joules)} J`];
+      const notes = [
+        isDefault ? t("figure_no_price") : t("figure_machine", { time }),
+        joules === null ? null : `${words.number(joules)} J`,
+      ];
       boxes.push(figure("cost", isDefault ? time : units.money(amount, currency), notes.filter(Boolean).join(" · ")));
     }
     return boxes.length > 0 ? h("dl", { class: "figure-row" }, ...boxes) : null;
@@ -79,12 +87,17 @@ export function createHeadView({ root, words, units, rich, choose, trace }) {
       const { run, sequence } = story;
       const open = root.querySelector(".parameters")?.open ?? false;
       const clock = new Intl.DateTimeFormat(words.language, { dateStyle: "medium", timeStyle: "medium" });
-      const meta = [run.model, run.route, ...(run.created === null ? [] : [clock.format(run.created * 1000)]), t(run.is_streamed ? "streamed" : "whole")];
+      const meta = [
+        run.model,
+        run.route,
+        ...(run.created === null ? [] : [clock.format(run.created * 1000)]),
+        t(run.is_streamed ? "streamed" : "whole"),
+      ];
       if (sequence?.preemptions > 0) meta.push(t("preempted_times", { count: sequence.preemptions }));
       if (sequence?.resumes > 0) meta.push(t("resumed_times", { count: sequence.resumes }));
       const traceButton = h("button", { type: "button", class: "button", onclick: trace, title: t("trace_hint") }, t("trace"));
       const top = h("div", { class: "head-title" }, h("h1", {}, t("title")), state(story));
-      const side = h("div", { class: "head-side" }, traceButton);
+      const side = h("div", { class: "head-side" }, h("a", { href: "/runs" }, t("all_runs")), traceButton);
       root.replaceChildren(
         ...[
           h("div", { class: "head-top" }, top, side),

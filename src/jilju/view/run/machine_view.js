@@ -23,7 +23,15 @@ export function createMachineView({ words, units, rich }) {
 
   function drawOps({ step, data, problem }) {
     if (problem) {
-      ops.replaceChildren(h("p", { class: "note" }, t(problem.status === 404 ? "ops_gone" : "ops_failed"), " ", h("span", { lang: "en" }, problem.message)));
+      ops.replaceChildren(
+        h(
+          "p",
+          { class: "note" },
+          t(problem.status === 404 ? "ops_gone" : "ops_failed"),
+          " ",
+          h("span", { lang: "en" }, problem.message),
+        ),
+      );
       return;
     }
     if (data === null) {
@@ -33,13 +41,28 @@ export function createMachineView({ words, units, rich }) {
     ops.removeAttribute("aria-busy");
     const heads = ["head_op", "head_count", "head_flops", "head_bytes", "head_time", "head_share", "head_bound"];
     const top = h("tr", { role: "row" }, ...heads.map((key) => h("th", { scope: "col", role: "columnheader" }, ...rich(key))));
-    const [times, total] = units.sum(data.ops.map((op) => op.ms), data.run_ms);
+    const [times, total] = units.sum(
+      data.ops.map((op) => op.ms),
+      data.run_ms,
+    );
     const rows = data.ops.map((op, index) => {
       const look = op.bound === "compute" ? "prefill" : "decode";
-      const name = h("th", { scope: "row", role: "rowheader" }, h("code", { class: "op-name" }, op.op), h("span", { class: "op-shape" }, op.shape));
+      const name = h(
+        "th",
+        { scope: "row", role: "rowheader" },
+        h("code", { class: "op-name" }, op.op),
+        h("span", { class: "op-shape" }, op.shape),
+      );
       const cells = [`× ${op.count}`, units.flops(op.flops), bytes(op.bytes), times[index]];
       const share = cell({ class: "bar-cell" }, meter(op.share, look), h("span", {}, units.share(op.share)));
-      return h("tr", { role: "row" }, name, ...cells.map((text) => cell({}, text)), share, cell({}, h("span", { class: `marked kind-${look}` }, t(`bound_${op.bound}`))));
+      return h(
+        "tr",
+        { role: "row" },
+        name,
+        ...cells.map((text) => cell({}, text)),
+        share,
+        cell({}, h("span", { class: `marked kind-${look}` }, t(`bound_${op.bound}`))),
+      );
     });
     const sum = data.ops.reduce((all, op) => all + op.ms, 0);
     const isBalanced = Math.abs(sum - data.run_ms) <= Math.max(0.01, data.run_ms * 0.001);
@@ -66,7 +89,15 @@ export function createMachineView({ words, units, rich }) {
       const { step, data } = found;
       station.showTime(data ? duration(data.run_ms) : "");
       const key = step.kind === "prefill" ? "lead_machine_prefill" : "lead_machine_decode";
-      station.say(rich(key, { number: index + 1, tokens: step.prefill_tokens + step.decode_tokens, rows: step.rows, threads: story.run.machine.num_threads, kernels: story.run.machine.kernel_set }));
+      station.say(
+        rich(key, {
+          number: index + 1,
+          tokens: step.prefill_tokens + step.decode_tokens,
+          rows: step.rows,
+          threads: story.run.machine.num_threads,
+          kernels: story.run.machine.kernel_set,
+        }),
+      );
       drawOps(found);
     },
     draw(story) {

@@ -74,7 +74,14 @@ function draw(run) {
   head.draw(story);
   if (story.sequence === null) return;
   timeline.draw(story);
-  for (const view of stations) view.draw(story);
+  const [times] = units.sum(
+    story.stations.map(({ ms }) => ms),
+    story.balance.sumMs,
+  ); // the same texts as in the sum
+  stations.forEach((view, index) => {
+    view.draw(story);
+    view.station.showTime(times[index]);
+  });
   machine.draw(story);
   const { steps } = story.sequence;
   if (before?.sequence?.index !== story.sequence.index || chosen === null || chosen >= steps.length) {
@@ -140,14 +147,14 @@ function chooseAnswer(index) {
   answer = index;
   at = null;
   chosen = null;
-  draw(story.run);
+  keepFocus(byId("main"), () => draw(story.run));
   byId("status").textContent = t("answer_shown", { number: index + 1 });
 }
 
 async function downloadTrace() {
   let response;
   try {
-    response = await api.call(`/v1/jilju/runs/${encodeURIComponent(runId)}/trace`);
+    response = await api.call(`/v1/jilju/trace?run=${encodeURIComponent(runId)}`);
   } catch (error) {
     if (error.code === undefined) throw error;
     drawNotice(error, downloadTrace);
@@ -166,11 +173,20 @@ function drawNotice(error, again) {
   const { title, advice, params } = explain(error);
   const button = h("button", { type: "button", class: "button", onclick: () => (drawNotice(null), again()) }, t("try_again"));
   const said = h("p", { class: "fault-said", lang: "en" }, error.message);
-  byId("notice").replaceChildren(h("div", { class: "fault", role: "alert" }, h("p", { class: "fault-title" }, t(title)), h("p", {}, t(advice, params)), said, button));
+  byId("notice").replaceChildren(
+    h(
+      "div",
+      { class: "fault", role: "alert" },
+      h("p", { class: "fault-title" }, t(title)),
+      h("p", {}, t(advice, params)),
+      said,
+      button,
+    ),
+  );
 }
 
 async function showRuns(lost) {
-  document.title = `${t("recent_runs")} · jilju`;
+  document.title = `${t("all_runs")} · jilju`;
   const list = await api.json("/v1/jilju/runs");
   byId("runs").hidden = false;
   runs.draw(list, lost);

@@ -7,7 +7,7 @@ import { Characters } from "./story.js";
 import { visible } from "./units.js";
 
 export function createOutputView({ words, units, rich, select }) {
-  const { t, duration } = words;
+  const { t } = words;
   const station = createStation({ name: "again", number: 6, words });
   const answer = h("p", { class: "answer-text", tabindex: "0", role: "region", "aria-label": t("answer_text") });
   const list = h("ol", { class: "joins" });
@@ -25,21 +25,40 @@ export function createOutputView({ words, units, rich, select }) {
   function make(index) {
     const group = story.groups[index];
     const chips = group.tokens.map((token) => {
-      const classes = ["join-token", token.is_special && "chip-special", token.step_index === chosen && "chosen", at !== null && token.at_ms > at && "future"];
+      const classes = [
+        "join-token",
+        token.is_special && "chip-special",
+        token.step_index === chosen && "chosen",
+        at !== null && token.at_ms > at && "future",
+      ];
       const hex = units.hex(token.bytes);
       const label = t("join_label", { number: token.index + 1, id: String(token.id), bytes: hex, text: token.text });
       return h(
         "button",
-        { type: "button", class: classes.filter(Boolean).join(" "), "data-index": token.index, "aria-label": label, disabled: token.step_index === null },
-        h("span", { class: "token-id" }, String(token.id)),
-        h("span", { class: "join-bytes" }, hex),
+        {
+          type: "button",
+          class: classes.filter(Boolean).join(" "),
+          "data-index": token.index,
+          disabled: token.step_index === null,
+        },
+        h("span", { class: "visually-hidden" }, label),
+        h("span", { class: "token-id", "aria-hidden": "true" }, String(token.id)),
+        h("span", { class: "join-bytes", "aria-hidden": "true" }, hex),
       );
     });
     const own = characters.slice(group.begin, group.end);
     const shown = visible(own);
-    const text = shown === null ? h("span", { class: "join-none" }, group.tokens[0].is_special ? tokenText(group.tokens[0], units) : "–") : shown;
+    const text =
+      shown === null
+        ? h("span", { class: "join-none" }, group.tokens[0].is_special ? tokenText(group.tokens[0], units) : "–")
+        : shown;
     const classes = ["join", group.tokens.length > 1 && "joined", shown === null && "no-text"];
-    return h("li", { class: classes.filter(Boolean).join(" ") }, h("span", { class: "join-tokens" }, ...chips), h("span", { class: "join-text" }, text));
+    return h(
+      "li",
+      { class: classes.filter(Boolean).join(" ") },
+      h("span", { class: "join-tokens" }, ...chips),
+      h("span", { class: "join-text" }, text),
+    );
   }
 
   list.addEventListener("click", (event) => {
@@ -48,13 +67,22 @@ export function createOutputView({ words, units, rich, select }) {
   });
 
   function tokens() {
-    return [...list.querySelectorAll(".join-token")].map((element) => [element, story.sequence.output[Number(element.dataset.index)]]);
+    return [...list.querySelectorAll(".join-token")].map((element) => [
+      element,
+      story.sequence.output[Number(element.dataset.index)],
+    ]);
   }
 
   function showAnswer() {
     const { output, text } = story.sequence;
     const next = at === null ? -1 : output.findIndex((token) => token.at_ms > at);
-    const until = next < 0 ? text : output.slice(0, next).map((token) => token.text).join("");
+    const until =
+      next < 0
+        ? text
+        : output
+            .slice(0, next)
+            .map((token) => token.text)
+            .join("");
     if (answer.textContent !== until) answer.textContent = until;
     answer.classList.toggle("unfinished", next >= 0);
   }
@@ -62,11 +90,10 @@ export function createOutputView({ words, units, rich, select }) {
   return {
     station,
     draw(next) {
-      const { sequence, groups, stations } = next;
+      const { sequence, groups } = next;
       const same = drawn?.index === sequence.index && drawn.output.length <= sequence.output.length;
       const kept = same ? Math.max(0, story.groups.length - 1) : 0; // the last group may have grown
       story = next;
-      station.showTime(duration(stations[5].ms));
       if (same && drawn.output.length === sequence.output.length && drawn.text === sequence.text) return;
       drawn = sequence;
       characters = new Characters(sequence.text);

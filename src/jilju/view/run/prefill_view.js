@@ -28,7 +28,11 @@ export function createPrefillView({ words, units, rich, select }) {
 
   function partsOf(step) {
     const host = step.ms - step.own_ms - step.others_ms;
-    return [["prefill", step.own_ms], ["others", step.others_ms], ["host", host]].filter(([, ms]) => ms > 0);
+    return [
+      ["prefill", step.own_ms],
+      ["others", step.others_ms],
+      ["host", host],
+    ].filter(([, ms]) => ms > 0);
   }
 
   function block({ step, index }, scale, width) {
@@ -42,8 +46,14 @@ export function createPrefillView({ words, units, rich, select }) {
     const predicted = h("span", { class: "predicted" });
     predicted.style.bottom = `${((scale * step.predicted_ms) / step.count) * 100}%`;
     const label = h("span", { class: "block-label" }, duration(step.ms));
-    label.style.bottom = `${scale * Math.max(step.ms, step.predicted_ms) / step.count * 100}%`;
-    const button = h("button", { type: "button", class: "prefill-block", onclick: () => select(index), "aria-label": chunkLabel({ step, index }) }, stack, predicted, label);
+    label.style.bottom = `${((scale * Math.max(step.ms, step.predicted_ms)) / step.count) * 100}%`;
+    const button = h(
+      "button",
+      { type: "button", class: "prefill-block", onclick: () => select(index), "aria-label": chunkLabel({ step, index }) },
+      stack,
+      predicted,
+      label,
+    );
     button.style.width = `${width * 100}%`;
     return button;
   }
@@ -93,10 +103,20 @@ export function createPrefillView({ words, units, rich, select }) {
         units.flops(step.flops),
       ];
       const roof = step.compute_roof_share;
-      const share = roof === null ? null : [meter(roof, "prefill"), h("span", {}, t("of_compute_roof", { share: units.share(roof) }))];
+      const share =
+        roof === null ? null : [meter(roof, "prefill"), h("span", {}, t("of_compute_roof", { share: units.share(roof) }))];
       const error = (step.predicted_ms - step.ms) / step.ms;
-      const predicted = h("span", { class: "quiet-text" }, t("predicted_was", { duration: duration(step.predicted_ms), error: signed(error) }));
-      const button = h("button", { type: "button", class: "chunk", onclick: () => select(index), "data-step": index }, h("span", { class: "chunk-figures" }, figures.join(" · ")), h("span", { class: "chunk-roof" }, ...(share ?? []), predicted));
+      const predicted = h(
+        "span",
+        { class: "quiet-text" },
+        t("predicted_was", { duration: duration(step.predicted_ms), error: signed(error) }),
+      );
+      const button = h(
+        "button",
+        { type: "button", class: "chunk", onclick: () => select(index), "data-step": index },
+        h("span", { class: "chunk-figures" }, figures.join(" · ")),
+        h("span", { class: "chunk-roof" }, ...(share ?? []), predicted),
+      );
       return h("li", {}, button);
     });
     list.replaceChildren(...rows);
@@ -107,8 +127,7 @@ export function createPrefillView({ words, units, rich, select }) {
   return {
     station,
     draw(story) {
-      const { prefills, coverage, prompt, stations } = story;
-      station.showTime(duration(stations[3].ms));
+      const { prefills, coverage, prompt } = story;
       const figure = station.body.querySelector("figure");
       figure.hidden = list.hidden = prefills.length === 0;
       sum.hidden = !coverage.isDone;

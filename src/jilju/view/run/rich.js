@@ -37,12 +37,15 @@ export function createRich({ words }) {
     return nodes.filter((node) => node !== "");
   }
 
-  rich.plain = (key, params) => rich(key, params).map((node) => node.textContent ?? node).join("");
+  rich.plain = (key, params) =>
+    rich(key, params)
+      .map((node) => node.textContent ?? node)
+      .join("");
   return rich;
 }
 
-/** A word with dots under it. `name` is one of terms.js. */
-export const term = (name, label) => h("span", { class: "term", "data-term": name, role: "button", tabindex: "0" }, label); // a button would not break over lines
+/** A word with dots under it. `name` is one of terms.js. Not a button of HTML, which would not break over lines. */
+export const term = (name, label) => h("span", { class: "term", "data-term": name, role: "button", tabindex: "0" }, label);
 
 /** Shows what `explain(name)` says of a word that has the focus, is tapped or lies under the pointer. */
 export function watchTerms({ explain }) {
@@ -87,7 +90,8 @@ export function watchTerms({ explain }) {
   document.addEventListener("focusin", (event) => (wordOf(event) ? show(wordOf(event)) : hide()));
   document.addEventListener("focusout", (event) => wordOf(event) === shown && hide());
   document.addEventListener("click", (event) => {
-    if (wordOf(event)) show(wordOf(event)); // a tap does not focus a button everywhere
+    if (wordOf(event))
+      show(wordOf(event)); // a tap does not focus a button everywhere
     else if (!box.contains(event.target)) hide();
   });
   document.addEventListener("pointerover", (event) => {

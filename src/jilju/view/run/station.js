@@ -29,7 +29,8 @@ export function keepFocus(root, draw) {
   const focused = document.activeElement;
   const path = [];
   if (root.contains(focused)) {
-    for (let element = focused; element !== root; element = element.parentElement) path.unshift([...element.parentElement.children].indexOf(element));
+    for (let element = focused; element !== root; element = element.parentElement)
+      path.unshift([...element.parentElement.children].indexOf(element));
   }
   draw();
   if (path.length === 0 || focused.isConnected) return;

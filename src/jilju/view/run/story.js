@@ -38,7 +38,16 @@ export function columns({ steps, output, ledger }) {
   let from = endOf(steps[first.step_index]);
   const wasPrefill = steps[first.step_index].kind === "prefill"; // else the log has lost the run's beginning
   if (wasPrefill) {
-    list.push({ stepIndex: first.step_index, step: steps[first.step_index], tokens: [first], beginMs: from, endMs: from, ms: 0, parts: [], isFirst: true });
+    list.push({
+      stepIndex: first.step_index,
+      step: steps[first.step_index],
+      tokens: [first],
+      beginMs: from,
+      endMs: from,
+      ms: 0,
+      parts: [],
+      isFirst: true,
+    });
   } else from = steps[first.step_index].begin_ms;
   const gaps = new Gaps(ledger);
   let sums = {};
@@ -63,7 +72,10 @@ export function columns({ steps, output, ledger }) {
 
 const endOf = (step) => step.begin_ms + step.ms;
 
-/** Time between steps, as the ledger calls it. In the ledger of a very long run neighbouring intervals are joined by kind, so their places are not exact. */
+/**
+ * Time between steps, as the ledger calls it. In the ledger of a very long run neighbouring intervals are joined by kind, so
+ * their places are not exact.
+ */
 class Gaps {
   #waits; // all that is neither host nor a step
   #next = 0;
@@ -74,7 +86,8 @@ class Gaps {
 
   add(sums, from, to) {
     let rest = to - from;
-    while (this.#next < this.#waits.length && this.#waits[this.#next].begin_ms + this.#waits[this.#next].ms <= from) this.#next += 1;
+    while (this.#next < this.#waits.length && this.#waits[this.#next].begin_ms + this.#waits[this.#next].ms <= from)
+      this.#next += 1;
     for (let i = this.#next; i < this.#waits.length && this.#waits[i].begin_ms < to; i++) {
       const { kind, begin_ms: beginMs, ms } = this.#waits[i];
       const inside = Math.min(Math.min(beginMs + ms, to) - Math.max(beginMs, from), rest);

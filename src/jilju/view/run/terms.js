@@ -25,7 +25,9 @@ export function createTerms({ words, units, rich, story }) {
     kv: ({ sequence, run }) => {
       const last = sequence?.steps.at(-1);
       const tokens = last && last.start + last.count;
-      return last && { tokens, bytes: bytes(tokens * run.machine.kv_bytes_per_token), each: bytes(run.machine.kv_bytes_per_token) };
+      return (
+        last && { tokens, bytes: bytes(tokens * run.machine.kv_bytes_per_token), each: bytes(run.machine.kv_bytes_per_token) }
+      );
     },
     wait: ({ stations }) => stations && { duration: duration(stations[2].ms) },
     others: ({ sequence }) => {
@@ -49,7 +51,8 @@ export function createTerms({ words, units, rich, story }) {
     memory_roof: ({ run: { machine } }) => machine.read_bytes_per_s && { rate: `${bytes(machine.read_bytes_per_s)}/s` },
     compute_roof: ({ run: { machine } }) => machine.flops_per_s && { rate: `${units.flops(machine.flops_per_s)}/s` },
     intensity: ({ run: { machine } }) =>
-      machine.flops_per_s && machine.read_bytes_per_s && { ridge: words.number(machine.flops_per_s / machine.read_bytes_per_s, 2) },
+      machine.flops_per_s &&
+      machine.read_bytes_per_s && { ridge: words.number(machine.flops_per_s / machine.read_bytes_per_s, 2) },
     detokenize: ({ groups }) => {
       const joined = (groups ?? []).filter((group) => group.tokens.length > 1).length;
       return joined && { groups: joined };
@@ -57,7 +60,8 @@ export function createTerms({ words, units, rich, story }) {
     ttft: ({ sequence }) => sequence?.ttft_ms && { duration: duration(sequence.ttft_ms) },
     tpot: ({ sequence }) =>
       sequence?.tpot_ms && { duration: duration(sequence.tpot_ms), rate: words.rate(1000 / sequence.tpot_ms) },
-    ledger: ({ sequence }) => sequence && { intervals: sequence.ledger.intervals.length, duration: duration(sequence.ledger.total_ms) },
+    ledger: ({ sequence }) =>
+      sequence && { intervals: sequence.ledger.intervals.length, duration: duration(sequence.ledger.total_ms) },
     cost: ({ run: { cost } }) =>
       cost && !cost.is_default && { price: units.money(cost.price_per_hour, cost.currency), time: duration(cost.machine_ms) },
     op: ({ run: { machine } }) => machine.num_layers && { layers: machine.num_layers },

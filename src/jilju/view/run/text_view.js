@@ -14,8 +14,7 @@ export function createTextView({ words, rich }) {
 
   return {
     station,
-    draw({ prompt, stations }) {
-      station.showTime(words.duration(stations[0].ms));
+    draw({ prompt }) {
       if (prompt === drawn) return;
       drawn = prompt;
       const characters = new Characters(prompt.text);
@@ -30,8 +29,12 @@ export function createTextView({ words, rich }) {
         return h("span", { class: "by-role" }, says, text);
       });
       const notes = [];
-      if (prompt.is_cut) notes.push(h("p", { class: "note" }, t("prompt_cut", { kept: integer(prompt.tokens.length), tokens: integer(prompt.num_tokens) })));
-      if (prompt.num_truncated > 0) notes.push(h("p", { class: "note" }, t("prompt_truncated", { tokens: prompt.num_truncated })));
+      if (prompt.is_cut)
+        notes.push(
+          h("p", { class: "note" }, t("prompt_cut", { kept: integer(prompt.tokens.length), tokens: integer(prompt.num_tokens) })),
+        );
+      if (prompt.num_truncated > 0)
+        notes.push(h("p", { class: "note" }, t("prompt_truncated", { tokens: prompt.num_truncated })));
       const text = h("div", { class: "prompt-text", tabindex: "0", role: "region", "aria-label": t("prompt_text") }, ...parts);
       station.body.replaceChildren(text, ...notes);
     },

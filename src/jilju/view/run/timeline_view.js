@@ -20,7 +20,13 @@ export function createTimelineView({ root, words, units, rich, seek, play, paces
   const bar = svg("svg", { class: "ledger-bar", preserveAspectRatio: "none", "aria-hidden": "true" });
   const head = h("span", { class: "playhead", hidden: true });
   const tip = h("span", { class: "ledger-tip", hidden: true, "aria-hidden": "true" });
-  const slider = h("div", { class: "ledger-track", role: "slider", tabindex: "0", "aria-label": t("moment"), "aria-valuemin": 0 }, bar, head, tip);
+  const slider = h(
+    "div",
+    { class: "ledger-track", role: "slider", tabindex: "0", "aria-label": t("moment"), "aria-valuemin": 0 },
+    bar,
+    head,
+    tip,
+  );
   const fan = svg("svg", { class: "fan", viewBox: `0 0 ${FAN_WIDTH} 1`, preserveAspectRatio: "none", "aria-hidden": "true" });
   const sum = h("ol", { class: "station-sum", "aria-label": t("station_sum") });
   const total = h("p", { class: "total" });
@@ -35,7 +41,14 @@ export function createTimelineView({ root, words, units, rich, seek, play, paces
   const behind = h("div", { class: "timeline-behind" });
   const sumRow = h("div", { class: "sum-row" }, sum, total);
   root.append(
-    h("div", { class: "timeline-stick" }, h("div", { class: "timeline-tools" }, playButton, pace, readout, whole), slider, fan, sumRow),
+    h(
+      "div",
+      { class: "timeline-stick" },
+      h("div", { class: "timeline-tools" }, playButton, pace, readout, whole),
+      slider,
+      fan,
+      sumRow,
+    ),
     behind,
   );
 
@@ -74,31 +87,56 @@ export function createTimelineView({ root, words, units, rich, seek, play, paces
 
   function drawSum() {
     const { isBalanced, sumMs, totalMs: wanted } = story.balance;
-    const [parts, whole] = units.sum(story.stations.map(({ ms }) => ms), sumMs);
+    const [parts, whole] = units.sum(
+      story.stations.map(({ ms }) => ms),
+      sumMs,
+    );
     cells = story.stations.map(({ name, ms }, index) => {
       const link = h(
         "a",
         { href: `#station-${name}`, class: `station-cell cell-${STATION_LOOKS[name]}` },
-        h("span", { class: "cell-name" }, h("span", { class: "number" }, String(index + 1)), h("span", { class: "cell-title" }, t(`station_${name}`))),
+        h(
+          "span",
+          { class: "cell-name" },
+          h("span", { class: "number" }, String(index + 1)),
+          h("span", { class: "cell-title" }, t(`station_${name}`)),
+        ),
         h("span", { class: "cell-time" }, ...withUnit(parts[index])),
       );
       return h("li", { class: ms > 0 ? "" : "empty-station" }, link);
     });
     sum.replaceChildren(...cells);
-    const sign = h("span", { class: isBalanced ? "sign" : "sign sign-off", title: t(isBalanced ? "balanced" : "unbalanced_short") });
-    sign.append(h("span", { "aria-hidden": "true" }, isBalanced ? "✓" : "≠"), h("span", { class: "visually-hidden" }, t(isBalanced ? "balanced" : "unbalanced_short")));
+    const sign = h("span", {
+      class: isBalanced ? "sign" : "sign sign-off",
+      title: t(isBalanced ? "balanced" : "unbalanced_short"),
+    });
+    sign.append(
+      h("span", { "aria-hidden": "true" }, isBalanced ? "✓" : "≠"),
+      h("span", { class: "visually-hidden" }, t(isBalanced ? "balanced" : "unbalanced_short")),
+    );
     total.replaceChildren(h("span", { class: "equals" }, "="), h("strong", {}, whole), sign);
-    const said = h("p", { class: "note fault-text", role: "alert" }, t("unbalanced", { sum: duration(sumMs), total: duration(wanted) }));
+    const said = h(
+      "p",
+      { class: "note fault-text", role: "alert" },
+      t("unbalanced", { sum: duration(sumMs), total: duration(wanted) }),
+    );
     const note = isBalanced ? h("p", { class: "note" }, ...rich("balance_note", { total: whole })) : said;
     behind.replaceChildren(note, ledgerTable());
   }
 
   function ledgerTable() {
     const kinds = Object.entries(story.sequence.ledger.by_kind).filter(([, ms]) => ms > 0);
-    const [parts, whole] = units.sum(kinds.map(([, ms]) => ms), story.balance.sumMs);
+    const [parts, whole] = units.sum(
+      kinds.map(([, ms]) => ms),
+      story.balance.sumMs,
+    );
     const share = (ms) => units.share(ms / totalMs());
-    const marked = (kind) => h("span", { class: `marked kind-${lookOf(kind) === "others" ? "wait" : lookOf(kind)}` }, t(`kind_${kind}`));
-    const rows = () => [...kinds.map(([kind, ms], index) => [marked(kind), parts[index], share(ms)]), [t("total"), whole, units.share(1)]];
+    const marked = (kind) =>
+      h("span", { class: `marked kind-${lookOf(kind) === "others" ? "wait" : lookOf(kind)}` }, t(`kind_${kind}`));
+    const rows = () => [
+      ...kinds.map(([kind, ms], index) => [marked(kind), parts[index], share(ms)]),
+      [t("total"), whole, units.share(1)],
+    ];
     return tableBehind({ label: t("ledger_table"), heads: [t("head_kind"), t("head_time"), t("head_share")], rows }, words);
   }
 

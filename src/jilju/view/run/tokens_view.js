@@ -25,10 +25,14 @@ export function createTokensView({ words, units, rich }) {
 
   function chip(index) {
     const token = prompt.tokens[index];
-    const look = token.is_cached ? "cached" : "computed";
+    const look = prompt.cache === null ? "untouched" : token.is_cached ? "cached" : "computed";
     const button = h(
       "button",
-      { type: "button", class: `chip chip-${look}${token.is_special ? " chip-special" : ""}`, tabindex: index === current ? "0" : "-1" },
+      {
+        type: "button",
+        class: `chip chip-${look}${token.is_special ? " chip-special" : ""}`,
+        tabindex: index === current ? "0" : "-1",
+      },
       tokenText(token, units),
       h("span", { class: "token-id" }, String(token.id)),
     );
@@ -42,7 +46,7 @@ export function createTokensView({ words, units, rich }) {
     const parts = [
       t("token_is", { position: index + 1, id: String(token.id), text: visible(characters.slice(token.begin, token.end)) ?? "" }),
       t("token_bytes", { bytes: units.hex(token.bytes) }),
-      t(token.is_cached ? "token_cached" : "token_computed"),
+      t(prompt.cache === null ? "token_untouched" : token.is_cached ? "token_cached" : "token_computed"),
     ];
     if (size) parts.push(t("token_block", { block: Math.floor(index / size) + 1 }));
     if (token.is_special) parts.push(t("token_special"));
@@ -67,7 +71,14 @@ export function createTokensView({ words, units, rich }) {
   });
   list.addEventListener("keydown", (event) => {
     const last = prompt.tokens.length - 1;
-    const moves = { ArrowRight: current + 1, ArrowDown: current + 1, ArrowLeft: current - 1, ArrowUp: current - 1, Home: 0, End: last };
+    const moves = {
+      ArrowRight: current + 1,
+      ArrowDown: current + 1,
+      ArrowLeft: current - 1,
+      ArrowUp: current - 1,
+      Home: 0,
+      End: last,
+    };
     if (!(event.key in moves)) return;
     event.preventDefault();
     choose(Math.min(Math.max(moves[event.key], 0), last), { focus: true });
@@ -76,6 +87,12 @@ export function createTokensView({ words, units, rich }) {
   function drawStrip() {
     const { num_tokens: numTokens, cache } = prompt;
     const cached = cache?.hit_tokens ?? 0;
+    if (cache === null) {
+      strip.setAttribute("aria-label", t("strip_untouched", { tokens: numTokens }));
+      strip.replaceChildren();
+      stripWords.replaceChildren(t("strip_untouched", { tokens: numTokens }));
+      return;
+    }
     strip.setAttribute("aria-label", t("strip_label", { cached, computed: numTokens - cached, tokens: numTokens }));
     const part = (look, tokens) => {
       const span = h("span", { class: `look-${look}` });
@@ -98,7 +115,11 @@ export function createTokensView({ words, units, rich }) {
     const texts = { earlier: visible(cache.earlier_text ?? "") ?? "–", own: visible(cache.own_text ?? "") ?? "–" };
     const nodes = rich(`miss_${cache.miss_reason}`, { position, size: cache.block_size, hit: cache.hit_tokens, ...texts });
     const shown = cache.first_miss_position !== null && cache.first_miss_position < prompt.tokens.length;
-    const show = h("button", { type: "button", class: "quiet", onclick: () => showMiss(cache.first_miss_position) }, t("show_place"));
+    const show = h(
+      "button",
+      { type: "button", class: "quiet", onclick: () => showMiss(cache.first_miss_position) },
+      t("show_place"),
+    );
     reason.replaceChildren(...nodes, ...(shown && cache.first_miss_position > 0 ? [" ", show] : []));
   }
 
@@ -111,9 +132,12 @@ export function createTokensView({ words, units, rich }) {
   return {
     station,
     draw(story) {
-      const { duration } = words;
-      station.showTime(duration(story.stations[1].ms));
-      const mark = JSON.stringify([story.prompt.num_tokens, story.prompt.tokens.length, story.prompt.cache, story.sequence.prompt_index]);
+      const mark = JSON.stringify([
+        story.prompt.num_tokens,
+        story.prompt.tokens.length,
+        story.prompt.cache,
+        story.sequence.prompt_index,
+      ]);
       if (mark === drawnFor) return; // polling brings the same prompt again
       drawnFor = mark;
       prompt = story.prompt;

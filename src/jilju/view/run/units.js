@@ -16,7 +16,9 @@ export function createUnits(words) {
 
   /** [texts of the parts, text of the total]: largest remainders are rounded up until the parts make the total. */
   function sum(partsMs, totalMs) {
-    const [divisor, digits, unit] = totalMs >= 10_000 ? [1000, 2, "s"] : [1, totalMs < 10 ? 3 : totalMs < 100 ? 2 : 1, "ms"];
+    const [divisor, unit] = totalMs >= 10_000 ? [1000, "s"] : [1, "ms"];
+    const shown = totalMs / divisor;
+    const digits = unit === "ms" ? (shown < 10 ? 3 : shown < 100 ? 2 : 1) : shown < 1000 ? 3 : 1;
     const scale = 10 ** digits;
     const wanted = partsMs.map((ms) => (ms / divisor) * scale);
     const whole = wanted.map(Math.floor);

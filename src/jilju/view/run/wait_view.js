@@ -5,14 +5,28 @@ import { blameOf, lookOf } from "./ledger.js";
 import { createStation, meter, owner } from "./station.js";
 
 const BEFORE = ["admit", "link_in", "queue_step", "queue_rows", "queue_tokens", "queue_blocks", "queue_order", "queue_restart"];
-const LATER = ["prefill_others", "decode_others", "stall_budget", "stall_blocks", "stall_preempted", "recompute", "restart", "client"];
+const LATER = [
+  "prefill_others",
+  "decode_others",
+  "stall_budget",
+  "stall_blocks",
+  "stall_preempted",
+  "recompute",
+  "restart",
+  "client",
+];
 const SHOWN = 4; // culprits of one cause
-const LEAST_BAR = 0.02; // of the longest: what is less has no bar to see
+const LEAST_BAR = 0.02; // of the longest, which is at least this share of the run: what is less has no bar to see
 const LEAST_MS = 0.0005; // of a culprit: what is less is printed as nothing
 
 export function createWaitView({ words, rich }) {
   const { t, duration, integer } = words;
   const station = createStation({ name: "wait", number: 3, words });
+
+  function leadOf({ sequence, isRunning }, queuedMs) {
+    if (sequence.steps.length === 0) return isRunning ? "lead_wait_so_far" : "lead_wait_only";
+    return queuedMs > 0 ? "lead_wait" : "lead_no_wait";
+  }
 
   /** What each run that shared a step with this one did there. */
   function deedsOf({ steps }) {
@@ -22,7 +36,8 @@ export function createWaitView({ words, rich }) {
       own[isPrefill ? "prefill" : "decode"] += count;
       most.set(run, own);
     }
-    const text = ({ prefill, decode }) => t(prefill > 0 && decode > 0 ? "did_both" : prefill > 0 ? "did_prefill" : "did_decode", { prefill, decode });
+    const text = ({ prefill, decode }) =>
+      t(prefill > 0 && decode > 0 ? "did_both" : prefill > 0 ? "did_prefill" : "did_decode", { prefill, decode });
     return new Map([...most].map(([run, own]) => [run, text(own)]));
   }
 
@@ -32,10 +47,23 @@ export function createWaitView({ words, rich }) {
     const items = found.slice(0, SHOWN).map((each) => {
       const said = [...each.texts].slice(0, 2).join(", ");
       const did = said || deeds.get(each.run);
-      return h("li", {}, owner(each, words), h("span", { class: "culprit-time" }, duration(each.ms)), did ? h("span", { class: "culprit-did", lang: said ? "en" : null }, did) : null);
+      return h(
+        "li",
+        {},
+        owner(each, words),
+        h("span", { class: "culprit-time" }, duration(each.ms)),
+        did ? h("span", { class: "culprit-did", lang: said ? "en" : null }, did) : null,
+      );
     });
     const rest = found.slice(SHOWN);
-    if (rest.length > 0) items.push(h("li", {}, t("more_runs", { runs: integer(rest.length), duration: duration(rest.reduce((sum, { ms }) => sum + ms, 0)) })));
+    if (rest.length > 0)
+      items.push(
+        h(
+          "li",
+          {},
+          t("more_runs", { runs: integer(rest.length), duration: duration(rest.reduce((sum, { ms }) => sum + ms, 0)) }),
+        ),
+      );
     return h("ul", { class: "culprits" }, ...items);
   }
 
@@ -59,12 +87,14 @@ export function createWaitView({ words, rich }) {
   return {
     station,
     draw(story) {
-      const { sequence, stations } = story;
+      const { sequence } = story;
       const byKind = sequence.ledger.by_kind;
-      station.showTime(duration(stations[2].ms));
       const queued = BEFORE.filter((kind) => kind.startsWith("queue_")).reduce((sum, kind) => sum + (byKind[kind] ?? 0), 0);
-      station.say(rich(queued > 0 ? "lead_wait" : "lead_no_wait", { duration: duration(queued) }));
-      const longest = Math.max(...[...BEFORE, ...LATER].map((kind) => byKind[kind] ?? 0));
+      station.say(
+        rich(leadOf(story, queued), { duration: duration(queued), reach: duration((byKind.admit ?? 0) + (byKind.link_in ?? 0)) }),
+      );
+      // waits that are next to nothing in the run have no bar, however they compare
+      const longest = Math.max(sequence.ledger.total_ms * LEAST_BAR, ...[...BEFORE, ...LATER].map((kind) => byKind[kind] ?? 0));
       const before = causes(story, BEFORE, longest);
       const later = causes(story, LATER, longest);
       const parts = [h("ul", { class: "causes" }, ...before)];
