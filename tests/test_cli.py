@@ -21,7 +21,7 @@ def run(*arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     "command",
     [(), ("serve",), ("chat",), ("generate",), ("tokenize",), ("pull",), ("models",), ("cache",), ("bench",), ("bench", "quality"),
-     ("bench", "machine"), ("bench", "model"), ("bench", "serve"), ("bench", "engine"), ("bench", "sampling"), ("bench", "contention"), ("bench", "bars")],
+     ("trace",), ("view",), ("bench", "machine"), ("bench", "model"), ("bench", "serve"), ("bench", "engine"), ("bench", "sampling"), ("bench", "contention"), ("bench", "bars")],
 )  # fmt: skip
 def test_help_is_there_and_shows_examples(command):
     done = run(*command, "--help")

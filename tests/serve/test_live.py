@@ -21,6 +21,7 @@ from jilju.engine.request import RequestFailed
 from jilju.errors import ConfigError
 from jilju.serve import event_file, live
 from jilju.serve.recorded import recorded_app
+from jilju.serve.runner import bind, serve
 from jilju.serve.server import make_server
 from jilju.serve.view_files import POLICY
 
@@ -368,9 +369,10 @@ async def test_a_disk_that_does_not_keep_up_ends_the_log(
 
 async def test_a_file_that_cannot_be_begun_stops_the_start(tmp_path: Path) -> None:
     for bad in ({"event_log": str(tmp_path)}, {"event_log": str(tmp_path / "e.jlog"), "event_log_bytes": 5}):
+        listener = bind("127.0.0.1", 0)
         with pytest.raises(ConfigError, match="--event-log"):
-            async with running(StubClient(), **bad):
-                pass
+            await serve(make_context(StubClient(), **bad), listener)
+        listener.close()
 
 
 # ---- jilju view ----------------------------------------------------------------------------------------------------
@@ -410,6 +412,7 @@ async def test_a_recorded_file_is_viewed_offline(file: Path) -> None:
             ("/v1/jilju/events?seconds=60", "route_not_found", "no live events"),
             ("/v1/jilju/runs/chatcmpl-1", "run_not_found", "texts and tokens are not in an event log"),
             ("/v1/jilju/runs", "run_not_found", "texts and tokens are not in an event log"),
+            ("/runs", "run_not_found", "texts and tokens are not in an event log"),
             ("/runs/chatcmpl-1", "run_not_found", "texts and tokens are not in an event log"),
             ("/v1/jilju/steps/1", "run_not_found", "there is no step"),
             ("/v1/models", "route_not_found", "this is a recorded file"),

@@ -6,6 +6,7 @@ short loads in turn, CPU time of all their processes. An open page: the same loa
 Knows nothing of models.
 """
 
+import socket
 import statistics
 import subprocess
 import sys
@@ -142,7 +143,7 @@ def _loaded(served: _Served, seed: int, *, scraped: bool) -> float:
 def _core_share(served: _Served, seed: int, is_open: bool) -> float:
     """Of a core, what the server's own process takes during one load."""
     before, begin = process_cpu_s(served.pid), time.monotonic()
-    with _streaming(served.url + "/v1/jilju/events?seconds=60" if is_open else None):
+    with _streaming(served.url, is_open):
         _load(served.url, seed)
     return (process_cpu_s(served.pid) - before) / (time.monotonic() - begin)
 
@@ -184,27 +185,26 @@ def _asking(url: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def _streaming(url: str | None) -> Iterator[None]:
-    """Meanwhile somebody reads a stream."""
-    if url is None:
+def _streaming(url: str, is_open: bool) -> Iterator[None]:
+    """Meanwhile somebody reads the stream of the engine's page."""
+    if not is_open:
         yield
         return
-    answer = urllib.request.urlopen(url, timeout=10)
-
-    def read() -> None:
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port)), timeout=10) as sock:
+        sock.sendall(b"GET /v1/jilju/events?seconds=60 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        reading = threading.Thread(target=_read_all, args=(sock,))
+        reading.start()
         try:
-            while answer.read1(1 << 16):
-                pass
-        except (OSError, ValueError):  # closed from outside
-            return
+            yield
+        finally:
+            sock.shutdown(socket.SHUT_RDWR)
+            reading.join()
 
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        answer.close()
-        thread.join(2.0)
+
+def _read_all(sock: socket.socket) -> None:
+    while sock.recv(1 << 16):
+        pass
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class EventFile:
 
     def open(self) -> None:
         """Raises ConfigError."""
-        self._writer.open(self._about())
+        self._writer.open(self._recordings.about(is_first=True))
         self._recordings.log.listen(self.on_step)
         self._recordings.log.watch(self)
         self._recordings.ledger.listen(self)
@@ -100,7 +100,7 @@ class EventFile:
         self._is_much.clear()
         try:
             if await asyncio.to_thread(self._writer.write, data):
-                await asyncio.to_thread(self._writer.rotate, self._about(), self._info)
+                await asyncio.to_thread(self._writer.rotate, self._recordings.about(is_first=False), self._info)
         except OSError as error:
             self._give_up(error.strerror or str(error))
 
@@ -123,9 +123,6 @@ class EventFile:
         self._has_some.set()
         self._is_much.set()
         logger.warning("the event log ends here, serving goes on: %s: %s", self._writer.path, why)
-
-    def _about(self) -> About:
-        return self._recordings.about()
 
 
 def make_event_file(path: str | None, max_bytes: int, recordings: Recordings) -> EventFile | None:

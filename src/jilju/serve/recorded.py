@@ -54,6 +54,7 @@ def recorded_app(recording: Recording, view_dir: Traversable) -> Starlette:
         ("/v1/jilju/window", routes.window),
         ("/v1/jilju/steps/{serial}", routes.step),
         ("/v1/jilju/events", _no_events),
+        ("/runs", _no_runs),
         ("/runs/{id}", _no_runs),
         ("/v1/jilju/runs", _no_runs),
         ("/v1/jilju/runs/{path:path}", _no_runs),

@@ -74,15 +74,16 @@ class Recordings:
             now=self._now(live),
         )
 
-    def about(self) -> About:
-        """For a file that begins now."""
-        context = self._context
+    def about(self, *, is_first: bool) -> About:
+        """For a file that begins now, or, if it is the first, with the server: nothing has happened yet."""
+        context, now_ns = self._context, self.now_ns()
+        begun_ns = self._started_ns if is_first else now_ns
         return About(
             model=context.model_name,
             version=context.version,
             started_ns=self._started_ns,
-            begun_ns=self.now_ns(),
-            unix_ns=int(context.unix_time() * 1e9),
+            begun_ns=begun_ns,
+            unix_ns=int(context.unix_time() * 1e9) - (now_ns - begun_ns),
             counts=self._counts(),
             is_ready=self._is_ready(),
             plan=context.plan,

@@ -4,6 +4,7 @@ export const STRINGS = {
   brand_label: "jilju, to the chat",
   pages: "Pages",
   page_chat: "Chat",
+  page_run: "Runs",
   page_engine: "Engine",
   page_actions: "Actions",
   theme_to_dark: "Switch to the dark theme",

@@ -4,6 +4,7 @@ export const STRINGS = {
   brand_label: "jilju, 대화로",
   pages: "페이지",
   page_chat: "대화",
+  page_run: "실행",
   page_engine: "엔진",
   page_actions: "동작",
   theme_to_dark: "어두운 테마로 바꾸기",

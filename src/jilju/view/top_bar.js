@@ -7,6 +7,7 @@ import { createTheme } from "./theme.js";
 
 const PAGES = [
   { name: "chat", href: "/" },
+  { name: "run", href: "/runs" },
   { name: "engine", href: "/engine" },
 ];
 

@@ -45,7 +45,7 @@ export function createBlocksView({ map, sum, list, words, runLink, terms }) {
   // The list has a line for each sequence that runs, the map a stretch for each run. Those of other keys have no name; they are
   // told apart by their number of blocks.
   function lines({ running, blocks: { holders } }) {
-    const unnamed = new Set(holders.keys().filter((place) => holders[place].run === null));
+    const unnamed = new Set([...holders.keys()].filter((place) => holders[place].run === null));
     return running.map((row) => {
       let place = row.run === null ? -1 : holders.findIndex((holder) => holder.run === row.run);
       if (row.run === null) place = [...unnamed].find((each) => holders[each].blocks === row.blocks) ?? -1;
@@ -111,21 +111,22 @@ export function createBlocksView({ map, sum, list, words, runLink, terms }) {
   const sumFigures = {};
   function sumPart(name) {
     sumFigures[name] = h("b", {});
-    return h("span", { class: `sum-part sum-${name}` }, h("span", { class: `swatch swatch-${name}`, "aria-hidden": "true" }), sumFigures[name], " ", terms(name, t(`blocks_${name}`)));
+    const swatch = h("span", { class: `swatch swatch-${name}`, "aria-hidden": "true" });
+    return h("span", { class: "sum-part" }, swatch, sumFigures[name], " ", terms(name, t(`blocks_${name}`)));
   }
   const isTrue = h("span", { class: "sum-true" });
   const scaleNote = h("p", { class: "quiet-text" });
-  sum.append(
-    h("p", { class: "sum" }, sumPart("held"), " + ", sumPart("cached"), " + ", sumPart("free"), " = ", (sumFigures.total = h("b", {})), " ", terms("block", t("blocks_total")), " ", isTrue),
-    scaleNote,
-  );
+  sumFigures.total = h("b", {});
+  const whole = [sumFigures.total, " ", terms("block", t("blocks_total")), " ", isTrue];
+  sum.append(h("p", { class: "sum" }, sumPart("held"), " + ", sumPart("cached"), " + ", sumPart("free"), " = ", ...whole), scaleNote);
 
   function drawSum(perCell) {
     const { total, held, cached, free, block_size: size, bytes_per_block: each } = frame.blocks;
     for (const [name, value] of Object.entries({ total, held, cached, free })) setText(sumFigures[name], integer(value));
     setText(isTrue, held + cached + free === total ? "✓" : "≠");
     isTrue.classList.toggle("fault-text", held + cached + free !== total);
-    setText(scaleNote, t(perCell === 1 ? "blocks_scale_one" : "blocks_scale", { blocks: perCell, tokens: size * perCell, bytes: bytes(each * perCell) }));
+    const params = { blocks: perCell, tokens: size * perCell, bytes: bytes(each * perCell) };
+    setText(scaleNote, t(perCell === 1 ? "blocks_scale_one" : "blocks_scale", params));
   }
 
   // Pointing
@@ -133,12 +134,16 @@ export function createBlocksView({ map, sum, list, words, runLink, terms }) {
   function light(place) {
     lit = place;
     picture.classList.toggle("is-lit", place !== null);
-    for (const rect of picture.querySelectorAll(".cell")) rect.classList.toggle("lit", place !== null && rect.dataset.holder === String(place));
-    for (const row of list.children) row.classList.toggle("lit", place !== null && row.dataset.holder === String(place));
+    for (const each of [...picture.querySelectorAll(".cell"), ...list.children]) {
+      each.classList.toggle("lit", place !== null && each.dataset.holder === String(place));
+    }
   }
 
-  function words_of(kind, place) {
-    if (kind !== "own") return t(`blocks_tip_${kind}`, { blocks: Math.round(segments(frame.blocks).parts.find((part) => part.kind === kind)?.blocks ?? 0) });
+  function tipOf(kind, place) {
+    if (kind !== "own") {
+      const part = segments(frame.blocks).parts.find((each) => each.kind === kind);
+      return t(`blocks_tip_${kind}`, { blocks: Math.round(part?.blocks ?? 0) });
+    }
     const holder = frame.blocks.holders[place];
     return t("blocks_tip_own", {
       run: holder.run ?? t("run_of_other"),
@@ -153,7 +158,7 @@ export function createBlocksView({ map, sum, list, words, runLink, terms }) {
     if (kind === undefined) return;
     const place = holder === "" ? null : Number(holder);
     if (place !== lit) light(place);
-    tip.textContent = words_of(kind, place);
+    tip.textContent = tipOf(kind, place);
     tip.hidden = false;
     const box = map.getBoundingClientRect();
     const left = Math.min(event.clientX - box.left + 12, box.width - tip.offsetWidth);

@@ -63,7 +63,9 @@ export function createFallsView({ list, more, empty, words, format, runLink }) {
     showFew(frame.slowest);
   }
 
-  const isSame = (falls) => falls.length === drawn.length && falls.every((fall, place) => fall.run === drawn[place].run && fall.begin_ms === drawn[place].begin_ms);
+  const isSame = (falls) =>
+    falls.length === drawn.length &&
+    falls.every((fall, place) => fall.run === drawn[place].run && fall.begin_ms === drawn[place].begin_ms);
 
   return function update(next) {
     frame = next;

@@ -14,7 +14,8 @@ const CLOSED = ["rows", "tokens", "blocks", "order"];
 export function createInspectorView({ root, words, format, runLink, terms, api, walk, release }) {
   const { t, duration, integer, bytes } = words;
   const { share } = format;
-  const button = (label, path, act) => h("button", { type: "button", class: "quiet", "aria-label": label, title: label, onclick: act }, icon(path));
+  const button = (label, path, onclick) =>
+    h("button", { type: "button", class: "quiet", "aria-label": label, title: label, onclick }, icon(path));
   const title = h("h3", { id: "inspector-title" });
   const time = h("div", { class: "step-time" });
   const facts = h("dl", { class: "facts-list" });
@@ -37,6 +38,8 @@ export function createInspectorView({ root, words, format, runLink, terms, api, 
   );
   let shown = null; // {step}
 
+  const keyLine = (name) => h("span", { class: `key-line key-${name}`, "aria-hidden": "true" });
+
   function drawTime(step) {
     const runMs = step.ms - step.host_ms;
     const top = Math.max(step.ms, step.predicted_ms, step.bound_ms) * 1.02;
@@ -55,12 +58,12 @@ export function createInspectorView({ root, words, format, runLink, terms, api, 
     time.replaceChildren(
       picture,
       h("p", {}, t("step_measured", { measured: duration(step.ms), host: duration(step.host_ms), share: share(step.host_ms / step.ms) })),
-      h("p", {}, h("span", { class: "key-line key-predicted", "aria-hidden": "true" }), t("step_predicted", { predicted: duration(step.predicted_ms), error: format.signedShare(error) })),
+      h("p", {}, keyLine("predicted"), t("step_predicted", { predicted: duration(step.predicted_ms), error: format.signedShare(error) })),
     );
     if (step.bound_ms === 0) return;
     picture.append(at(step.bound_ms, "bound"));
     const aim = terms("bound", t("step_bound", { bound: duration(step.bound_ms) }));
-    time.append(h("p", {}, h("span", { class: "key-line key-bound", "aria-hidden": "true" }), aim));
+    time.append(h("p", {}, keyLine("bound"), aim));
   }
 
   function drawFacts(step, frame) {
@@ -130,7 +133,8 @@ export function createInspectorView({ root, words, format, runLink, terms, api, 
         h("td", {}, t(op.bound === "memory" ? "ops_bound_memory" : "ops_bound_compute")),
       ),
     );
-    const table = h("table", { class: "sum-table ops-table" }, h("caption", {}, t("ops_title", { run: duration(runMs) })), h("thead", {}, h("tr", {}, ...heads)), h("tbody", {}, ...lines));
+    const caption = h("caption", {}, t("ops_title", { run: duration(runMs) }));
+    const table = h("table", { class: "sum-table ops-table" }, caption, h("thead", {}, h("tr", {}, ...heads)), h("tbody", {}, ...lines));
     const place = h("div", { class: "table-scroll", tabindex: 0, role: "region", "aria-label": t("ops_show") }, table);
     ops.replaceChildren(place);
     if (isModelled) ops.append(h("p", { class: "quiet-text" }, t("ops_modelled")));
@@ -150,7 +154,8 @@ export function createInspectorView({ root, words, format, runLink, terms, api, 
         askOps.hidden = false;
       }
       shown = { step };
-      setText(title, `${t("step_name", { serial: integer(step.serial) })} · ${format.clockMs(step.begin_ms + frame.unix_ms - frame.end_ms)}`);
+      const began = format.clockMs(step.begin_ms + frame.unix_ms - frame.end_ms);
+      setText(title, `${t("step_name", { serial: integer(step.serial) })} · ${began}`);
       drawTime(step);
       drawFacts(step, frame);
       drawRows(step, frame, isMoment);

@@ -46,7 +46,8 @@ const store = createStore({
   isMoment: true, // the frame is of the moment that was asked for
   link: { state: "connecting" },
 });
-const terms = createTerms({ explain: createAbout({ words, format, shown: () => ({ frame: store.get().frame, steps }) }), closeLabel: t("close") });
+const explain = createAbout({ words, format, shown: () => ({ frame: store.get().frame, steps }) });
+const terms = createTerms({ explain, closeLabel: t("close") });
 
 const runLink = createRunLink({ words, hasPages: () => store.get().frame.is_live });
 

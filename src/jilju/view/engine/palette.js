@@ -2,9 +2,9 @@
 //
 // Owns the reading and when it is stale. Knows nothing of what is drawn.
 
-const NAMES = ["paper", "raised", "sunken", "line", "line-strong", "ink", "ink-quiet", "accent", "wait", "prefill", "decode", "cached", "host", "fault"];
+const NAMES = ["line", "line-strong", "ink", "ink-quiet", "accent", "wait", "prefill", "decode", "host", "fault"];
 
-/** `changed()` is called when the theme has. Returns a function that gives {paper, ink, prefill, ...}. */
+/** `changed()` is called when the theme has. Returns a function that gives {ink, prefill, ...}. */
 export function createPalette(changed) {
   const probe = document.createElement("span");
   probe.hidden = true;

@@ -18,6 +18,11 @@ export function createQueueView({ list, more, empty, words, format, runLink, ter
     return [t("queue_held_by"), " ", ...names];
   }
 
+  function startText({ predicted_start_ms: startMs }) {
+    if (startMs === null) return t("queue_start_unknown");
+    return startMs <= frame.end_ms ? t("queue_start_due") : t("queue_start", { in: duration(startMs - frame.end_ms) });
+  }
+
   const show = createRows(list, () => {
     const name = h("span", { class: "wait-run" });
     const since = h("span", { class: "wait-since" });
@@ -37,8 +42,7 @@ export function createQueueView({ list, more, empty, words, format, runLink, ter
         if (drawn.held !== held) holders.replaceChildren(...holderText(row));
         drawn = { run: row.run, cause: row.cause, held };
         setText(since, t("queue_since", { since: duration(Math.max(0, frame.end_ms - row.since_ms)), tokens: row.prompt_tokens }));
-        const ahead = row.predicted_start_ms === null ? null : row.predicted_start_ms - frame.end_ms;
-        setText(start, ahead === null ? t("queue_start_unknown") : ahead <= 0 ? t("queue_start_due") : t("queue_start", { in: duration(ahead) }));
+        setText(start, startText(row));
       },
     };
   });

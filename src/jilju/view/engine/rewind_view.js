@@ -16,11 +16,14 @@ export function createRewindView({ root, notice, status, words, format, go, live
   const lamp = h("span", { class: "live-lamp", "aria-hidden": "true" });
   const liveText = h("span", {});
   const liveButton = h("button", { type: "button", class: "button live", id: "live" }, lamp, liveText);
-  const slider = h("input", { type: "range", class: "slider", id: "rewind", "aria-label": t("rewind_label"), step: STEP_MS, min: 0, max: 1, value: 1 });
+  const span = { step: STEP_MS, min: 0, max: STEP_MS, value: STEP_MS };
+  const slider = h("input", { type: "range", class: "slider", id: "rewind", "aria-label": t("rewind_label"), ...span });
   const when = h("p", { class: "when" });
   const ago = h("span", { class: "ago" });
-  const back = h("button", { type: "button", class: "quiet", "aria-label": t("rewind_back"), title: t("rewind_back"), onclick: () => leap(-STEP_MS * 10) }, icon("M11 5l-5 5 5 5M16 5l-5 5 5 5"));
-  const on = h("button", { type: "button", class: "quiet", "aria-label": t("rewind_on"), title: t("rewind_on"), onclick: () => leap(STEP_MS * 10) }, icon("M9 5l5 5-5 5M4 5l5 5-5 5"));
+  const button = (label, path, onclick) =>
+    h("button", { type: "button", class: "quiet", "aria-label": label, title: label, onclick }, icon(path));
+  const back = button(t("rewind_back"), "M11 5l-5 5 5 5M16 5l-5 5 5 5", () => leap(LEAPS_MS.PageDown));
+  const on = button(t("rewind_on"), "M9 5l5 5-5 5M4 5l5 5-5 5", () => leap(LEAPS_MS.PageUp));
   const clock = h("b", {});
   when.append(clock, " ", ago);
   root.append(liveButton, back, slider, on, when);
@@ -74,7 +77,7 @@ export function createRewindView({ root, notice, status, words, format, go, live
     const { title, advice, params } = explain(error);
     const isKey = error.code === "invalid_api_key";
     const what = retryMs === null ? t(advice, params) : t("lost_retry", { seconds: Math.round(retryMs / 1000) });
-    const act = h("button", { type: "button", class: "button", onclick: () => (isKey ? askKey() : retry()) }, isKey ? t("give_key") : t("try_again"));
+    const act = h("button", { type: "button", class: "button", onclick: isKey ? askKey : retry }, t(isKey ? "give_key" : "try_again"));
     const seen = shown.frame ? ` ${t("lost_shown", { clock: format.clock(shown.frame.unix_ms) })}` : "";
     const isLoss = retryMs !== null && LOSSES.includes(error.code);
     notice.replaceChildren(h("p", {}, h("strong", {}, t(isLoss ? "lost_title" : title)), ` ${what}${seen}`), act);

@@ -13,7 +13,8 @@ const FORGOTTEN_MS = 1000; // how much more the ring may forget between two call
 const HOPELESS = [401, 403]; // trying again changes nothing until a person does something
 
 /**
- * `take(frame, how)`: how is "first", "next", "moment", or "passing" while a later moment is wanted already. `tell({state, error, retryMs})`: state is "connecting", "live", "lost",
+ * `take(frame, how)`: how is "first", "next", "moment", or "passing" while a later moment is wanted already.
+ * `tell({state, error, retryMs})`: state is "connecting", "live", "lost",
  * "past", "file". `retryMs` is null where a person has to try again. Returns {live, moment, retry, hide, show}.
  */
 export function createSource({ api, take, tell }) {

@@ -10,7 +10,8 @@ const STATES = ["ready", "loading", "restarting", "draining", "gone"];
 
 export function createStatusView({ root, words, format, terms }) {
   const { t } = words;
-  const state = h("p", { class: "state", id: "state" }, h("span", { class: "state-lamp", "aria-hidden": "true" }), h("span", { id: "engine-state" }));
+  const stateLamp = h("span", { class: "state-lamp", "aria-hidden": "true" });
+  const state = h("p", { class: "state", id: "state" }, stateLamp, h("span", { id: "engine-state" }));
   const facts = h("p", { class: "facts" });
   const balance = terms("balance", "");
   const lamp = h("p", { class: "balance", id: "balance" }, icon(...SCALES), balance);

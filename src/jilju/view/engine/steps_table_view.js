@@ -11,8 +11,11 @@ export function createStepsTableView({ details, words, format, store, steps, sel
   const { t, duration, integer } = words;
   const body = h("tbody", {});
   const heads = ["step", ...COLUMNS].map((name) => h("th", { scope: "col" }, t(`table_${name}`)));
-  const table = h("table", { class: "sum-table steps-table" }, h("caption", { class: "visually-hidden" }, t("table_title")), h("thead", {}, h("tr", {}, ...heads)), body);
-  details.append(h("summary", {}, t("table_title")), h("div", { class: "table-scroll", tabindex: 0, role: "region", "aria-label": t("table_title") }, table));
+  const title = t("table_title");
+  const caption = h("caption", { class: "visually-hidden" }, title);
+  const table = h("table", { class: "sum-table steps-table" }, caption, h("thead", {}, h("tr", {}, ...heads)), body);
+  const place = h("div", { class: "table-scroll", tabindex: 0, role: "region", "aria-label": title }, table);
+  details.append(h("summary", {}, title), place);
 
   function line(step, frame) {
     const pick = h("button", { type: "button", class: "term", onclick: () => select(step.serial) }, integer(step.serial));

@@ -6,8 +6,8 @@ import { h } from "../dom.js";
 import { bar } from "./bar.js";
 import { setText } from "./rows.js";
 
-const OWNERS = ["weights", "kv", "workspace", "log", "start", "run store", "history", "grammars", "prefix index", "unattributed", "not_resident"];
 const LAST_OWNERS = ["unattributed", "not_resident"];
+const OWNERS = ["weights", "kv", "workspace", "log", "start", "run store", "history", "grammars", "prefix index", ...LAST_OWNERS];
 const PROCESSES = ["engine", "server"];
 const UNATTRIBUTED_MAX = 0.05; // of a process; above it the line warns
 const COST_LINES = ["requests", "idle", "load", "failed", "recompute", "host"];
@@ -43,7 +43,8 @@ export function createMemoryView({ root, words, format, terms }) {
     const resident = total(owners, (each) => each.bytes);
     const held = total(owners, (each) => Math.max(0, each.bytes)); // what was promised may be more than what is there
     const rank = ({ owner, bytes: count }) => (LAST_OWNERS.includes(owner) ? -1 - LAST_OWNERS.indexOf(owner) : count);
-    const sorted = owners.filter(({ owner, bytes: count }) => owner !== "not_resident" || count !== 0).sort((one, other) => rank(other) - rank(one));
+    const shown = owners.filter(({ owner, bytes: count }) => owner !== "not_resident" || count !== 0);
+    const sorted = shown.sort((one, other) => rank(other) - rank(one));
     const heads = ["owner", "bytes", "share"].map((key) => h("th", { scope: "col" }, t(`memory_${key}`)));
     return h(
       "table",
@@ -60,7 +61,10 @@ export function createMemoryView({ root, words, format, terms }) {
     if (key === drawn) return;
     drawn = key;
     if (memory === null) root.replaceChildren(h("p", { class: "quiet-text" }, t(isLive ? "memory_none_now" : "memory_none")));
-    else root.replaceChildren(...new Set(memory.map((each) => each.process)).values().map((process) => table(process, memory.filter((each) => each.process === process))));
+    else {
+      const processes = [...new Set(memory.map((each) => each.process))];
+      root.replaceChildren(...processes.map((process) => table(process, memory.filter((each) => each.process === process))));
+    }
   };
 }
 
@@ -68,13 +72,14 @@ export function createCostView({ root, words, format, terms }) {
   const { t } = words;
   const price = h("p", { class: "quiet-text" });
   const strip = h("p", { class: "strip" });
-  const lines = new Map([...COST_LINES, "total"].map((name) => [name, { time: h("td", {}), share: h("td", {}), amount: h("td", { class: "amount" }) }]));
+  const cells = () => ({ time: h("td", {}), share: h("td", {}), amount: h("td", { class: "amount" }) });
+  const lines = new Map([...COST_LINES, "total"].map((name) => [name, cells()]));
   const row = (name, head) => h("tr", {}, head, ...Object.values(lines.get(name)));
   const rows = COST_LINES.map((name) => {
     const swatch = h("span", { class: `swatch look-${COST_LOOKS[name]}`, "aria-hidden": "true" });
     return row(name, h("th", { scope: "row" }, swatch, terms(`cost_${name}`, t(`cost_${name}`))));
   });
-  const heads = ["line", "time", "share", "amount"].map((name) => h("th", { scope: "col", class: name === "amount" ? name : null }, t(`cost_${name}`)));
+  const heads = ["line", "time", "share", "amount"].map((name) => h("th", { scope: "col", class: name }, t(`cost_${name}`)));
   const table = h(
     "table",
     { class: "sum-table" },
@@ -106,14 +111,17 @@ export function createCostView({ root, words, format, terms }) {
     if (cost.is_default) price.replaceChildren(...withoutPrice);
     else setText(price, t("price", { price: format.money(cost.price_per_hour, currency) }));
     for (const name of lines.keys()) drawLine(name, cost);
-    const isTrue = [seconds, cost].every((sums) => Math.abs(total(COST_LINES, (name) => sums[name]) - sums.total) <= ROUNDING * Math.max(1, sums.total));
+    const gap = (sums) => Math.abs(total(COST_LINES, (name) => sums[name]) - sums.total);
+    const isTrue = [seconds, cost].every((sums) => gap(sums) <= ROUNDING * Math.max(1, sums.total));
     setText(lines.get("total").share, isTrue ? "✓" : "≠");
     table.querySelector("tfoot").classList.toggle("fault-text", !isTrue);
-    strip.replaceChildren(bar(COST_LINES.map((name) => ({ look: COST_LOOKS[name], value: seconds[name], title: t(`cost_${name}`) })), seconds.total, 0));
+    const parts = COST_LINES.map((name) => ({ look: COST_LOOKS[name], value: seconds[name], title: t(`cost_${name}`) }));
+    strip.replaceChildren(bar(parts, seconds.total, 0));
     perToken.hidden = seconds.per_million_output_tokens === null;
     if (!perToken.hidden) {
       const time = format.long(seconds.per_million_output_tokens);
-      const amount = cost.per_million_output_tokens === null || cost.is_default ? "" : `, ${format.money(cost.per_million_output_tokens, currency)}`;
+      const paid = cost.is_default ? null : cost.per_million_output_tokens;
+      const amount = paid === null ? "" : `, ${format.money(paid, currency)}`;
       setText(perToken, t("cost_per_million", { time, amount }));
     }
     const named = Object.entries(seconds.by_key).filter(([key]) => key !== ""); // that of a server without keys
@@ -131,8 +139,9 @@ export function createCostView({ root, words, format, terms }) {
     const rest = Math.max(0, used.joules - used.requests_joules - used.idle_joules); // loading, host, failed steps
     const parts = { all: used.joules, requests: used.requests_joules, idle: used.idle_joules, rest };
     const written = Object.fromEntries(Object.entries(parts).map(([name, value]) => [name, format.joules(value)]));
-    const each = used.joules_per_output_token === null ? "" : ` ${t("energy_per_token", { joules: format.joules(used.joules_per_output_token) })}`;
-    setText(energyText, `${t("energy_text", { ...written, source: used.source })}${each}`);
+    const each = used.joules_per_output_token;
+    const perOutput = each === null ? "" : ` ${t("energy_per_token", { joules: format.joules(each) })}`;
+    setText(energyText, `${t("energy_text", { ...written, source: used.source })}${perOutput}`);
   }
 
   return (frame) => {
@@ -152,13 +161,14 @@ export function createCallsView({ root, words, terms }) {
     figures.set(name, h("b", {}));
     return figures.get(name);
   };
+  const apart = (name) => [figure(name), " ", terms(name, t(`calls_${name}`))];
   const parts = ENDINGS.map((name) => h("li", { "data-name": name }, figure(name), " ", t(`calls_${name}`)));
   const sign = h("span", {});
   root.append(
     h("p", {}, figure("accepted"), " ", t("calls_accepted"), " = "),
     h("ul", { class: "calls" }, ...parts),
     sign,
-    h("p", { class: "calls-apart" }, figure("refused"), " ", terms("refused", t("calls_refused")), " · ", figure("restarts"), " ", terms("restarts", t("calls_restarts"))),
+    h("p", { class: "calls-apart" }, ...apart("refused"), " · ", ...apart("restarts")),
   );
 
   return ({ counts }) => {

@@ -45,7 +45,7 @@ function scales(columns) {
 }
 
 /**
- * Draws the view and returns the scales' tops. `scene`: {ctx, width, scale, steps, view, colours, clock(ms), markName(kind),
+ * Draws the view; returns the tops of the scales and whether there is no step in it. `scene`: {ctx, width, scale, steps, view, colours, clock(ms), markName(kind),
  * selected, hover, momentMs}; `selected` and `hover` are indexes of steps or -1.
  */
 export function drawTimeline(scene) {
@@ -64,7 +64,7 @@ export function drawTimeline(scene) {
   drawSpan(scene, scene.hover, false);
   drawMarks(scene);
   drawMoment(scene);
-  return tops;
+  return { tops, isEmpty: columns.length === 0 };
 }
 
 const toX = ({ view, width }, ms) => ((ms - view.beginMs) / (view.endMs - view.beginMs)) * width;

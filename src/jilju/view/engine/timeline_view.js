@@ -15,7 +15,8 @@ const DRAG_PX = 4; // less is a press
 /** `store` holds {frame, mode, selected}; `steps` is the data. Returns {stage, zoom, walk, changed}. */
 export function createTimelineView({ words, format, terms, store, steps, select }) {
   const { t, duration } = words;
-  const canvas = h("canvas", { class: "timeline-canvas", role: "slider", tabindex: 0, "aria-label": t("timeline_label"), "aria-describedby": "timeline-hint" });
+  const spoken = { role: "slider", "aria-label": t("timeline_label"), "aria-describedby": "timeline-hint" };
+  const canvas = h("canvas", { class: "timeline-canvas", tabindex: 0, ...spoken });
   const ctx = canvas.getContext("2d");
   const tip = h("div", { class: "tip", hidden: true });
   const lanes = ["prefill", "decode", "time", "waiting"].map((name) => lane(name));
@@ -43,7 +44,8 @@ export function createTimelineView({ words, format, terms, store, steps, select 
 
   function zoomButton(ms) {
     const label = t("seconds", { seconds: ms / 1000 });
-    return h("label", {}, h("input", { type: "radio", name: "zoom", value: ms, checked: ms === SPANS_MS[0], onchange: () => setSpan(ms) }), h("span", {}, label));
+    const input = h("input", { type: "radio", name: "zoom", value: ms, checked: ms === SPANS_MS[0], onchange: () => setSpan(ms) });
+    return h("label", {}, input, h("span", {}, label));
   }
 
   const view = () => {
@@ -66,7 +68,7 @@ export function createTimelineView({ words, format, terms, store, steps, select 
     const scale = devicePixelRatio;
     const pixels = [Math.round(width * scale), Math.round(LANES.height * scale)];
     if (canvas.width !== pixels[0] || canvas.height !== pixels[1]) [canvas.width, canvas.height] = pixels;
-    const tops = drawTimeline({
+    const { tops, isEmpty } = drawTimeline({
       ctx,
       width,
       scale,
@@ -84,13 +86,6 @@ export function createTimelineView({ words, format, terms, store, steps, select 
     for (const { name, top } of lanes) {
       setText(top, t("lane_scale", { top: name === "time" ? duration(tops.time) : tops[name] }));
     }
-    drawQuiet();
-  }
-
-  function drawQuiet() {
-    const { beginMs, endMs } = view();
-    const first = steps.nearest(beginMs);
-    const isEmpty = first < 0 || steps.firstAfter(endMs) === 0 || (steps.firstAfter(beginMs) === steps.firstAfter(endMs) && steps.at(first).begin_ms + steps.at(first).ms < beginMs);
     quiet.hidden = !isEmpty;
     if (isEmpty) setText(quiet, t("timeline_quiet", { span: duration(spanMs) }));
   }
@@ -132,7 +127,8 @@ export function createTimelineView({ words, format, terms, store, steps, select 
       drag.isMoved ||= Math.abs(x - drag.x) > DRAG_PX;
       if (drag.isMoved && pinnedEndMs !== null) pinnedEndMs = within(drag.endMs - ((x - drag.x) / width) * spanMs);
     }
-    const marks = event.offsetY < LANES.prefill.title ? markClusters(steps.marks, view(), width).find((each) => Math.abs(each.x - x) < 8) : null;
+    const isAtMarks = event.offsetY < LANES.prefill.title;
+    const marks = isAtMarks ? markClusters(steps.marks, view(), width).find((each) => Math.abs(each.x - x) < 8) : null;
     hover = marks ? -1 : indexAt(x);
     if (drag?.isMoved) hover = -1;
     drawTip(x, marks?.marks);
@@ -157,9 +153,10 @@ export function createTimelineView({ words, format, terms, store, steps, select 
   const markLine = (mark) => h("p", {}, h("b", {}, words.markName(mark.kind)), ` ${format.clockMs(toUnix(mark.at_ms))} ${mark.text}`);
 
   function stepLines(step) {
+    const error = format.signedShare((step.predicted_ms - step.ms) / step.ms);
     return [
       h("p", {}, h("b", {}, t("step_name", { serial: words.integer(step.serial) })), ` ${format.clockMs(toUnix(step.begin_ms))}`),
-      h("p", {}, t("step_time", { measured: duration(step.ms), predicted: duration(step.predicted_ms), error: format.signedShare((step.predicted_ms - step.ms) / step.ms) })),
+      h("p", {}, t("step_time", { measured: duration(step.ms), predicted: duration(step.predicted_ms), error })),
       h("p", {}, t("step_tokens", { prefill: step.prefill_tokens, decode: step.decode_tokens, rows: step.rows })),
       h("p", {}, t("step_waiting", { waiting: step.waiting })),
     ];
