@@ -9,6 +9,7 @@
 #   make soak     100,000 seeds of the simulation   make coverage       branches of the scheduler that the simulation takes
 #   make bugs     how soon the simulation sees planted bugs         make soak-api       generated calls against a real server
 #   make conformance  write docs/conformance.md     make clients        other people's clients against a server
+#   make screenshots  the pictures in docs/images, of a real server (needs Chromium and the default model)
 #   make soak-structured  200 schemas on a real server
 #   make clean    remove environments and builds    make soak-native    the simulation's seeds on the native backend
 
@@ -21,7 +22,7 @@ comma := ,
 SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -name '*.so' -not -path '*/__pycache__/*')
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
-.PHONY: serve test test-neon check sanitize soak soak-native soak-api soak-structured bugs coverage conformance clients bench bench-http bench-account bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-structured bench-quality
+.PHONY: serve test test-neon check sanitize soak soak-native soak-api soak-structured bugs coverage conformance clients screenshots bench bench-http bench-account bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-structured bench-quality
 .PHONY: peers oracle oracle-write dev clean wheel install-check image-check
 .DELETE_ON_ERROR:
 
@@ -119,6 +120,10 @@ conformance: .venv-dev/installed
 
 .venv-clients-old/installed:
 	$(call environment,.venv-clients-old,installed,installing older clients,'openai>=2$(comma)<3' 'anthropic>=1$(comma)<2' pytest)
+
+screenshots: .venv-dev/installed
+	@.venv-dev/bin/jilju pull qwen2.5-coder-0.5b
+	@.venv-dev/bin/python scripts/screenshots.py
 
 clients: .venv-dev/installed .venv-clients/installed .venv-clients-old/installed
 	@.venv-dev/bin/jilju pull smollm2-135m

@@ -28,6 +28,7 @@ class Life:
     times: RequestTimes | None = None
     token_ids: list[int] = field(default_factory=list)
     ended_ns: int = 0
+    num_resumes: int = 0
 
 
 class Stage:
@@ -52,6 +53,7 @@ class Stage:
         self.start()
         for life in self.lives.values():
             if not life.ended_ns:
+                life.num_resumes += 1
                 self.engine.submit(msgspec.structs.replace(life.request, output_ids=list(life.token_ids)))
 
     def submit(self, request_id: str, num_prompt: int, max_tokens: int, first_id: int = 0, **changes) -> Life:
@@ -86,12 +88,12 @@ class Stage:
 
     def record(self, life: Life) -> CallRecord:
         at, end = life.received_ns, life.ended_ns
-        times = life.times
+        times, is_whole = life.times, len(life.token_ids) == life.request.params.max_tokens
         sequence = SequenceRecord(
             number=life.request.number, index=0, prompt_index=0, num_prompt_tokens=len(life.request.prompt_ids),
             num_cached_tokens=times.num_cached_tokens if times else 0, num_output_tokens=len(life.token_ids),
             queued_ns=life.submitted_ns + SERVER_NS, ended_ns=end, num_preemptions=times.num_preemptions if times else 0,
-            num_resumes=0, finish_reason="length", miss=times.miss if times else None,
+            num_resumes=life.num_resumes, finish_reason="length" if is_whole else None, miss=times.miss if times else None,
         )  # fmt: skip
         return CallRecord(
             id=life.request.id, run_id="chatcmpl-" + life.request.id, route="/v1/chat/completions", key_name=None,

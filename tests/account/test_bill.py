@@ -380,6 +380,7 @@ def test_an_engine_that_preempts_and_dies_is_billed_to_the_ns(num_blocks):
     sums = stage.bill.sums(stage.clock.now_ns())
     check_sums(sums)
     assert stage.num_recomputed > 0 and sums.lines["recompute"].machine_ns > 0
+    assert not stage.log.num_failures, "sums were right after each step"
     assert sums.lines["load"].machine_ns == 10**6
     assert all(sums.by_key[key].machine_ns > 0 for key in ("ann", "bob"))
     assert sums.lines["failed"].machine_ns == SERVER_NS  # from its last step to its death

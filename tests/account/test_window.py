@@ -1,6 +1,7 @@
 """Windows: sums add up, a moment looks the same whenever it is asked for, and nobody sees the runs of others."""
 
 from collections import defaultdict
+from itertools import pairwise
 
 import msgspec
 import numpy as np
@@ -9,15 +10,16 @@ from hypothesis import given, settings
 
 from jilju.account.frame import Frame
 from jilju.account.recording import Viewer
+from jilju.account.sequence_rows import MINUTE_NS, SequenceRows
 from jilju.account.tiles import SLO_GAP_MS, SLO_TTFT_MS
-from jilju.account.waterfalls import Waterfalls
+from jilju.account.time_ledger import KINDS, make_time_ledger
+from jilju.account.waterfalls import Waterfalls, make_waterfall
 from jilju.account.window import make_fold, make_frame, seen_by
 from tests.account.recorded import KEYS, Recorder, recorders, scripts
 from tests.account.staged import Stage
 from tests.backends.roofline import make_limits
 
 ALL = Viewer(sees_all=True)
-MINUTE_NS = 60 * 10**9
 
 
 def check(frame: Frame) -> None:
@@ -46,12 +48,12 @@ def without_now(frame: Frame) -> Frame:
 @given(recorders(), scripts())
 def test_the_past_looks_as_it_did_when_it_was_live(recorder, script):
     """Each frame of a live view, with what it left out of steps and marks put together, is the window of the past that ends there."""
-    live, cursor, bars = [], None, Waterfalls()
+    live, cursor, bars, rows = [], None, Waterfalls(), SequenceRows()
     steps, marks = defaultdict(list), []
     for happening in script:
         recorder.play(*happening)
         source = recorder.recording()
-        fold = make_fold(source, source.now_ns - MINUTE_NS, source.now_ns, since=cursor, waterfalls=bars)
+        fold = make_fold(source, source.now_ns - MINUTE_NS, source.now_ns, since=cursor, waterfalls=bars, rows=rows)
         cursor = fold.cursor
         check(fold.frame)
         for name, values in msgspec.to_builtins(fold.frame.steps).items():
@@ -139,9 +141,8 @@ def test_who_runs_and_waits_is_what_the_scheduler_says(recorder, script):
         for run, row in shown.items():
             sequence = ids[run]
             assert (row.computed_tokens, row.blocks) == (sequence.num_computed, len(sequence.block_ids))
-            assert row.phase == ("decode" if sequence.num_computed + 1 == sequence.num_tokens else "prefill")
             if row.phase == "decode":
-                assert row.output_tokens == sequence.num_output
+                assert (row.computed_tokens + 1, row.output_tokens) == (sequence.num_tokens, sequence.num_output)
 
 
 @settings(max_examples=60, deadline=None)
@@ -165,6 +166,26 @@ def test_runs_of_other_keys_are_not_named(recorder, script):
         frame = seen_by(fold, viewer)
         assert [bar.total_ms for bar in frame.slowest] == [bar.total_ms for bar in fold.frame.slowest]
         assert frame.tiles == fold.frame.tiles
+
+
+@settings(max_examples=40, deadline=None)
+@given(recorders(), scripts())
+def test_a_bar_is_its_ledger_in_few_parts(recorder, script):
+    for happening in script:
+        recorder.play(*happening)
+    recorder.finish()
+    source = recorder.recording()
+    for call in source.calls:
+        bar = make_waterfall(call, source)
+        ledger = make_time_ledger(call, call.sequences[0], source.log, source.step_model, block_size=4, now_ns=0)
+        sums = defaultdict(float)
+        for part in bar.parts:
+            sums[part.kind] += part.ms
+        assert sums == pytest.approx({kind: ns / 1e6 for kind, ns in ledger.by_kind().items()})
+        kinds = [part.kind for part in bar.parts]
+        assert all(one != other for one, other in pairwise(kinds))
+        if not {"recompute", "restart", "stall_preempted", "queue_restart"} & set(kinds):
+            assert len(kinds) <= 2 * len(KINDS), "not two for each step"
 
 
 def test_what_one_waits_for_and_who_has_it():

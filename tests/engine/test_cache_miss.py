@@ -125,6 +125,7 @@ class History:
                 self.told[number] = event.times.miss
                 self.num_preempted += event.times.num_preemptions > 0
         self.engine.scheduler.check()
+        assert not self.engine.log.num_failures
 
     def _on_step(self, record: StepRecord) -> None:
         for number, start, count, _ in iter_rows(record.rows):

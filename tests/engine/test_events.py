@@ -1,6 +1,7 @@
 """The event log: rings that keep the newest records as they were, listeners that hear each once, and steps found by their time."""
 
 import random
+import threading
 from typing import get_args
 
 import msgspec
@@ -117,7 +118,53 @@ def test_steps_and_rows_as_arrays_and_parts_are_those_of_the_log():
                 assert get_args(Closed)[step["closed_by"]] == each.step.closed_by
                 assert [tuple(row) for row in arrays.rows[arrays.row_steps == place]] == list(each.rows)
                 assert part.step(each.serial) == each
-            assert len(arrays.steps) == len(wanted) == len(part.steps) and len(arrays.rows) == len(arrays.row_steps)
-            assert part.between(0, now + 1) == wanted
+            assert len(arrays.steps) == len(wanted) and len(arrays.rows) == len(arrays.row_steps)
+            oldest, begin = log.num_steps - len(log.steps), min(first, log.num_steps)
+            assert len(part.steps) == len(wanted) + (begin > oldest), "and the one before, where it is kept"
+            assert part.between(0, now + 1)[len(part.steps) - len(wanted) :] == wanted
         begin, end = sorted(rng.randrange(900, now + 50) for _ in range(2))
         assert list(log.serials(begin, end)) == [each.serial for each in log.between(begin, end)]
+
+
+def test_a_listener_that_fails_hurts_nobody_else(caplog):
+    log, heard = EventLog(), []
+
+    def fail(*what):
+        raise ValueError("a fold is wrong")
+
+    class Broken:
+        on_enter = on_leave = on_engine = fail
+
+    log.listen(fail)
+    log.watch(Broken())
+    log.listen(heard.append)
+    records = [record(random.Random(1), step_id=i, num_rows=0, rows=b"") for i in range(5)]
+    for each in records:
+        log.add_step(each)
+        log.enter(1, "", 0)
+        log.leave(1, 0)
+        log.engine(True, 0)
+    assert heard == records and log.num_steps == len(log.steps) == 5
+    assert log.num_failures == 20 and len(caplog.records) == 5, "told the 1st, 2nd, 4th, 8th, 16th time"
+
+
+def test_a_thread_that_reads_does_not_keep_the_log_from_growing():
+    log, rng = EventLog(), random.Random(1)
+    rows = b"".join(pack_row(n, 1, 1, 1) for n in range(16))
+    one = record(rng, num_rows=16, rows=rows, begin_ns=0, end_ns=1)
+    for _ in range(2000):
+        log.add_step(one)
+    is_over = threading.Event()
+
+    def read():
+        while not is_over.is_set():
+            log.part(range(1000))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for _ in range(20_000):
+            log.add_step(one)  # BufferError where a view of the ring is held meanwhile
+    finally:
+        is_over.set()
+        reader.join()

@@ -154,6 +154,17 @@ def test_a_request_that_had_no_token_takes_the_times_of_the_new_engine():
     assert event.times == msgspec.structs.replace(of_engine, queued_ns=1)
 
 
+def test_so_does_one_that_goes_on():
+    """Who is given up after its first token has no other times."""
+    core = ready_core()
+    core.submit(request("a", [1]), 1)
+    core.ended(5)
+    core.receive(core.launched(6), Ready(INFO), 7)
+    of_engine = RequestTimes(queued_ns=7, scheduled_ns=8, first_token_ns=9, last_token_ns=9)
+    (event,) = core.receive(2, stepped(token("a", 0, times=of_engine)), 10)
+    assert event.times == msgspec.structs.replace(of_engine, queued_ns=1)
+
+
 def test_back_off_and_giving_up():
     core = ready_core()
     core.submit(request("a", [1]), 1)

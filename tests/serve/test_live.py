@@ -143,6 +143,33 @@ async def test_a_key_sees_its_own_runs_named_and_no_others(quick: None) -> None:
         assert (other.status_code, other.json()["error"]["code"]) == (404, "run_not_found")
 
 
+async def test_who_asks_for_the_head_gets_no_stream(connect: Connect) -> None:
+    async with connect() as (http, _):
+        answer = await http.head("/v1/jilju/events")
+        assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/event-stream")
+        assert not is_fed()
+
+
+async def test_who_waits_is_told_when_it_may_begin() -> None:
+    stub = StubClient(hang_at=0, step_coefficients=(1e6, 1e6, 0.0))
+    async with running(stub) as (port, _), connected(port) as http:
+        call = asyncio.create_task(http.post(CHAT, json=chat_body(max_tokens=3)))
+        await until(lambda: stub.requests)
+        frame = (await http.get("/v1/jilju/window")).json()
+        (row,) = frame["waiting"]
+        assert (row["cause"], row["run"].startswith("chatcmpl-")) == ("step", True)
+        assert row["prompt_tokens"] == stub.requests[0].num_prompt_tokens
+        assert abs(row["predicted_start_ms"] - row["since_ms"]) < 60_000
+        step(stub)
+        frame = (await http.get("/v1/jilju/window")).json()
+        (row,) = frame["running"]
+        assert frame["waiting"] == [] and row["phase"] == "decode"
+        past = (await http.get("/v1/jilju/window", params={"end_ms": frame["end_ms"] - 0.5})).json()
+        assert [row["predicted_start_ms"] for row in past["waiting"]] in ([], [None]), "only of now it is known"
+        call.cancel()
+        await until(lambda: not stub.live)
+
+
 async def test_so_many_pages_and_no_more(quick: None) -> None:
     async with running(StubClient()) as (port, _), connected(port) as http, contextlib.AsyncExitStack() as stack:
         pages = [await stack.enter_async_context(page(http)) for _ in range(live.MAX_STREAMS)]

@@ -59,7 +59,7 @@ LABELS: dict[str, set[str] | None] = {
     "stage": set(FRONTEND_STAGES),
     "source": {"computed", "cached"},
     "process": {"server", "engine"},
-    "owner": {"start", "run store", "history", "grammars", "weights", "kv", "workspace", "unattributed", "not_resident"},
+    "owner": {"start", "run store", "log", "history", "grammars", "weights", "kv", "workspace", "unattributed", "not_resident"},
     "reason": {*WAITING_REASONS, *get_args(ShedReason), "disconnect", "recompute"},
 }  # fmt: skip
 
@@ -292,7 +292,7 @@ def test_lines_of_memory_sum_to_what_is_resident(resident: int, owners: dict[str
 async def test_memory_of_both_processes_is_told(connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
     stub = StubClient()
     monkeypatch.setattr(StubClient, "process_id", os.getppid(), raising=False)
-    async with connect(stub) as (http, _):
+    async with connect(stub) as (http, server):
         stub.info = msgspec.structs.replace(stub.info, weight_bytes=1 << 12)
         samples = samples_of((await http.get("/metrics")).text)
         assert value(samples, "jilju_memory_bytes", process="engine", owner="weights") == 1 << 12
@@ -303,6 +303,10 @@ async def test_memory_of_both_processes_is_told(connect: Connect, monkeypatch: p
                 if name == "jilju_memory_bytes" and ("process", process) in labels
             ]
             assert sum(lines) > 1 << 20
+        pages = [line for line in server.metrics.memory.owned() if line.is_file]
+        assert {(line.process, line.owner) for line in pages} == {
+            ("server", "start"), ("engine", "weights"), ("engine", "start"),
+        }  # fmt: skip
         monkeypatch.setattr(StubClient, "process_id", 2**30, raising=False)
         assert 'process="engine"' not in (await http.get("/metrics")).text, "there is no such process"
     assert resident_bytes("self") and resident_bytes(str(2**30)) is None

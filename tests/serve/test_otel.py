@@ -420,3 +420,21 @@ def test_where_it_goes(given: str) -> None:
 def test_where_it_cannot_go(given: str) -> None:
     with pytest.raises(ConfigError, match=r"--otel is .*; allowed: off, env, or a URL such as"):
         resolve_serve_config(None, {"otel": given}, {})
+
+
+def test_thousands_of_steps_are_told_apart_by_sequence() -> None:
+    """Also of a ring that has begun to drop them, and of the step that was under way at the end."""
+    steps = [(n, 200 + 10 * n, 205 + 10 * n, n % 3, n % 3 == 2) for n in range(1, 3000)]
+    log = EventLog(ring=2500)
+    for step_id, begin_ns, end_ns, count, is_sampled in steps:
+        rows = pack_row(3, 0, 1, 1) * 7 + (pack_row(7, 0, count, is_sampled) if count else b"")
+        log.add_step(
+            step_record(step_id=step_id, begin_ns=begin_ns, end_ns=end_ns, rows=rows, num_rows=len(rows) // 20)
+        )
+    first_ns, last_ns = steps[600][1], steps[700][1] + 2  # it ends within that step
+    times = msgspec.structs.replace(TIMES, scheduled_ns=first_ns, first_token_ns=last_ns, last_token_ns=last_ns)
+    call = ended_call(times)
+    call.ended_ns = call.lives[0].ended_ns = last_ns + 50
+    chunks = [part for part in parts_of(call, log) if part.name.startswith("prefill")]
+    wanted = [(begin, min(end, last_ns), count) for _, begin, end, count, _ in steps[600:701] if count]
+    assert [(c.begin_ns, c.end_ns, c.attributes["jilju.tokens"]) for c in chunks] == wanted

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from .stub_server import StubServer
+from .stub_server import Front, StubServer
 
 CHROMIUM = Path("/usr/bin/chromium")
 ARGUMENTS = [
@@ -23,6 +23,7 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+VIEWPORT = {"width": 1280, "height": 800}
 TIMEOUT_MS = 10_000  # of an expectation; a slow machine is not a fault of the page
 WATCH = """
 document.addEventListener("securitypolicyviolation", (event) =>
@@ -58,29 +59,80 @@ def browser() -> Iterator[object]:
         chromium.close()
 
 
+@pytest.fixture(scope="session")
+def front() -> Iterator[Front]:
+    server = Front()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def stub() -> Iterator[StubServer]:
-    server = StubServer()
+def stub(front) -> Iterator[StubServer]:
+    server = StubServer(front)
     yield server
     for gate in list(server.gates.values()):
         gate.set()
     server.close()
 
 
-@pytest.fixture
-def open_page(browser, stub):
-    """open_page(locale=..., viewport=..., **context options) -> (page, watch), at the stub's page or that of another url."""
-    opened = []
+class Contexts:
+    """Browser contexts, kept from test to test: a new one has to fetch and compile all modules again."""
 
-    def open_(path: str = "/", *, url: str | None = None, **options):
-        url = url or stub.url
-        options.setdefault("locale", "en-US")
-        options.setdefault("viewport", {"width": 1280, "height": 800})
-        context = browser.new_context(**options)
+    def __init__(self, browser) -> None:
+        self._browser = browser
+        self._kept: dict[tuple[tuple[str, object], ...], object] = {}
+
+    def new(self, **options):
+        context = self._browser.new_context(**({"viewport": VIEWPORT} | options))
         context.set_default_timeout(TIMEOUT_MS)
         context.add_init_script(WATCH)
+        return context
+
+    def get(self, **options):
+        key = tuple(sorted(options.items()))
+        if key not in self._kept:
+            self._kept[key] = self.new(**options)
+        return self._kept[key]
+
+
+@pytest.fixture(scope="session")
+def contexts(browser) -> Contexts:
+    return Contexts(browser)
+
+
+MEDIA = ("color_scheme", "reduced_motion")
+
+
+@pytest.fixture
+def open_page(contexts, front, stub):
+    """open_page(path, locale=..., viewport=..., **context options) -> (page, watch), at the stub's page or that of another url.
+
+    `alone`: in a context of its own, for a test that changes more of it than pages and their storage.
+    """
+    opened = []
+
+    def open_(
+        path: str = "/",
+        *,
+        url: str = front.url,
+        locale: str = "en-US",
+        viewport=VIEWPORT,
+        alone: bool = False,
+        **options,
+    ):
+        media = {name: options.pop(name) for name in MEDIA if name in options}
+        alone = alone or not options.keys() <= {"has_touch"}  # rights and keys stay in a context
+        context = (contexts.new if alone else contexts.get)(locale=locale, **options)
         page = context.new_page()
         watch = Watch(origin=url)
+        opened.append((context, watch, alone))
+        storage = context.new_cdp_session(page)
+        storage.send("Storage.clearDataForOrigin", {"origin": url, "storageTypes": "local_storage"})
+        storage.detach()
+        if viewport != VIEWPORT:
+            page.set_viewport_size(viewport)
+        if media:
+            page.emulate_media(**media)
         page.on("console", lambda message: watch.problems.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: watch.problems.append(str(error)))
 
@@ -91,10 +143,13 @@ def open_page(browser, stub):
 
         page.on("request", note_request)
         page.goto(url + path)
-        opened.append((context, watch))
         return page, watch
 
     yield open_
-    for context, watch in opened:
-        context.close()
+    for context, _, alone in opened:
+        for page in context.pages:
+            page.close()
+        if alone:
+            context.close()
+    for _, watch, _ in opened:
         watch.check()

@@ -17,7 +17,7 @@ import msgspec
 from jilju.account.frame import Frame
 
 from .frame_data import FIRST_MS, World, step_ops
-from .stub_server import StubServer
+from .stub_server import Front, StubServer
 
 WAIT_S = 20.0  # for what the page must do; longer is a broken test
 POLL_S = 0.02
@@ -26,7 +26,7 @@ POLL_S = 0.02
 class EngineStub(StubServer):
     """`now_ms` is the present; `status` what the events route answers, 404 for a recorded file; `changes` overrides a frame's fields."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, front: Front, world: World) -> None:
         self.world = world
         self.now_ms = world.until_ms
         self.first_ms = FIRST_MS  # what the ring still has
@@ -36,7 +36,7 @@ class EngineStub(StubServer):
         self.asked: list[str] = []  # paths with their queries
         self.told: queue.Queue[str] = queue.Queue()  # "opened" and "closed", for each stream
         self._streams: list[queue.Queue[Frame | None]] = []
-        super().__init__()
+        super().__init__(front)
 
     def advance(self, ms: float = 1000.0, **changes: Any) -> None:
         """Time goes on, and every open stream gets what is new."""

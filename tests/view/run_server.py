@@ -12,7 +12,7 @@ import msgspec
 from jilju.serve.runs.types import Run, RunList, StepOps
 
 from .run_data import run_list, step_ops
-from .stub_server import Exchange, StubServer
+from .stub_server import Exchange, Front, StubServer
 
 API = "/v1/jilju/"
 
@@ -20,11 +20,11 @@ API = "/v1/jilju/"
 class RunServer(StubServer):
     """`runs` by id; a step's ops are made when they are asked for. `asked` are the paths of the API that the page called."""
 
-    def __init__(self) -> None:
+    def __init__(self, front: Front) -> None:
         self.runs: dict[str, Run] = {}
         self.lost_steps: set[int] = set()
         self.asked: list[str] = []
-        super().__init__()
+        super().__init__(front)
 
     def put(self, run: Run) -> str:
         """Returns the path of its page."""

@@ -1,8 +1,7 @@
 """A server for tests of the pages: the real static files under the server's policy, and answers that a test scripts.
 
-Owns an HTTP server on a thread and a record of what the page sent. Scripts go on when the test lets them (gates), so no test
-waits for a clock. Speaks the stream of /v1/chat/completions and knows nothing
-of models.
+Owns an HTTP server on a thread, which stays while stubs come and go, and a stub's record of what the page sent. Scripts go on when
+the test lets them (gates), so no test waits for a clock. Speaks the stream of /v1/chat/completions and knows nothing of models.
 """
 
 import json
@@ -17,6 +16,7 @@ from jilju import view
 from jilju.serve.view_files import POLICY, load_view
 
 START_ID, END_ID, FIRST_ID = 1, 2, 100
+PAGES = {"/": "chat/index.html", "/engine": "engine/index.html", "/runs": "run/index.html"}
 GATE_S = 20.0  # a gate that nobody opens is a broken test, which must end too
 
 MODEL = {
@@ -157,10 +157,65 @@ def say(*tokens: str) -> Callable[[Exchange], None]:
     return script
 
 
+class Front:
+    """The address of all stubs of a session, one after the other; a browser keeps the pages' files as long as it stays the same."""
+
+    def __init__(self) -> None:
+        self.stub: StubServer | None = None
+        files = load_view(view.DIRECTORY)
+        front = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                if path in PAGES or path.startswith(("/runs/", "/view/")):
+                    self._file(
+                        PAGES.get(path)
+                        or (path.removeprefix("/view/") if path.startswith("/view/") else PAGES["/runs"])
+                    )
+                elif front.stub is not None:  # else a page that goes: its test is over
+                    front.stub._get(self)
+
+            def do_HEAD(self) -> None:
+                self.send_response(200)
+                self.end_headers()
+
+            def do_POST(self) -> None:
+                if front.stub is not None:
+                    front.stub._post(self)
+
+            def _file(self, name: str) -> None:
+                file = files.get(name)
+                if file is None:
+                    self.send_error(404)
+                    return
+                self.send_response(200)
+                self.send_header("content-type", file.content_type)
+                self.send_header("content-security-policy", POLICY)
+                self.send_header("x-content-type-options", "nosniff")
+                self.send_header("cache-control", "max-age=3600")
+                self.end_headers()
+                self.wfile.write(file.data)
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Quiet: a test reads what it needs from the stub."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
 class StubServer:
     """`script` answers the chat calls, `gets` and `posts` the plain calls; `key`, when set, is asked of every call but the pages' own files."""
 
-    def __init__(self) -> None:
+    def __init__(self, front: Front) -> None:
         self.script: Callable[[Exchange], None] = say("Hello", " there", ".")
         self.key: str | None = None
         self.health = {"status": "ok", "running": 1, "waiting": 0}
@@ -177,45 +232,15 @@ class StubServer:
         self.bodies: list[dict[str, Any]] = []
         self.gates: Gates = Gates()
         self.client_left = threading.Event()
-        self._files = load_view(view.DIRECTORY)
-        stub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                stub._get(self)
-
-            def do_HEAD(self) -> None:
-                self.send_response(200)
-                self.end_headers()
-
-            def do_POST(self) -> None:
-                stub._post(self)
-
-            def log_message(self, format: str, *args: Any) -> None:
-                """Quiet: a test reads what it needs from the stub."""
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-        self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self._front = front
+        self.url = front.url
+        front.stub = self
 
     def close(self) -> None:
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()
+        self._front.stub = None
 
     def _get(self, handler: BaseHTTPRequestHandler) -> None:
-        path = handler.path.partition("?")[0]
-        if path == "/":
-            self._file(handler, "chat/index.html")
-        elif path == "/engine":
-            self._file(handler, "engine/index.html")
-        elif path == "/runs" or path.startswith("/runs/"):
-            self._file(handler, "run/index.html")
-        elif path.startswith("/view/"):
-            self._file(handler, path.removeprefix("/view/"))
-        elif (answer := self.gets.get(path)) is None:
+        if (answer := self.gets.get(handler.path.partition("?")[0])) is None:
             handler.send_error(404)
         elif self._allowed(handler):
             self._json(handler, answer())
@@ -269,18 +294,6 @@ class StubServer:
             401, "invalid_api_key", "no key or a wrong one; send Authorization: Bearer KEY", www_authenticate="Bearer"
         )
         return False
-
-    def _file(self, handler: BaseHTTPRequestHandler, name: str) -> None:
-        file = self._files.get(name)
-        if file is None:
-            handler.send_error(404)
-            return
-        handler.send_response(200)
-        handler.send_header("content-type", file.content_type)
-        handler.send_header("content-security-policy", POLICY)
-        handler.send_header("x-content-type-options", "nosniff")
-        handler.end_headers()
-        handler.wfile.write(file.data)
 
     def _json(self, handler: BaseHTTPRequestHandler, value: Any) -> None:
         handler.send_response(200)

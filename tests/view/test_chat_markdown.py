@@ -271,7 +271,7 @@ def test_texts_that_are_hard_to_read_are_shown_all_the_same(open_page):
 
 def test_a_link_opens_when_clicked_and_tells_nothing_of_this_page(open_page, stub):
     stub.script = say("See [there](https://example.invalid/page).")
-    page, watch = open_page()
+    page, watch = open_page(alone=True)
     seen = []
     page.context.route(
         "https://example.invalid/**", lambda route: (seen.append(route.request.headers), route.fulfill(body="there"))

@@ -27,7 +27,9 @@ class Served:
 
     def __init__(self, client: StubClient, **changes: object):
         app = create_app(make_context(client, view_dir=view.DIRECTORY, **changes))
-        self._server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None, lifespan="off"))
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, port=0, log_config=None, lifespan="off", timeout_graceful_shutdown=0)
+        )
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()), daemon=True)
         self._thread.start()
         deadline = time.monotonic() + START_S

@@ -35,7 +35,7 @@ class Tiles(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepColumns(msgspec.Struct, frozen=True, kw_only=True):
-    """Steps that ended in the window, a list a column, the oldest first. `serial` names a step for good."""
+    """Steps that ended in the window, the newest 16,384, a list a column, the oldest first. `serial` names a step for good."""
 
     serial: list[int]
     begin_ms: list[float]
@@ -82,7 +82,7 @@ class WaitingRow(msgspec.Struct, frozen=True, kw_only=True):
     since_ms: float  # submitted to the engine
     cause: str  # "step", "rows", "tokens", "blocks", "order", "restart", "grammar"
     predicted_start_ms: float | None
-    holders: list[Share]  # who holds what it waits for, the largest first
+    holders: list[Share]  # who holds what it waits for, the largest 8 first
 
 
 class HeldBlocks(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,7 +119,7 @@ class Waterfall(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
-    parts: list[LedgerPart]  # in order, equal neighbours joined; they sum to total_ms
+    parts: list[LedgerPart]  # in order; of a wait, a prompt and an answer each kind is summed; they sum to total_ms
 
 
 class Owned(msgspec.Struct, frozen=True, kw_only=True):
@@ -203,9 +203,9 @@ class Frame(msgspec.Struct, frozen=True, kw_only=True):
     flops_per_s: float | None
     tiles: Tiles
     steps: StepColumns
-    marks: list[Mark]
+    marks: list[Mark]  # the newest 1,024
     running: list[RunningRow]
-    waiting: list[WaitingRow]
+    waiting: list[WaitingRow]  # those 256 that wait longest
     blocks: Blocks
     slowest: list[Waterfall]  # 20 at most, of those that ended in the window
     memory: list[Owned] | None  # None: of a recorded file

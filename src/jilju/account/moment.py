@@ -7,12 +7,10 @@ that is under way does is not known until it ends. Knows nothing of what came la
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from jilju.account.frame import Blocks, HeldBlocks, RunningRow, Share, WaitingRow
 from jilju.account.recording import BlockCounts, Recording
 from jilju.account.records import CallRecord, SequenceRecord
-from jilju.account.sequence_rows import SequenceRows
+from jilju.account.sequence_rows import Newest, SequenceRows
 from jilju.account.time_ledger import held_by
 from jilju.engine.events import LoggedStep
 
@@ -31,20 +29,16 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class _Live:
-    """A live sequence, and of its rows of the last minute what is of use; all 0 where it has none."""
+    """A live sequence."""
 
     call: CallRecord
     sequence: SequenceRecord
-    cached_start: int | None = None  # where its present stay began; None: before that minute
-    computed: int = 0
-    num_output: int = 0
-    is_sampled: bool = False  # its newest row is
-    last_step_ns: int = 0  # when that row's step ended
-    is_running: bool = False
+    newest: Newest | None  # None: it had no row in the last minute
+    is_running: bool
 
 
 def make_moment(source: Recording, rows: SequenceRows, calls: Iterable[CallRecord], end_ns: int) -> Moment:
-    """`rows` are those of the steps that ended in the minute before `end_ns`, `calls` all that were live then, and perhaps others."""
+    """`rows` are those of the minute before `end_ns`, `calls` all that were live then, and perhaps others."""
     serials = source.log.serials(0, end_ns)
     newest = source.log.step(serials.stop - 1)
     is_now = source.now is not None and end_ns >= source.now_ns
@@ -59,18 +53,19 @@ def make_moment(source: Recording, rows: SequenceRows, calls: Iterable[CallRecor
         running=[_running_row(each, source.block_size) for each in running],
         waiting=[queue.row(each, starts.get(each.sequence.number)) for each in waiting[:MAX_WAITING]],
         num_waiting=len(waiting),
-        blocks=_shown_blocks(source, counts, running),
+        blocks=_shown_blocks(source, counts, running, rows.begin_ns),
         state=state,
     )
 
 
 def _live(calls: Iterable[CallRecord], rows: SequenceRows, end_ns: int) -> list[_Live]:
-    found = list(_submitted(calls, end_ns))
-    places = rows.of(sequence.number for _, sequence in found)
-    return [
-        _of_rows(call, sequence, rows, its) if len(its) else _Live(call, sequence)
-        for (call, sequence), its in zip(found, places, strict=True)
-    ]
+    found: list[_Live] = []
+    for call, sequence in _submitted(calls, end_ns):
+        newest = rows.newest(sequence.number)
+        # One that decodes has a row in every step, unless its blocks were taken.
+        is_running = newest is not None and not (newest.is_sampled and rows.was_preempted_after(newest))
+        found.append(_Live(call, sequence, newest, is_running))
+    return found
 
 
 def _submitted(calls: Iterable[CallRecord], end_ns: int) -> Iterator[tuple[CallRecord, SequenceRecord]]:
@@ -82,46 +77,30 @@ def _submitted(calls: Iterable[CallRecord], end_ns: int) -> Iterator[tuple[CallR
                     yield call, sequence
 
 
-def _of_rows(call: CallRecord, sequence: SequenceRecord, rows: SequenceRows, places: np.ndarray) -> _Live:
-    """`places` are those of its rows, in their order."""
-    last, last_step = rows.rows[places[-1]], int(rows.row_steps[places[-1]])
-    sampled = next((row for place in places[::-1] if (row := rows.rows[place])["is_sampled"]), None)
-    num_output = 0
-    if sampled is not None:
-        num_output = int(sampled["start"]) + int(sampled["num_tokens"]) + 1 - sequence.num_prompt_tokens
-    # One that decodes has a row in every step, unless its blocks were taken.
-    is_out = bool(last["is_sampled"]) and bool(rows.steps["num_preempted"][last_step + 1 :].any())
-    return _Live(
-        call,
-        sequence,
-        _stay_start(rows, places, is_whole=call.submitted_ns >= rows.begin_ns),
-        int(last["start"]) + int(last["num_tokens"]),
-        max(0, num_output),
-        bool(last["is_sampled"]),
-        int(rows.steps["end_ns"][last_step]),
-        not is_out,
-    )
-
-
-def _stay_start(rows: SequenceRows, places: np.ndarray, *, is_whole: bool) -> int | None:
-    """Where it began to compute when it was last let in: what is before that was cached. `is_whole`: these are all its rows."""
-    starts = rows.rows["start"][places]
-    breaks = np.flatnonzero(starts[1:] != starts[:-1] + rows.rows["num_tokens"][places[:-1]])
-    if len(breaks):
-        return int(starts[breaks[-1] + 1])
-    return int(starts[0]) if is_whole else None
-
-
 def _running_row(each: _Live, block_size: int) -> RunningRow:
+    newest = _newest(each)
+    num_output = newest.sampled_computed + 1 - each.sequence.num_prompt_tokens if newest.sampled_ns else 0
     return RunningRow(
         run=each.call.run_id,
-        phase="decode" if each.is_sampled else "prefill",
+        phase="decode" if newest.is_sampled else "prefill",
         prompt_tokens=each.sequence.num_prompt_tokens,
-        computed_tokens=each.computed,
-        output_tokens=each.num_output,
-        blocks=_blocks_for(each.computed, block_size),
+        computed_tokens=newest.computed,
+        output_tokens=max(0, num_output),
+        blocks=_blocks_for(newest.computed, block_size),
         since_ms=each.call.received_ns / 1e6,
     )
+
+
+def _newest(each: _Live) -> Newest:
+    assert each.newest is not None, "who runs has had a row"
+    return each.newest
+
+
+def _num_cached(each: _Live, begin_ns: int) -> int:
+    """Tokens that it found as it was last let in, if that was in the last minute; else what the engine told with its first token."""
+    newest = _newest(each)
+    is_seen = each.call.submitted_ns >= begin_ns or newest.before_stay_ns >= begin_ns
+    return newest.stay_start if is_seen else each.sequence.num_cached_tokens
 
 
 def _blocks_for(num_tokens: int, block_size: int) -> int:
@@ -147,7 +126,7 @@ class _Queue:
         return WaitingRow(
             run=each.call.run_id,
             prompt_tokens=each.sequence.num_prompt_tokens,
-            since_ms=(each.last_step_ns or each.call.submitted_ns) / 1e6,
+            since_ms=(each.newest.at_ns if each.newest is not None else each.call.submitted_ns) / 1e6,
             cause=cause,
             predicted_start_ms=None if predicted_ns is None else predicted_ns / 1e6,
             holders=self._holders.get(cause, []),
@@ -156,7 +135,7 @@ class _Queue:
     def _cause(self, each: _Live) -> str:
         if self._is_away:
             return "restart"
-        if each.last_step_ns:
+        if each.newest is not None:
             return "blocks"  # they were taken from it
         newest, has_grammar = self._newest, each.call.grammar_ns > 0
         if newest is None or newest.step.begin_ns < each.call.submitted_ns:
@@ -181,13 +160,12 @@ def _blocks(source: Recording, newest: LoggedStep | None) -> BlockCounts:
     return BlockCounts(step.num_blocks_held, step.num_blocks_cached, step.num_blocks_free)
 
 
-def _shown_blocks(source: Recording, counts: BlockCounts, running: Sequence[_Live]) -> Blocks:
+def _shown_blocks(source: Recording, counts: BlockCounts, running: Sequence[_Live], begin_ns: int) -> Blocks:
     size = source.block_size
     held: dict[str, tuple[int, int]] = {}
     for each in running:
-        blocks = _blocks_for(each.computed, size)
-        found = each.cached_start if each.cached_start is not None else each.sequence.num_cached_tokens
-        cached = min(blocks, found // size) if size else 0
+        blocks = _blocks_for(_newest(each).computed, size)
+        cached = min(blocks, _num_cached(each, begin_ns) // size) if size else 0
         sums = held.get(each.call.run_id, (0, 0))
         held[each.call.run_id] = sums[0] + blocks, sums[1] + cached
     return Blocks(

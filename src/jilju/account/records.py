@@ -11,7 +11,8 @@ import msgspec
 
 from jilju.engine.request import CacheMiss
 
-MAX_CALLS = 16_384  # ended ones that are kept: some 20 MB
+MAX_CALLS = 16_384  # ended ones that are kept: some 10 MB, ...
+MAX_SEQUENCES = 65_536  # ... and 10 MB more where each has several sequences
 
 
 class SequenceRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -76,16 +77,18 @@ class CallRecord(msgspec.Struct, frozen=True, kw_only=True):
 class CallRing:
     """The newest ended calls, in the order of their ends, found by id, or by the number of a sequence."""
 
-    def __init__(self, size: int = MAX_CALLS):
-        self._size = size
+    def __init__(self, size: int = MAX_CALLS, max_sequences: int = MAX_SEQUENCES):
+        self._size, self._max_sequences = size, max_sequences
         self._calls: OrderedDict[str, CallRecord] = OrderedDict()
         self._by_number: dict[int, str] = {}
         self.dropped_ns = 0  # when the newest ended that is not kept any more
 
     def add(self, call: CallRecord) -> None:
+        """In place of what was known of it before."""
         self._calls[call.id] = call
-        self._by_number |= {sequence.number: call.id for sequence in call.sequences}
-        if len(self._calls) > self._size:
+        for sequence in call.sequences:
+            self._by_number[sequence.number] = call.id
+        while len(self._calls) > self._size or (len(self._by_number) > self._max_sequences and len(self._calls) > 1):
             _, oldest = self._calls.popitem(last=False)
             self.dropped_ns = oldest.ended_ns
             for sequence in oldest.sequences:

@@ -14,6 +14,7 @@ from jilju.plan.cost import Machine, OpCost, PlanCost, Roofs, SummedShape
 ETA_C, ETA_B = 0.8, 0.8  # shares of its roofs that an engine reaches; only proportions come of them
 BASE_NS, ROW_NS = 200e3, 10e3  # of a step, of a row
 UNKNOWN = Roofs(20e9, 200e9)  # where no machine was measured: two cores of a server
+MAX_ALONE = 1 << 15  # times of single rows that are kept, 4 MB
 TOKEN_NS = 1e6  # where there is no plan
 
 
@@ -22,6 +23,7 @@ class StepModel:
         self._cost = None if plan is None else PlanCost(plan, kv_bytes_per_token // plan.kv.elements_per_token)
         self.roofs = roofs
         roofs = roofs or UNKNOWN
+        self._alone: dict[tuple[int, ...], int] = {}  # by start, tokens, whether it is sampled
         self._machine = Machine(roofs.flops_per_s, roofs.read_bytes_per_s, ETA_C, ETA_B, BASE_NS, ROW_NS)
 
     def ns(self, rows: Sequence[RowRecord]) -> int:
@@ -49,7 +51,19 @@ class StepModel:
 
     def own_share(self, rows: Sequence[RowRecord], own: Sequence[RowRecord]) -> float:
         """m(own) / m(rows): the part of the step's time that these rows alone would have taken."""
-        return 1.0 if len(own) == len(rows) else min(1.0, self.ns(own) / self.ns(rows))
+        return 1.0 if len(own) == len(rows) else min(1.0, self._alone_ns(own) / self.ns(rows))
+
+    def _alone_ns(self, own: Sequence[RowRecord]) -> int:
+        """Rows of decoding sequences alone cost the same again and again."""
+        if len(own) != 1:
+            return self.ns(own)
+        row = own[0][1:]
+        found = self._alone.get(row)
+        if found is None:
+            if len(self._alone) == MAX_ALONE:
+                self._alone.clear()
+            found = self._alone[row] = self.ns(own)
+        return found
 
     def added_ns(self, rows: Sequence[RowRecord]) -> list[int]:
         """Of each row, what it adds to the step: m(rows) - m(rows without it). Rows of one token that read the same weights add little."""

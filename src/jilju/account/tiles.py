@@ -12,11 +12,11 @@ from jilju.account.records import CallRecord
 from jilju.account.sequence_rows import SequenceRows
 from jilju.account.step_model import StepModel
 
-TILE_NS = 60 * 10**9
 SLO_TTFT_MS, SLO_GAP_MS = 2000.0, 100.0  # the preset `chat`: models of a size for CPUs
 
 
 def make_tiles(
+    steps: np.ndarray,
     rows: SequenceRows,
     begin_ns: int,
     end_ns: int,
@@ -28,9 +28,7 @@ def make_tiles(
     kv_used_share: float,
     imbalance: int,
 ) -> Tiles:
-    """Of steps and calls that ended in [begin_ns, end_ns); `rows` may begin earlier."""
-    first = int(np.searchsorted(rows.steps["end_ns"], begin_ns))
-    steps = rows.steps[first:]
+    """Of `steps` and calls that ended in [begin_ns, end_ns); `rows` are those of the minute before its end."""
     seconds = max(end_ns - begin_ns, 1) / 1e9
     took = steps["end_ns"].astype(np.int64) - steps["begin_ns"].astype(np.int64)
     took_ns = int(took.sum())
@@ -40,10 +38,10 @@ def make_tiles(
         seconds=seconds,
         streams=streams,
         waiting=waiting,
-        output_tokens_per_s=rows.num_sampled(first) / seconds,
+        output_tokens_per_s=rows.num_sampled(begin_ns) / seconds,
         prompt_tokens_per_s=max(0, computed) / seconds,
         ttft_ms=_percentiles(np.array([ttft for call in ended if (ttft := ttft_ms(call)) is not None])),
-        gap_ms=_percentiles(rows.gaps_ns(first) / 1e6),
+        gap_ms=_percentiles(rows.gaps_ns(begin_ns) / 1e6),
         goodput_per_s=sum(map(is_good, ended)) / seconds,
         slo_ttft_ms=SLO_TTFT_MS,
         slo_gap_ms=SLO_GAP_MS,

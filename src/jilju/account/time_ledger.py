@@ -8,6 +8,7 @@ Computed when it is asked for, never in a step.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, get_args
 
 from jilju.account.records import CallRecord, SequenceRecord
@@ -39,7 +40,8 @@ Kind = Literal[
     "stall_preempted",  # from its preemption to its next row
     "recompute",  # its tokens computed again, neighbours included
     "restart",  # from an engine's last step to the first of the next
-    "in_flight",  # of a call that still runs: since the last step that was told of
+    "in_flight",  # in the engine, and no step of it says more: since the last one, of a call that still runs, or was given up,
+    # or waits for another sequence of its own; or the log does not keep them any more
     "link_out",  # engine to server, of the last token
     "text",  # detokenizing, parsing and encoding after the last token
     "write",  # handing the last bytes to the socket
@@ -81,6 +83,7 @@ class TimeLedger:
     end_ns: int
     intervals: list[Interval]
     steps: list[OwnStep]
+    is_cut: bool = False  # its first steps are not in the log any more
 
     @property
     def total_ns(self) -> int:
@@ -129,15 +132,16 @@ def make_time_ledger(
         cuts.until("write", end_ns)
         return TimeLedger(call.received_ns, end_ns, cuts.intervals, [])
     _lengths(cuts, call, call.submitted_ns)
-    cuts.until("link_in", sequence.queued_ns)
-    walk = _Walk(cuts, sequence.number, log, model, block_size, names_blame)
+    walk = _Walk(cuts, sequence, log, model, block_size, names_blame)
+    walk.arrive(sequence.queued_ns)
     walk.steps_until(sequence.ended_ns or end_ns)
     if sequence.ended_ns:
         cuts.until("link_out", sequence.ended_ns)
-        cuts.until("text", call.encoded_ns)
-        _writes(cuts, call, end_ns)
+        cuts.until("in_flight", call.last_event_ns if call.ended_ns else end_ns)  # others of its call are not done
+        _after("text", call.encoded_ns, cuts, call)
+        _after("write", end_ns, cuts, call)
     cuts.until("in_flight", end_ns)
-    return TimeLedger(call.received_ns, end_ns, cuts.intervals, walk.steps)
+    return TimeLedger(call.received_ns, end_ns, cuts.intervals, walk.steps, walk.is_cut)
 
 
 class _Cuts:
@@ -167,36 +171,50 @@ def _lengths(cuts: _Cuts, call: CallRecord, until_ns: int) -> None:
         cuts.until("admit", until_ns if call.submitted_ns else call.encoded_ns)
 
 
-def _writes(cuts: _Cuts, call: CallRecord, end_ns: int) -> None:
+def _after(kind: Kind, until_ns: int, cuts: _Cuts, call: CallRecord) -> None:
+    """What the server does after the last token, but for the writes that its reader held up."""
     for begin_ns, wait_end_ns in call.waits:
-        if wait_end_ns > cuts.at_ns:
-            cuts.until("write", begin_ns)
-            cuts.until("client", wait_end_ns)
-    cuts.until("write", end_ns)
+        if begin_ns < until_ns and wait_end_ns > cuts.at_ns:
+            cuts.until(kind, begin_ns)
+            cuts.until("client", min(wait_end_ns, until_ns))
+    cuts.until(kind, until_ns)
 
 
 class _Walk:
-    """Over the steps of the engine, from the moment the sequence was in its inbox."""
+    """Over the steps of the engine, from the moment the sequence was on its way to it."""
 
-    def __init__(self, cuts: _Cuts, number: int, log: EventLog, model: StepModel, block_size: int, names_blame: bool):
-        self._cuts, self._number, self._log, self._model = cuts, number, log, model
+    def __init__(
+        self, cuts: _Cuts, sequence: SequenceRecord, log: EventLog, model: StepModel, block_size: int, names_blame: bool
+    ):
+        self._cuts, self._sequence, self._log, self._model = cuts, sequence, log, model
         self._block_size, self._names_blame = block_size, names_blame
+        self._number = sequence.number
         self.steps: list[OwnStep] = []
         self._computed = 0  # tokens, at most, so far
-        self._is_decoding = False
+        self.is_cut = False  # its first steps are not in the log any more
+        self._num_restarts = 0  # seen
         # Since its last row: steps without one, gaps (None), and their ends.
         self._stalled: list[tuple[LoggedStep | None, int]] = []
 
+    def arrive(self, queued_ns: int) -> None:
+        """The engine takes what came to it between two steps."""
+        cuts = self._cuts
+        for logged in self._log.overlapping(cuts.at_ns, queued_ns):
+            cuts.until("link_in", logged.step.begin_ns)
+            taken_ns = min(logged.step.end_ns, queued_ns)
+            cuts.until("queue_step", taken_ns, self._blame(logged, taken_ns - cuts.at_ns), logged.serial)
+        cuts.until("link_in", queued_ns)
+
     def steps_until(self, end_ns: int) -> None:
-        queued_ns = self._cuts.at_ns
-        before_id = -1
-        found = self._log.overlapping(queued_ns, end_ns)
-        lasts = [logged.step.end_ns for logged in found if self._row(logged) is not None]
+        queued_ns, sequence = self._cuts.at_ns, self._sequence
+        found = self._known(self._log.overlapping(queued_ns, end_ns), queued_ns, end_ns)
+        before_id = self._id_before(found)
+        last_ns = max([logged.step.end_ns for logged in found if self._row(logged) is not None], default=0)
         for logged in found:
             step = logged.step
             is_new_engine = step.step_id <= before_id and not step.is_rerun
             before_id = step.step_id
-            if lasts and step.begin_ns >= lasts[-1] > queued_ns:
+            if sequence.finish_reason is not None and step.begin_ns >= last_ns > queued_ns:
                 break
             self._gap(step.begin_ns, is_new_engine)
             row = self._row(logged)
@@ -205,8 +223,36 @@ class _Walk:
             else:
                 self._with(logged, row)
         self._settle_stall(None)
-        if not self.steps:  # it never ran: it waited until somebody gave it up, or still does
-            self._cuts.until("queue_step" if not found else _QUEUE[found[-1].step.closed_by], end_ns)
+        is_between_engines = sequence.num_resumes > self._num_restarts
+        if not self._has_run:  # it waited until somebody gave it up, or still does
+            kind = "queue_step" if not found else _QUEUE[found[-1].step.closed_by]
+            self._cuts.until("queue_restart" if is_between_engines else kind, end_ns)
+        elif sequence.finish_reason is None:
+            self._cuts.until("restart" if is_between_engines else "in_flight", end_ns)
+
+    @property
+    def _has_run(self) -> bool:
+        return self.is_cut or bool(self.steps)
+
+    def _known(self, found: list[LoggedStep], queued_ns: int, end_ns: int) -> list[LoggedStep]:
+        """Without the first steps that are not kept, or not their rows: of these nothing can be said."""
+        first = next((i for i, logged in enumerate(found) if logged.rows or not logged.step.num_rows), len(found))
+        if first or self._log.has_dropped(queued_ns):
+            self.is_cut = True
+            self._cuts.until("in_flight", min(found[first].step.begin_ns, end_ns) if first < len(found) else end_ns)
+        return found[first:]
+
+    def _id_before(self, found: list[LoggedStep]) -> int:
+        """Of the step before the first of these, if an engine may have died between the two while it waited."""
+        if not found or not self._sequence.num_resumes:
+            return -1
+        before = self._log.step(found[0].serial - 1)
+        if before is not None:
+            return before.step.step_id
+        # An engine died in its first step, unless a later one shows that death.
+        ids = [logged.step.step_id for logged in found if not logged.step.is_rerun]
+        is_seen = any(later <= earlier for earlier, later in pairwise(ids)) or self._sequence.finish_reason is None
+        return -1 if is_seen else found[0].step.step_id
 
     def _row(self, logged: LoggedStep) -> RowRecord | None:
         return next((row for row in logged.rows if row.number == self._number), None)
@@ -215,7 +261,8 @@ class _Walk:
         """Between two steps."""
         if is_new_engine:
             self._settle_stall(None)
-            self._cuts.until("restart" if self.steps else "queue_restart", begin_ns)
+            self._num_restarts += 1
+            self._cuts.until("restart" if self._has_run else "queue_restart", begin_ns)
         elif self._stalled:
             self._stalled.append((None, begin_ns))
         else:
@@ -223,7 +270,7 @@ class _Walk:
 
     def _without(self, logged: LoggedStep, queued_ns: int) -> None:
         step = logged.step
-        if self.steps:
+        if self._has_run:
             self._stalled.append((logged, step.end_ns))
             return
         if step.begin_ns < queued_ns:
@@ -239,7 +286,7 @@ class _Walk:
         step, cuts = logged.step, self._cuts
         is_recompute = row.start < self._computed
         self._settle_stall(row)
-        is_prefill = not self._is_decoding and not is_recompute
+        is_prefill = row.start < self._sequence.num_prompt_tokens and not is_recompute
         own = round((step.done_ns - step.packed_ns) * self._model.own_share(logged.rows, [row]))
         cuts.until("host", step.packed_ns, serial=logged.serial)
         own_end_ns = step.packed_ns + own
@@ -252,7 +299,6 @@ class _Walk:
         cuts.until("host", step.end_ns, serial=logged.serial)
         self.steps.append(OwnStep(logged, row, is_prefill, is_recompute, own))
         self._computed = max(self._computed, row.start + row.num_tokens)
-        self._is_decoding = self._is_decoding or bool(row.is_sampled)
 
     def _settle_stall(self, row: RowRecord | None) -> None:
         """Steps that went by without it: what came next says why."""

@@ -13,7 +13,7 @@ from jilju.account.records import CallRecord, SequenceRecord
 from jilju.account.time_ledger import KINDS, Interval, Kind, make_time_ledger
 
 MAX_BARS = 512  # that are remembered, some 2 KB each
-# These alternate step by step within a stretch of prefill, or of decode.
+# These alternate step by step within a wait, a prefill or a decode.
 _WITHIN_STEPS: frozenset[Kind] = frozenset({"host", "stall_budget", "stall_blocks"})
 
 
@@ -63,7 +63,7 @@ def last_sequence(call: CallRecord) -> SequenceRecord | None:
 
 
 def joined(intervals: Sequence[Interval]) -> list[tuple[Kind, int]]:
-    """Kinds and ns in order. The steps of a prompt, and those of an answer, are one stretch, in which each kind is summed."""
+    """Kinds and ns in order. Steps of a wait, of a prompt and of an answer are a stretch each, in which each kind is summed."""
     stretches: list[tuple[str, dict[Kind, int]]] = []
     for interval in intervals:
         before = stretches[-1][0] if stretches else ""
@@ -84,7 +84,7 @@ def joined(intervals: Sequence[Interval]) -> list[tuple[Kind, int]]:
 
 def _phase(kind: Kind, before: str) -> str:
     """ "": it is part of no stretch."""
-    if kind.startswith(("prefill_", "decode_")):
+    if kind.startswith(("queue_", "prefill_", "decode_")):
         return kind.partition("_")[0]
     return before if kind in _WITHIN_STEPS else ""
 

@@ -27,8 +27,8 @@ from jilju.account.frame import (
 from jilju.account.moment import make_moment
 from jilju.account.recording import Recording, Viewer
 from jilju.account.records import CallRecord
-from jilju.account.sequence_rows import SequenceRows
-from jilju.account.tiles import TILE_NS, make_tiles
+from jilju.account.sequence_rows import MINUTE_NS, SequenceRows
+from jilju.account.tiles import make_tiles
 from jilju.account.waterfalls import Waterfalls
 from jilju.engine.events import CLOSED
 
@@ -76,19 +76,23 @@ def make_fold(
     *,
     since: Cursor | None = None,
     waterfalls: Waterfalls | None = None,
+    rows: SequenceRows | None = None,
 ) -> Fold:
+    """`waterfalls` and `rows` are what an earlier fold has left for later ones; that of `rows` ended no later."""
     log = source.log
     begin_ns = max(begin_ns, source.first_ns)
     serials = log.serials(begin_ns, end_ns)
     ended, live = ended_in(source, begin_ns, end_ns), _live_at(source, end_ns)
-    minute = SequenceRows(log, end_ns - TILE_NS, end_ns)
-    moment = make_moment(source, minute, live, end_ns)
-    tiles_ns = max(begin_ns, end_ns - TILE_NS)
+    rows = rows if rows is not None else SequenceRows()
+    rows.advance(log, end_ns)
+    moment = make_moment(source, rows, live, end_ns)
+    tiles_ns = max(begin_ns, end_ns - MINUTE_NS)
+    steps = log.step_array(log.serials(tiles_ns, end_ns))
     held = moment.blocks.held / moment.blocks.total if moment.blocks.total else 0.0
     tiles = make_tiles(
-        minute, tiles_ns, end_ns, [call for call in ended if call.ended_ns >= tiles_ns], source.step_model,
+        steps, rows, tiles_ns, end_ns, [call for call in ended if call.ended_ns >= tiles_ns], source.step_model,
         streams=len(moment.running), waiting=moment.num_waiting, kv_used_share=held,
-        imbalance=_imbalance(source, minute.steps),
+        imbalance=_imbalance(source, steps),
     )  # fmt: skip
     new = serials if since is None else range(min(max(serials.start, since.serial), serials.stop), serials.stop)
     marks_ns = begin_ns if since is None else max(begin_ns, since.at_ns)

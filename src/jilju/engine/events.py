@@ -5,6 +5,7 @@ are folds over them and over the marks of requests. Holds no text and no tokens.
 with the step's frame, so they outlive an engine's death. Times are ns of the monotonic clock.
 """
 
+import logging
 import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
@@ -12,6 +13,8 @@ from typing import Literal, NamedTuple, Protocol, get_args, overload
 
 import msgspec
 import numpy as np
+
+logger = logging.getLogger(__name__)
 
 STEP_RING = 131_072  # steps kept: an hour of 30 ms steps, 20 MB
 ROW_RING = 1_048_576  # rows kept: eight a step, 20 MB
@@ -135,6 +138,10 @@ class StepRing(Sequence[StepRecord]):
         places = range(len(self))[index]
         return [self.at(place)[0] for place in places] if isinstance(places, range) else self.at(places)[0]
 
+    @property
+    def num_bytes(self) -> int:
+        return len(self._bytes)
+
     def at(self, place: int) -> tuple[StepRecord, int]:
         """The record, and the number of its first row."""
         *fields, closed_by, first_row = _LAYOUT.unpack_from(self._bytes, self._offset(place))
@@ -165,9 +172,8 @@ class StepRing(Sequence[StepRecord]):
 
 
 def _around(ring: bytearray, begin: int, size: int) -> bytes:
-    """A copy of so many bytes, which may go on at the ring's begin."""
-    with memoryview(ring) as view:
-        return b"".join((view[begin : begin + size], view[: max(0, begin + size - len(ring))]))
+    """A copy of so many bytes, which may go on at the ring's begin. No view of it is held, or a ring could not grow meanwhile."""
+    return bytes(ring[begin : begin + size]) + ring[: max(0, begin + size - len(ring))]
 
 
 class RowRing:
@@ -201,6 +207,10 @@ class RowRing:
         return tuple(map(RowRecord._make, _ROW.iter_unpack(self.packed(first, count))))
 
     @property
+    def num_bytes(self) -> int:
+        return len(self._bytes)
+
+    @property
     def oldest(self) -> int:
         """The number of the oldest that is kept."""
         return self.num_added - len(self._bytes) // _ROW.size
@@ -232,24 +242,51 @@ class Watcher(Protocol):
         ...
 
 
+class Guard:
+    """Between what happens and those who only look on: one that raises is logged, and hurts nobody else."""
+
+    def __init__(self, whose: str):
+        self._whose = whose
+        self.num_failures = 0
+
+    def tell(self, listener: Callable[..., None], *what: object) -> None:
+        try:
+            listener(*what)
+        except Exception:
+            self.num_failures += 1
+            if self.num_failures & (self.num_failures - 1) == 0:  # the 1st, 2nd, 4th, ...
+                logger.exception(
+                    "listeners of %s failed %d times, their sums are wrong from here on", self._whose, self.num_failures
+                )
+
+
 class EventLog:
-    """A bounded ring of step records, one of their rows, and listeners, called once for each record as it is added."""
+    """A bounded ring of step records, one of their rows, and listeners, called once for each record as it is added.
+
+    It belongs to one thread: another one reads a `part` of it.
+    """
 
     def __init__(self, ring: int = STEP_RING, row_ring: int = ROW_RING):
         self.steps = StepRing(ring)
         self.rows = RowRing(row_ring)
         self.num_steps = 0  # ever added
         self._is_kept = True
+        self._guard = Guard("the log")
         self._listeners: list[Callable[[StepRecord], None]] = []
         self._watchers: list[Watcher] = []
 
     def add_step(self, record: StepRecord) -> None:
-        self.num_steps += 1
         if self._is_kept:
             self.steps.add(record, self.rows.num_added)
             self.rows.add(record.rows)
+        self.num_steps += 1
         for listener in self._listeners:
-            listener(record)
+            self._guard.tell(listener, record)
+
+    @property
+    def num_failures(self) -> int:
+        """Of listeners; each leaves some sum wrong."""
+        return self._guard.num_failures
 
     def keep_none(self) -> None:
         """From now on: for who only hands records on."""
@@ -263,15 +300,20 @@ class EventLog:
 
     def enter(self, number: int, tenant: str, at_ns: int) -> None:
         for watcher in self._watchers:
-            watcher.on_enter(number, tenant, at_ns)
+            self._guard.tell(watcher.on_enter, number, tenant, at_ns)
 
     def leave(self, number: int, at_ns: int) -> None:
         for watcher in self._watchers:
-            watcher.on_leave(number, at_ns)
+            self._guard.tell(watcher.on_leave, number, at_ns)
 
     def engine(self, is_ready: bool, at_ns: int) -> None:
         for watcher in self._watchers:
-            watcher.on_engine(is_ready, at_ns)
+            self._guard.tell(watcher.on_engine, is_ready, at_ns)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of both rings."""
+        return self.steps.num_bytes + self.rows.num_bytes
 
     @property
     def oldest_ns(self) -> int | None:
@@ -322,9 +364,15 @@ class EventLog:
         row_steps = np.repeat(np.arange(len(steps)), counts)
         return LogArrays(self.num_steps - len(self.steps) + places.start, steps, rows, row_steps)
 
+    def has_dropped(self, at_ns: int) -> bool:
+        """Whether steps that were under way at that moment, or later, may not be kept any more."""
+        is_full = self.num_steps > len(self.steps)
+        return is_full and (not len(self.steps) or self.steps.end_ns(0) > at_ns)
+
     def part(self, serials: range) -> "EventLog":
-        """A log of its own with those of them that are kept, under the same serials, for a thread to read."""
+        """A log of its own with those of them that are kept and the one before, under the same serials, for a thread to read."""
         places = self._places(serials)
+        places = range(max(0, places.start - 1), places.stop)
         found = EventLog()
         found.steps, found.rows = self.steps.part(places), self.rows.part(*self._rows_of(places))
         found.num_steps = self.num_steps - len(self.steps) + places.stop

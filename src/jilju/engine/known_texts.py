@@ -13,7 +13,7 @@ import numpy as np
 
 from jilju.engine.request import CacheMiss
 
-MAX_GONE = 32_768  # texts that are not in the cache: some 12 MB; a text is at most a block long
+MAX_GONE = 32_768  # texts that are not in the cache: 20 to 40 MB; a text is at most a block long
 
 
 class KnownTexts:

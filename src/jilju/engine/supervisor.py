@@ -342,6 +342,8 @@ class Supervisor:
         live = self._live[event.request_id]
         if isinstance(event, TokenEvent):
             if event.index == 0:
+                if live.num_resumes:
+                    event = msgspec.structs.replace(event, times=live.times(event.times))
                 live.started = event.times
             live.is_suspect = False  # it has passed the place where it was: kills there were not its doing
             live.num_kills_alone = 0

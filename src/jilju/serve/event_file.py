@@ -9,7 +9,7 @@ import asyncio
 import logging
 from pathlib import Path
 
-from jilju.account.log_file import CALL, END, ENGINE, INFO, REFUSAL, STEP, About, LogWriter, entry
+from jilju.account.log_file import CALL, END, ENGINE, INFO, REFUSAL, STEP, LogWriter, entry
 from jilju.account.recording import Refusal
 from jilju.engine.client import EngineInfo
 from jilju.engine.events import StepRecord

@@ -193,7 +193,7 @@ class Generation:
         for choice in self.choices[: len(self._pumps)]:
             if not choice.ended:
                 self.client.abort(choice.request.id)
-                self._end(choice, None)
+                self._end(choice, None, self.clock.now_ns())
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
@@ -224,7 +224,7 @@ class Generation:
         delta: Delta | None = None
         times = None if isinstance(event, PromptScored | RequestFailed) else event.times
         if times is not None:
-            choice.life.times = times
+            choice.life.times, choice.life.num_resumes = times, self._num_resumes()
         if times is not None and times.scheduled_ns:
             error_ns = self.admission.started(choice.request.id, times.scheduled_ns)
             if error_ns is not None:
@@ -236,10 +236,10 @@ class Generation:
                 choice.finish_reason = event.finish_reason
                 delta = self._delta(choice, choice.text.finish().text, ())
             elif isinstance(event, RequestFailed):
-                self._end(choice, None)
+                self._end(choice, None, at_ns)
                 raise error_of(event.code, event.message)
             elif isinstance(event, RequestAborted):
-                self._end(choice, event.times)
+                self._end(choice, event.times, at_ns)
                 raise InternalError("the engine ended the request although nobody asked for it")
             else:
                 assert isinstance(event, PromptScored), f"an unknown event of the engine: {event!r}"
@@ -247,10 +247,8 @@ class Generation:
                 if choice.kept is not None:
                     choice.kept.add_scores(event)
         if is_terminal(event):
-            self._end(choice, times)
+            self._end(choice, times, at_ns)
             self.marks.last_event_ns = at_ns
-            self.marks.num_resumes = self.client.status().num_restarts - self._num_restarts
-            choice.life.num_resumes = self.marks.num_resumes
             delta, choice.held = choice.held or delta, None
         elif delta is not None and delta.finish_reason is not None:  # a stop string: nothing more of it is wanted
             self.client.abort(choice.request.id)
@@ -307,10 +305,16 @@ class Generation:
             choice.finish_reason = "tool_calls"
         return Delta(choice, tuple(parts), tokens, choice.finish_reason, choice.stop_reason)
 
-    def _end(self, choice: Choice, times: RequestTimes | None) -> None:
+    def _end(self, choice: Choice, times: RequestTimes | None, at_ns: int) -> None:
+        """At `at_ns` its terminal event was at hand, which may lie for a while if the reader is slow, or it was given up."""
         assert not choice.ended, f"{choice.request.id} ended twice"
         choice.ended, choice.times = True, times
-        choice.life.ended_ns, choice.life.finish_reason = self.clock.now_ns(), choice.finish_reason
-        self.ledger.sequence_ended(self.call, times, is_sibling=bool(choice.request.sibling_of))
+        choice.life.ended_ns, choice.life.finish_reason = at_ns, choice.finish_reason
+        choice.life.num_resumes = self.marks.num_resumes = self._num_resumes()
+        self.ledger.sequence_ended(self.call, times)
         num_tokens = choice.num_tokens if choice.finish_reason is not None else None
         self.admission.ended(choice.request.id, self.clock.now_ns(), num_tokens)
+
+    def _num_resumes(self) -> int:
+        """Engines that were started since it came."""
+        return self.client.status().num_restarts - self._num_restarts

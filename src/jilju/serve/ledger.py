@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 from jilju.account.recording import Refusal
 from jilju.account.records import CallRecord, SequenceRecord
 from jilju.clock import Clock
+from jilju.engine.events import Guard
 from jilju.engine.request import RequestTimes, SamplingParams
 from jilju.errors import JiljuError, ShedReason
 from jilju.serve.timings import Marks
@@ -35,6 +36,10 @@ class SequenceLife:
     num_resumes: int = 0
     finish_reason: str | None = None
 
+    @property
+    def num_cached_tokens(self) -> int:
+        return 0 if self.times is None else self.times.num_cached_tokens
+
     def record(self) -> SequenceRecord:
         times = self.times
         return SequenceRecord(
@@ -42,7 +47,7 @@ class SequenceLife:
             index=self.index,
             prompt_index=self.prompt_index,
             num_prompt_tokens=self.num_prompt_tokens,
-            num_cached_tokens=0 if times is None else times.num_cached_tokens,
+            num_cached_tokens=self.num_cached_tokens,
             num_output_tokens=self.num_output_tokens,
             queued_ns=0 if times is None else times.queued_ns,
             ended_ns=self.ended_ns,
@@ -69,7 +74,6 @@ class Call:
     num_sequences: int = 0  # submitted to the engine
     num_live_sequences: int = 0
     num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
     num_output_tokens: int = 0
     first_token_ns: int = 0  # its chunk was handed to the socket, or was ready to be
     ended_ns: int = 0
@@ -87,6 +91,11 @@ class Call:
     num_choices: int = 1  # answers to a prompt that it asks for
     machine_ns: int = 0  # its share of the machine's time, once it has ended
     joules: float | None = None
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Of all prompts, each once: what the first sequence of it found, as far as the engine has told."""
+        return sum({life.prompt_index: life.num_cached_tokens for life in reversed(self.lives)}.values())
 
     def record(self) -> CallRecord:
         """As folds over the log take it; of a call that still runs, what there is."""
@@ -129,6 +138,7 @@ class LedgerListener(Protocol):
 class Ledger:
     def __init__(self, clock: Clock):
         self._clock = clock
+        self._guard = Guard("the ledger")
         self._listeners: list[LedgerListener] = []
         self.live: dict[str, Call] = {}
         self.num_accepted: Counter[str] = Counter()  # by route
@@ -165,18 +175,16 @@ class Ledger:
         call.num_live_sequences += count
         self.num_live_sequences += count
 
-    def sequence_ended(self, call: Call, times: RequestTimes | None, *, is_sibling: bool = False) -> None:
-        """A sibling shares the prompt of another sequence of the call, which is counted once."""
+    def sequence_ended(self, call: Call, times: RequestTimes | None) -> None:
         call.num_live_sequences -= 1
         self.num_live_sequences -= 1
         if times is not None:
             call.times.append(times)
-            call.num_cached_tokens += 0 if is_sibling else times.num_cached_tokens
 
     def token(self, call: Call, gap_ns: int | None) -> None:
         call.num_output_tokens += 1
         for listener in self._listeners:
-            listener.on_token(call, gap_ns)
+            self._guard.tell(listener.on_token, call, gap_ns)
 
     def end(self, call: Call, state: CallState, status: int, code: str | None = None) -> None:
         assert call.state is None, f"call {call.id} ended as {call.state} and cannot end again as {state}"
@@ -187,13 +195,13 @@ class Ledger:
         del self.live[call.id]
         self.num_ended[state, code or ""] += 1
         for listener in self._listeners:
-            listener.on_end(call)
+            self._guard.tell(listener.on_end, call)
 
     def imbalance(self) -> int:
-        """Distance from accepted = terminal + live and from live sequences = the sum over live calls; must be 0."""
+        """Distance from accepted = terminal + live and from live sequences = the sum over live calls; must be 0, and no listener may fail."""
         calls = self.num_accepted.total() - self.num_ended.total() - len(self.live)
         sequences = self.num_live_sequences - sum(call.num_live_sequences for call in self.live.values())
-        return abs(calls) + abs(sequences)
+        return abs(calls) + abs(sequences) + self._guard.num_failures
 
 
 def state_of(error: JiljuError) -> CallState:

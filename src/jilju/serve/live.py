@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from jilju.account.chrome_trace import calls_in, find_call, span_of, write_trace
 from jilju.account.recording import Recording, Viewer
 from jilju.account.records import CallRecord
+from jilju.account.sequence_rows import SequenceRows
 from jilju.account.waterfalls import Waterfalls, make_waterfall
 from jilju.account.window import Cursor, ended_in, make_fold, seen_by, slowest
 from jilju.errors import ConflictingParameters, InvalidValue, Overloaded, RunNotFound, UnknownParameter
@@ -51,6 +52,8 @@ class LiveRoutes:
         """A frame of the last seconds, then one a second with what is new, until the server drains or the reader leaves."""
         seconds = _seconds(_query(request, "seconds"), DEFAULT_SECONDS, MAX_SECONDS)
         self._server.drain.check()
+        if request.method == "HEAD":
+            return Response(media_type="text/event-stream")
         page = self._pages.open(viewer_of(arrival_of(request.scope).key), seconds)
         return _EventStream(self._server, self._pages, page)
 
@@ -98,7 +101,7 @@ class _Folds:
 
     def __init__(self, server: Server):
         self._recordings = server.recordings
-        self._bars = Waterfalls()
+        self._bars, self._rows = Waterfalls(), SequenceRows()
         self._one_at_a_time = asyncio.Lock()
 
     async def window(self, seconds: int, end_ns: int | None, viewer: Viewer) -> bytes:
@@ -121,7 +124,7 @@ class _Folds:
             found: dict[Shown, tuple[bytes, Cursor]] = {}
             for (seconds, since), viewers in wanted.items():
                 begin_ns = source.now_ns - seconds * 10**9
-                fold = make_fold(source, begin_ns, source.now_ns, since=since, waterfalls=self._bars)
+                fold = make_fold(source, begin_ns, source.now_ns, since=since, waterfalls=self._bars, rows=self._rows)
                 for viewer in viewers:
                     found[seconds, since, viewer] = msgspec.json.encode(seen_by(fold, viewer)), fold.cursor
             return found

@@ -105,7 +105,7 @@ class Recordings:
         num_tokens = self._billing.num_output_tokens
         return Now(
             state=state,
-            imbalance=status.imbalance + self.ledger.imbalance(),
+            imbalance=status.imbalance + self.ledger.imbalance() + self.log.num_failures,
             blocks=BlockCounts(status.num_blocks_held, status.num_blocks_cached, status.num_blocks_free),
             predicted_starts=self._predicted_starts(live),
             memory=self._memory.owned,

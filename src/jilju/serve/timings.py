@@ -11,6 +11,7 @@ import msgspec
 from jilju.engine.request import RequestTimes
 
 SLOW_SEND_NS = 1_000_000  # a write into a socket's buffer takes some 0.05 ms; above this it waited for room
+MAX_WAITS = 16  # the newest: of interest are those after the last token, and a slow reader holds up every write
 
 
 class Timings(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,6 +56,7 @@ class Marks:
     def note_send(self, begin_ns: int, end_ns: int) -> None:
         if end_ns - begin_ns >= SLOW_SEND_NS:
             self.waits.append((begin_ns, end_ns))
+            del self.waits[:-MAX_WAITS]
 
 
 def make_timings(

@@ -12,7 +12,7 @@ const PAGES = [
 ];
 
 function brandMark() {
-  const bar = (kind, x, width) => svg("rect", { class: `fill-${kind}`, x, y: 0, width, height: 14, rx: width > 2 ? 2 : 1 });
+  const bar = (kind, x, width) => svg("rect", { class: `look-${kind}`, x, y: 0, width, height: 14, rx: width > 2 ? 2 : 1 });
   return svg(
     "svg",
     { class: "brand-mark", viewBox: "0 0 22 14", "aria-hidden": "true" },

@@ -4,6 +4,7 @@ Owns what is shown of the folds and of what the engine and the system say now. E
 nothing of the text format.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from jilju.account.bill import Paid, Sums
@@ -68,7 +69,10 @@ def show_machine(
     out.family("gauge", "config_info", "1, with the settings in force", config)
     out.one("gauge", "threads", "Threads that compute", None if info is None else info.num_threads)
     out.one("gauge", "cpu_quota_cores", "Cores that this process may use", cpu_quota_cores())
-    owned = [({"process": line.process, "owner": line.owner}, line.bytes) for line in memory]
+    held: Counter[tuple[str, str]] = Counter()
+    for line in memory:
+        held[line.process, line.owner] += line.bytes
+    owned = [({"process": process, "owner": owner}, count) for (process, owner), count in held.items()]
     out.family("gauge", "memory_bytes", "Resident memory of a process, by owner", owned)
     kept = 0 if context.workers is None else context.workers.compile_cache_bytes
     out.one("gauge", "compile_cache_bytes", "Compiled grammars that are kept", kept)

@@ -39,7 +39,8 @@ class Metrics:
         status, info = context.client.status(), context.client.info
         out = Exposition("jilju_", {"model": context.model_name})
         own.show_state(out, status, folds, draining)
-        own.show_calls(out, self._ledger, folds, self._ledger.imbalance() + status.imbalance)
+        imbalance = self._ledger.imbalance() + status.imbalance + context.client.log.num_failures
+        own.show_calls(out, self._ledger, folds, imbalance)
         own.show_tokens(out, folds)
         own.show_engine(out, status, folds, context.num_dropped_log_lines())
         own.show_blocks(out, status)

@@ -6,8 +6,9 @@ tokenizing, compiling a grammar) are laid one after another from where the call 
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-from jilju.engine.events import EventLog, LoggedStep, RowRecord
+from jilju.engine.events import EventLog
 from jilju.engine.request import RequestTimes
 from jilju.serve.ledger import Call, SequenceLife
 from jilju.serve.otel import names
@@ -72,40 +73,50 @@ def _prefill(life: SequenceLife, times: RequestTimes, log: EventLog) -> list[Par
     end_ns = times.first_token_ns or life.ended_ns
     steps = _steps_of(life, log, times.scheduled_ns, end_ns)
     if not steps:  # the log keeps them no more: one part for all
-        steps_ns = [(times.scheduled_ns, end_ns, life.num_prompt_tokens - times.num_cached_tokens)]
+        chunks = [(times.scheduled_ns, end_ns, life.num_prompt_tokens - times.num_cached_tokens)]
     else:
-        steps_ns = [
-            (logged.step.begin_ns, min(logged.step.end_ns, end_ns), count) for logged, (_, _, count, _) in steps
-        ]
-    if len(steps_ns) > MAX_CHUNKS:
-        rest = steps_ns[MAX_CHUNKS - 1 :]
-        steps_ns[MAX_CHUNKS - 1 :] = [(rest[0][0], rest[-1][1], sum(count for _, _, count in rest))]
+        chunks = [(step.begin_ns, min(step.end_ns, end_ns), step.num_tokens) for step in steps]
+    if len(chunks) > MAX_CHUNKS:
+        rest = chunks[MAX_CHUNKS - 1 :]
+        chunks[MAX_CHUNKS - 1 :] = [(rest[0][0], rest[-1][1], sum(count for _, _, count in rest))]
     cached = {names.NUM_CACHED_TOKENS: times.num_cached_tokens} if times.num_cached_tokens else {}
     return [
         Part(names.PREFILL_CHUNK.format(index + 1), begin, end, {names.NUM_TOKENS: count, **({} if index else cached)})
-        for index, (begin, end, count) in enumerate(steps_ns)
+        for index, (begin, end, count) in enumerate(chunks)
     ]
 
 
 def _resumes(life: SequenceLife, times: RequestTimes, log: EventLog) -> list[Part]:
     """From the last step of an engine that died to the end of the next one's first step that brought a token."""
     parts: list[Part] = []
-    before: LoggedStep | None = None
     died_ns = 0
-    for logged, row in _steps_of(life, log, times.scheduled_ns, life.ended_ns):
-        if before is not None and logged.step.step_id <= before.step.step_id:  # a new engine counts anew
-            died_ns = before.step.end_ns
-        if died_ns and row.is_sampled:
-            parts.append(Part(names.RESUME, died_ns, logged.step.end_ns))
+    steps = _steps_of(life, log, times.scheduled_ns, life.ended_ns)
+    for before, step in zip((None, *steps), steps, strict=False):
+        if before is not None and step.step_id <= before.step_id:  # a new engine counts anew
+            died_ns = before.end_ns
+        if died_ns and step.is_sampled:
+            parts.append(Part(names.RESUME, died_ns, step.end_ns))
             died_ns = 0
-        before = logged
     return parts
 
 
-def _steps_of(life: SequenceLife, log: EventLog, begin_ns: int, end_ns: int) -> list[tuple[LoggedStep, RowRecord]]:
+class _OwnStep(NamedTuple):
+    """A step with a row of the sequence, and what that says."""
+
+    step_id: int
+    begin_ns: int
+    end_ns: int
+    num_tokens: int
+    is_sampled: int
+
+
+def _steps_of(life: SequenceLife, log: EventLog, begin_ns: int, end_ns: int) -> list[_OwnStep]:
+    """Those that were under way at some moment of (begin_ns, end_ns). As arrays: there may be thousands, and streams wait for this."""
+    serials = log.serials(begin_ns + 1, end_ns)
+    found = log.arrays(range(serials.start, serials.stop + 1))
+    own = found.rows["number"] == life.number
+    steps, rows = found.steps[found.row_steps[own]], found.rows[own]
+    columns = (steps["step_id"], steps["begin_ns"], steps["end_ns"], rows["num_tokens"], rows["is_sampled"])
     return [
-        (logged, row)
-        for logged in log.overlapping(begin_ns, end_ns)
-        for row in logged.rows
-        if row.number == life.number
+        step for step in map(_OwnStep._make, zip(*(c.tolist() for c in columns), strict=True)) if step.begin_ns < end_ns
     ]

@@ -1,11 +1,13 @@
 """The fold of one run: what was kept of it, joined with the log, as its page shows it.
 
-Owns the join and the texts of tokens. Other runs are named only where the viewer's key may see them. Knows nothing of HTTP.
+Owns the join and the texts of tokens. Other runs are named only where the viewer's key may see them. What it is given does not
+change meanwhile: it takes its time, in a thread. Knows nothing of HTTP.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Any
 
 import msgspec
 
@@ -27,26 +29,28 @@ MAX_SHOWN_TOKENS = 32_768  # of a prompt
 MAX_INTERVALS = 2_000  # of a ledger; of longer ones neighbouring intervals are joined kind by kind
 MAX_NEIGHBOURS = 16  # of a step, those with the most tokens
 MAX_BLAMED = 16
+SHOWN_IDS = 24  # of an answer, in the list of runs
+LEAST_LOGPROB = -9999.0  # in the place of -inf, as in answers
 OF_STEPS = frozenset({"host", "prefill_own", "prefill_others", "decode_own", "decode_others"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sight:
-    """What a run is seen with: the log, the model of costs, the tokenizer, and the names of other runs."""
+    """What a run is seen with: the log, the model of costs, the tokenizer, its cost, and the names of other runs."""
 
     model_name: str
     tokenizer: Tokenizer
-    log: EventLog
+    log: EventLog  # a part that nobody adds to, with all steps of the run that are known
     model: StepModel
     info: EngineInfo
     plan: Plan | None
     now_ns: int
     run_of: Callable[[int], str | None]  # the run of a sequence's number, if the viewer may know it
-    cost_of: Callable[[CallRecord], "types.CostShare | None"] = lambda record: None
+    cost: "types.CostShare | None" = None
 
 
-def make_run(kept: KeptRun, sight: Sight) -> types.Run:
-    record = kept.call.record()
+def make_run(kept: KeptRun, record: CallRecord, sight: Sight) -> types.Run:
+    """`record` is that of its call at the same moment."""
     prompts = [_prompt(prompt, index, record, sight) for index, prompt in enumerate(kept.prompts)]
     by_index = {sequence.index: sequence for sequence in kept.sequences}
     sequences = [_sequence(life, by_index[life.index], record, sight) for life in record.sequences]
@@ -79,26 +83,46 @@ def run_without_text(record: CallRecord, sight: Sight) -> types.Run:
         parameters={},
         prompts=[],
         sequences=[],
-        cost=sight.cost_of(record),
+        cost=sight.cost,
         machine=_machine(sight),
     )
 
 
-def summary(kept: KeptRun, tokenizer: Tokenizer, now_ns: int) -> types.RunSummary:
-    record = kept.call.record()
-    text = tokenizer.decode(kept.sequences[0].output_ids[:24], skip_special_tokens=True) if kept.sequences else ""
-    return types.RunSummary(
-        id=record.run_id,
-        route=record.route,
+def encoded(run: types.Run) -> bytes:
+    """As JSON. It may be megabytes, and an encoder lets no other thread run, so it is made bit by bit."""
+    encode = msgspec.json.Encoder().encode
+
+    def raw(items: Sequence[msgspec.Struct]) -> list[Any]:
+        return [msgspec.Raw(encode(item)) for item in items]
+
+    replace = msgspec.structs.replace
+    prompts = [replace(prompt, tokens=raw(prompt.tokens)) for prompt in run.prompts]
+    sequences = [replace(each, steps=raw(each.steps), output=raw(each.output)) for each in run.sequences]
+    return encode(replace(run, prompts=prompts, sequences=sequences))
+
+
+def summary(kept: KeptRun, now_ns: int) -> tuple[types.RunSummary, list[int]]:
+    """A line of the list without its text, and the tokens that this begins with."""
+    call = kept.call
+    line = types.RunSummary(
+        id=call.run_id or call.id,
+        route=call.route,
         created=kept.created,
-        state=record.state or "running",
-        prompt_tokens=record.num_prompt_tokens,
-        cached_tokens=record.num_cached_tokens,
-        output_tokens=record.num_output_tokens,
-        total_ms=((record.ended_ns or now_ns) - record.received_ns) / 1e6,
-        ttft_ms=(record.first_sent_ns - record.received_ns) / 1e6 if record.first_sent_ns else None,
-        text=text,
+        state=call.state or "running",
+        prompt_tokens=call.num_prompt_tokens,
+        cached_tokens=call.num_cached_tokens,
+        output_tokens=call.num_output_tokens,
+        total_ms=((call.ended_ns or now_ns) - call.received_ns) / 1e6,
+        ttft_ms=(call.first_token_ns - call.received_ns) / 1e6 if call.first_token_ns else None,
+        text="",
     )
+    return line, list(kept.sequences[0].output_ids[:SHOWN_IDS]) if kept.sequences else []
+
+
+def run_list(lines: Sequence[tuple[types.RunSummary, list[int]]], tokenizer: Tokenizer) -> types.RunList:
+    texts = [tokenizer.decode(ids, skip_special_tokens=True) for _, ids in lines]
+    shown = [msgspec.structs.replace(line, text=text) for (line, _), text in zip(lines, texts, strict=True)]
+    return types.RunList(runs=shown)
 
 
 def _machine(sight: Sight) -> types.Machine:
@@ -132,7 +156,7 @@ def _prompt(kept: KeptPrompt, index: int, record: CallRecord, sight: Sight) -> t
             end=end,
             is_special=token_id in tokenizer.special_ids,
             is_cached=position < num_cached,
-            logprob=kept.logprobs[position - 1] if 0 < position <= len(kept.logprobs) else None,
+            logprob=_logprob(kept.logprobs, position - 1),
         )
         for position, (token_id, (begin, end)) in enumerate(zip(ids, token_offsets(ids, tokenizer), strict=True))
     ]
@@ -192,7 +216,7 @@ def _sequence(life: SequenceRecord, kept: KeptSequence, record: CallRecord, sigh
     )
     begin_ns = record.received_ns
     own_numbers = {sequence.number for sequence in record.sequences}
-    tokens = _output(kept, ledger.steps, begin_ns, sight.tokenizer)
+    tokens = _output(kept, life.num_prompt_tokens, ledger.steps, begin_ns, sight.tokenizer)
     moments = [token.at_ms for token in tokens if token.step_index is not None]
     gaps = len(moments) - 1
     return types.Sequence(
@@ -201,7 +225,10 @@ def _sequence(life: SequenceRecord, kept: KeptSequence, record: CallRecord, sigh
         finish_reason=life.finish_reason,
         stop_reason=kept.stop_reason,
         ledger=_ledger(ledger, own_numbers, sight),
-        steps=[_step(own, begin_ns, index == 0, own_numbers, sight) for index, own in enumerate(ledger.steps)],
+        steps=[
+            _step(own, begin_ns, index == 0 and not ledger.is_cut, own_numbers, sight)
+            for index, own in enumerate(ledger.steps)
+        ],
         output=tokens,
         text=sight.tokenizer.decode(list(kept.output_ids), skip_special_tokens=False),
         ttft_ms=moments[0] if moments else None,
@@ -266,16 +293,19 @@ def _by_kind(group: Sequence[Cut]) -> list[Cut]:
 
 
 def _output(
-    kept: KeptSequence, steps: Sequence[OwnStep], begin_ns: int, tokenizer: Tokenizer
+    kept: KeptSequence, num_prompt_tokens: int, steps: Sequence[OwnStep], begin_ns: int, tokenizer: Tokenizer
 ) -> list[types.OutputToken]:
-    """The k-th row that chose a token chose the k-th token, over all engines: a step and its events are told together."""
+    """A row that ends at the prompt's last token or at one of the answer chose the token after it."""
     ids = list(kept.output_ids)
-    chose = [index for index, own in enumerate(steps) if own.row.is_sampled]
-    known = chose[-len(ids) :] if len(chose) > len(ids) else chose
+    chose = {
+        own.row.start + own.row.num_tokens - num_prompt_tokens: index
+        for index, own in enumerate(steps)
+        if own.row.is_sampled
+    }
     detokenizer = Detokenizer(tokenizer, skip_special_tokens=False)
     found: list[types.OutputToken] = []
     for index, (token_id, (begin, end)) in enumerate(zip(ids, token_offsets(ids, tokenizer), strict=True)):
-        step_index = known[index] if index < len(known) else None
+        step_index = chose.get(index)
         at_ns = begin_ns if step_index is None else steps[step_index].logged.step.end_ns
         found.append(
             types.OutputToken(
@@ -288,7 +318,7 @@ def _output(
                 end=end,
                 step_index=step_index,
                 at_ms=(at_ns - begin_ns) / 1e6,
-                logprob=kept.logprobs[index] if index < len(kept.logprobs) else None,
+                logprob=_logprob(kept.logprobs, index),
                 top=_alternatives(kept.tops[index], tokenizer) if index < len(kept.tops) else [],
             )
         )
@@ -300,8 +330,12 @@ def _alternatives(top: Sequence[tuple[int, float]], tokenizer: Tokenizer) -> lis
     for token_id, logprob in top:
         data = tokenizer.token_bytes(token_id)
         text = data.decode(errors="replace")
-        found.append(types.Alternative(id=token_id, text=text, bytes=data.hex(), logprob=max(logprob, -9999.0)))
+        found.append(types.Alternative(id=token_id, text=text, bytes=data.hex(), logprob=max(logprob, LEAST_LOGPROB)))
     return found
+
+
+def _logprob(logprobs: Sequence[float], index: int) -> float | None:
+    return max(logprobs[index], LEAST_LOGPROB) if 0 <= index < len(logprobs) else None
 
 
 def _step(own: OwnStep, begin_ns: int, is_first: bool, own_numbers: set[int], sight: Sight) -> types.Step:

@@ -4,9 +4,10 @@ Owns the packed forms and their sizes. Times, causes and costs are not in here: 
 long a run is kept.
 """
 
+import sys
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
@@ -14,8 +15,10 @@ import msgspec
 from jilju.engine.request import PromptScored, SamplingParams, TokenEvent
 from jilju.serve.ledger import Call
 
-OBJECT_BYTES = 200  # of a run or a sequence beside its lists, roughly
-PAIR_BYTES = 100  # of an id and its logprob in a list
+# Beside lists and texts, as measured: of a run with its call and the call's marks, of a prompt, of a sequence with its parameters.
+RUN_BYTES, PROMPT_BYTES, SEQUENCE_BYTES = 1700, 700, 1200
+PAIR_BYTES, LIST_BYTES = 136, 72  # of an id and its logprob in a list, of such a list
+NUMBER_BYTES, ITEM_BYTES, MAPPING_BYTES = 32, 8, 232
 
 
 @dataclass(slots=True, eq=False)
@@ -29,8 +32,7 @@ class KeptPrompt:
 
     @property
     def num_bytes(self) -> int:
-        texts = [value for message in self.messages for value in message.values() if isinstance(value, str)]
-        return OBJECT_BYTES + 4 * len(self.ids) + 4 * len(self.logprobs) + sum(map(len, texts))
+        return PROMPT_BYTES + 4 * len(self.ids) + 4 * len(self.logprobs) + held_bytes(self.messages)
 
 
 @dataclass(slots=True, eq=False)
@@ -55,8 +57,8 @@ class KeptSequence:
 
     @property
     def num_bytes(self) -> int:
-        num_pairs = sum(map(len, self.tops))
-        return OBJECT_BYTES + 4 * len(self.output_ids) + 4 * len(self.logprobs) + PAIR_BYTES * num_pairs
+        num_bytes = LIST_BYTES * len(self.tops) + PAIR_BYTES * sum(map(len, self.tops))
+        return SEQUENCE_BYTES + 4 * len(self.output_ids) + 4 * len(self.logprobs) + num_bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -68,8 +70,21 @@ class KeptRun:
 
     @property
     def num_bytes(self) -> int:
-        num_bytes = OBJECT_BYTES + sum(prompt.num_bytes for prompt in self.prompts)
+        num_bytes = RUN_BYTES + sum(prompt.num_bytes for prompt in self.prompts)
+        if self.sequences:  # lists of ids may be long; all sequences share them
+            num_bytes += sum(map(held_bytes, msgspec.structs.astuple(self.sequences[0].params)))
         return num_bytes + sum(sequence.num_bytes for sequence in self.sequences)
+
+    def copied(self) -> "KeptRun":
+        """As it is now, for a thread to read while it goes on."""
+        prompts = {id(prompt): replace(prompt, logprobs=prompt.logprobs[:]) for prompt in self.prompts}
+        sequences = [
+            replace(
+                each, prompt=prompts[id(each.prompt)], output_ids=each.output_ids[:], logprobs=each.logprobs[:], tops=each.tops[:]
+            )
+            for each in self.sequences
+        ]  # fmt: skip
+        return KeptRun(self.call, self.created, list(prompts.values()), sequences)
 
     def parameters(self) -> dict[str, Any]:
         """Sampling as it was understood, of the first sequence."""
@@ -77,3 +92,16 @@ class KeptRun:
             return {}
         params: dict[str, Any] = msgspec.to_builtins(self.sequences[0].params, str_keys=True)
         return params
+
+
+def held_bytes(value: object) -> int:
+    """Of texts, numbers, and what holds them."""
+    if isinstance(value, str | bytes):
+        return sys.getsizeof(value)
+    if isinstance(value, Mapping):
+        return MAPPING_BYTES + sum(map(held_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        if value and isinstance(value[0], int):  # ids
+            return LIST_BYTES + (ITEM_BYTES + NUMBER_BYTES) * len(value)
+        return LIST_BYTES + ITEM_BYTES * len(value) + sum(map(held_bytes, value))
+    return NUMBER_BYTES if isinstance(value, int | float) and not isinstance(value, bool) else 0

@@ -17,8 +17,7 @@ from jilju.plan.cost import Roofs
 from jilju.serve.door.gate import arrival_of
 from jilju.serve.errors import shown
 from jilju.serve.health import json_response
-from jilju.serve.runs import types
-from jilju.serve.runs.fold import Sight, make_run, run_without_text, summary
+from jilju.serve.runs.fold import Sight, encoded, make_run, run_list, run_without_text, summary
 from jilju.serve.runs.ops import step_ops
 from jilju.serve.server import Server
 
@@ -35,25 +34,32 @@ class RunRoutes:
         context = self._server.context
         newest = islice(self._server.runs.newest(_key_name(request)), MAX_LISTED)
         now_ns = context.clock.now_ns()
-        return json_response(types.RunList(runs=[summary(run, context.tokenizer, now_ns) for run in newest]))
+        lines = [summary(run, now_ns) for run in newest]
+        return json_response(await asyncio.to_thread(run_list, lines, context.tokenizer))
 
     async def get_run(self, request: Request) -> Response:
+        """What the fold reads is copied first: it is made in a thread, while calls and their log go on."""
         call_id, key_name = _call_id(request.path_params["id"]), _key_name(request)
-        sight = self._sight(key_name)
-        kept = self._server.runs.find(call_id, key_name)
-        if kept is not None:
-            run = await asyncio.to_thread(make_run, kept, sight)
-            return json_response(run)
-        record = self._record(call_id)
-        if record is None or record.key_name != key_name:
+        record = self._record(call_id, key_name)
+        if record is None:
             raise self._not_found(request.path_params["id"])
-        return json_response(run_without_text(record, sight))
+        sight = self._sight(record, key_name)
+        kept = self._server.runs.find(call_id, key_name)
+        if kept is None:
+            return json_response(run_without_text(record, sight))
+        copied = kept if record.state is not None else kept.copied()
+        data = await asyncio.to_thread(lambda: encoded(make_run(copied, record, sight)))
+        return Response(data, media_type="application/json")
 
     async def get_step(self, request: Request) -> Response:
-        serial = request.path_params["serial"]
-        logged = self._server.context.client.log.step(int(serial)) if serial.isdecimal() and len(serial) < 19 else None
+        serial, log = request.path_params["serial"], self._server.context.client.log
+        logged = log.step(int(serial)) if serial.isascii() and serial.isdecimal() and len(serial) < 19 else None
         if logged is None:
-            raise RunNotFound(f"there is no step {shown(serial)} in the log, or not any more")
+            first = log.num_steps - len(log.steps)
+            kept = f"{first} to {log.num_steps - 1}" if len(log.steps) else "none yet"
+            raise RunNotFound(
+                f"there is no step {shown(serial)} in the log; it keeps {kept}, and a run in /v1/jilju/runs/ID names its own"
+            )
         return json_response(await asyncio.to_thread(step_ops, logged, self._step_model(self._info())))
 
     def _info(self) -> EngineInfo:
@@ -70,9 +76,11 @@ class RunRoutes:
             self._model = StepModel(self._server.context.plan, info.kv_bytes_per_token, roofs)
         return self._model
 
-    def _sight(self, key_name: str | None) -> Sight:
-        context, info = self._server.context, self._info()
+    def _sight(self, record: CallRecord, key_name: str | None) -> Sight:
+        context, info, log = self._server.context, self._info(), self._server.context.client.log
         live = {life.number: call for call in self._server.ledger.live.values() for life in call.lives}
+        now_ns = context.clock.now_ns()
+        serials = log.serials(record.received_ns, record.ended_ns or now_ns)
 
         def run_of(number: int) -> str | None:
             if (call := live.get(number)) is not None:
@@ -83,18 +91,23 @@ class RunRoutes:
         return Sight(
             model_name=context.model_name,
             tokenizer=context.tokenizer,
-            log=context.client.log,
+            log=log.part(range(serials.start, serials.stop + 1)),  # with the one that was under way at its end
             model=self._step_model(info),
             info=info,
             plan=context.plan,
-            now_ns=context.clock.now_ns(),
+            now_ns=now_ns,
             run_of=run_of,
-            cost_of=self._server.billing.share_of,
+            cost=self._server.billing.share_of(record),
         )
 
-    def _record(self, call_id: str) -> CallRecord | None:
-        call = self._server.ledger.live.get(call_id)
-        return call.record() if call is not None else self._server.calls.find(call_id)
+    def _record(self, call_id: str, key_name: str | None) -> CallRecord | None:
+        """None: there is none, or it is another key's."""
+        server = self._server
+        call = server.ledger.live.get(call_id)
+        if call is None and (kept := server.runs.find(call_id, key_name)) is not None:
+            call = kept.call
+        record = server.calls.find(call_id) if call is None else call.record()
+        return record if record is not None and record.key_name == key_name else None
 
     def _not_found(self, run_id: str) -> RunNotFound:
         if not self._server.context.run_store_bytes:

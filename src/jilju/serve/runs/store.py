@@ -17,8 +17,9 @@ class RunStore:
 
     def __init__(self, max_bytes: int):
         self._max_bytes = max_bytes
-        self._runs: OrderedDict[str, KeptRun] = OrderedDict()  # by the call's id, in the order of their beginnings
-        self._sizes: dict[str, int] = {}  # of those that ended
+        self._runs: dict[str, KeptRun] = {}  # by the call's id
+        self._by_key: dict[str | None, OrderedDict[str, KeptRun]] = {}  # likewise, in the order of their beginnings
+        self._sizes: OrderedDict[str, int] = OrderedDict()  # of those that ended, in the order of their ends
         self.num_bytes = 0
 
     def __len__(self) -> int:
@@ -38,7 +39,7 @@ class RunStore:
             choice.kept = KeptSequence(choice.index, prompts[index], choice.request.params)
             run.sequences.append(choice.kept)
         run.prompts = list(prompts.values())
-        self._runs[call.id] = run
+        self._runs[call.id] = self._by_key.setdefault(call.key_name, OrderedDict())[call.id] = run
 
     def find(self, call_id: str, key_name: str | None) -> KeptRun | None:
         """None: there is none, or it is another key's."""
@@ -47,7 +48,7 @@ class RunStore:
 
     def newest(self, key_name: str | None) -> Iterator[KeptRun]:
         """Of this key, the newest first."""
-        return (run for run in reversed(self._runs.values()) if run.call.key_name == key_name)
+        return reversed(self._by_key.get(key_name, OrderedDict[str, KeptRun]()).values())
 
     def on_token(self, call: Call, gap_ns: int | None) -> None:
         pass
@@ -58,8 +59,11 @@ class RunStore:
             return
         size = self._sizes[call.id] = run.num_bytes
         self.num_bytes += size
-        for call_id in list(self._sizes):
-            if self.num_bytes <= self._max_bytes:
-                return
-            self.num_bytes -= self._sizes.pop(call_id)
-            del self._runs[call_id]
+        while self.num_bytes > self._max_bytes:
+            call_id, size = self._sizes.popitem(last=False)
+            self.num_bytes -= size
+            key_name = self._runs.pop(call_id).call.key_name
+            of_key = self._by_key[key_name]
+            del of_key[call_id]
+            if not of_key:
+                del self._by_key[key_name]

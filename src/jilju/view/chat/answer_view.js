@@ -34,7 +34,7 @@ export function createAnswerView({ words, now, retry, tokens }) {
     const label = t(balanced ? "ledger" : "ledger_unbalanced", { parts: named.join(" + "), total: duration(totalMs) });
     let x = 0;
     const rects = parts.map(({ kind, ms }, index) => {
-      const rect = svg("rect", { class: `fill-${kind}`, x, y: 0, width: ms, height: BAR_HEIGHT }, svg("title", {}, named[index]));
+      const rect = svg("rect", { class: `look-${kind}`, x, y: 0, width: ms, height: BAR_HEIGHT }, svg("title", {}, named[index]));
       x += ms;
       return rect;
     });
@@ -109,7 +109,7 @@ export function createAnswerView({ words, now, retry, tokens }) {
       phaseFigure.textContent = known ? t("live_rate", { rate: rate((numTokens - 1) / seconds) }) : "";
     } else if (phase !== "done") {
       const elapsedMs = now() - sentAt;
-      phaseFigure.textContent = elapsedMs >= 1000 ? `${Math.floor(elapsedMs / 1000)} s` : "";
+      phaseFigure.textContent = elapsedMs >= 1000 ? words.seconds(Math.floor(elapsedMs / 1000)) : "";
     }
   }
 

@@ -54,9 +54,9 @@ export const STRINGS = {
   tokens_count: "Tokens: {tokens}",
   tokens_count_template: "Tokens: {tokens}, of which the model’s template wrote {template}",
   tokens_more: "Show the other {tokens}",
-  tokens_wait: "Reading the tokens …",
+  tokens_wait: "Reading the tokens…",
   token_title: "token {id}, bytes {bytes}",
-  open_run: "Its run",
+  open_run: "See its run",
 
   stopped: "Stopped",
   stopped_empty: "Stopped before the first token.",

@@ -54,9 +54,9 @@ export const STRINGS = {
   tokens_count: "토큰 {tokens}개",
   tokens_count_template: "토큰 {tokens}개, 그중 {template}개는 모델의 템플릿이 쓴 것",
   tokens_more: "나머지 {tokens}개 보기",
-  tokens_wait: "토큰을 읽는 중 …",
+  tokens_wait: "토큰을 읽는 중…",
   token_title: "토큰 {id}, 바이트 {bytes}",
-  open_run: "이 실행",
+  open_run: "실행 보기",
 
   stopped: "멈춤",
   stopped_empty: "첫 토큰이 오기 전에 멈췄습니다.",

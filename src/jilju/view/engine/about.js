@@ -7,8 +7,7 @@ const sum = (list) => list.reduce((total, value) => total + value, 0);
 
 /** `shown()` gives {frame, steps}: the frame and the steps of the timeline. */
 export function createAbout({ words, format, shown }) {
-  const { duration, rate, bytes, t } = words;
-  const { share, signedShare } = format;
+  const { duration, rate, bytes, share, signedShare, t } = words;
 
   const span = (tiles) => ({ span: duration(tiles.seconds * 1000) });
   const percentiles = ({ p50, p99 }) => ({ p50: duration(p50), p99: duration(p99) });
@@ -36,7 +35,7 @@ export function createAbout({ words, format, shown }) {
         : null,
     compute_roof: ({ tiles, flops_per_s: roof }) =>
       tiles.compute_roof_share !== null && roof !== null
-        ? { share: share(tiles.compute_roof_share), roof: format.flopRate(roof) }
+        ? { share: share(tiles.compute_roof_share), roof: words.flopRate(roof) }
         : null,
     kv: ({ blocks }) => ({
       held: blocks.held,
@@ -73,7 +72,7 @@ export function createAbout({ words, format, shown }) {
     cost_failed: (frame) => machineTime(frame, "failed"),
     cost_recompute: (frame) => machineTime(frame, "recompute"),
     cost_host: (frame) => machineTime(frame, "host"),
-    energy: ({ energy }) => ({ joules: format.joules(energy.joules), source: energy.source }),
+    energy: ({ energy }) => ({ joules: words.joules(energy.joules), source: energy.source }),
     refused: ({ counts }) => ({ refused: counts.refused }),
     restarts: ({ counts }) => ({ restarts: counts.restarts }),
   };

@@ -4,6 +4,7 @@
 // Pointing at a cell lights its stream in the list and the other way round. Which block lies where in memory is not told.
 
 import { h, svg } from "../dom.js";
+import { term } from "../term.js";
 import { bar } from "./bar.js";
 import { createRows, setText } from "./rows.js";
 
@@ -33,7 +34,7 @@ export function stripes(begin, end, across) {
   return rects;
 }
 
-export function createBlocksView({ map, sum, list, words, runLink, terms }) {
+export function createBlocksView({ map, sum, list, words, linkRun }) {
   const { t, bytes, duration, integer } = words;
   let frame = null;
   let lit = null; // the place of the stream pointed at
@@ -112,16 +113,22 @@ export function createBlocksView({ map, sum, list, words, runLink, terms }) {
   function sumPart(name) {
     sumFigures[name] = h("b", {});
     const swatch = h("span", { class: `swatch swatch-${name}`, "aria-hidden": "true" });
-    return h("span", { class: "sum-part" }, swatch, sumFigures[name], " ", terms(name, t(`blocks_${name}`)));
+    return h("span", { class: "sum-part" }, swatch, sumFigures[name], " ", term(name, t(`blocks_${name}`)));
   }
   const isTrue = h("span", { class: "sum-true" });
   const scaleNote = h("p", { class: "quiet-text" });
   sumFigures.total = h("b", {});
-  const whole = [sumFigures.total, " ", terms("block", t("blocks_total")), " ", isTrue];
-  sum.append(h("p", { class: "sum" }, sumPart("held"), " + ", sumPart("cached"), " + ", sumPart("free"), " = ", ...whole), scaleNote);
+  const whole = [sumFigures.total, " ", term("block", t("blocks_total")), " ", isTrue];
+  const equation = h("p", { class: "sum" }, sumPart("held"), " + ", sumPart("cached"), " + ", sumPart("free"), " = ", ...whole);
+  sum.append(equation, scaleNote);
 
   function drawSum(perCell) {
     const { total, held, cached, free, block_size: size, bytes_per_block: each } = frame.blocks;
+    equation.hidden = total === 0; // a new engine tells of its blocks with its first step
+    if (total === 0) {
+      setText(scaleNote, t("blocks_none"));
+      return;
+    }
     for (const [name, value] of Object.entries({ total, held, cached, free })) setText(sumFigures[name], integer(value));
     setText(isTrue, held + cached + free === total ? "✓" : "≠");
     isTrue.classList.toggle("fault-text", held + cached + free !== total);
@@ -186,7 +193,7 @@ export function createBlocksView({ map, sum, list, words, runLink, terms }) {
     return {
       element,
       update({ row, place }) {
-        if (run !== row.run) name.replaceChildren(runLink(row.run));
+        if (run !== row.run) name.replaceChildren(linkRun(row.run));
         run = row.run;
         element.dataset.holder = place;
         element.dataset.phase = row.phase;

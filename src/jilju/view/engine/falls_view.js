@@ -3,14 +3,18 @@
 // Owns the list. The same parts stand as words in each row for those who do not see the bar.
 
 import { h } from "../dom.js";
+import { lookOf } from "../kinds.js";
 import { bar } from "./bar.js";
-import { isBalanced, lookOf } from "./kinds.js";
 import { createFew, createRows, setText } from "./rows.js";
 
 const FEW = 8;
 const STATES = ["completed", "client_cancelled", "deadline", "shed", "failed"];
+const ROUNDING_MS = 0.05; // a few dozen parts, each rounded to a µs: far below this
 
-export function createFallsView({ list, more, empty, words, format, runLink }) {
+const isBalanced = ({ parts, total_ms: totalMs }) =>
+  Math.abs(parts.reduce((sum, { ms }) => sum + ms, 0) - totalMs) <= ROUNDING_MS;
+
+export function createFallsView({ list, more, empty, words, format, linkRun }) {
   const { t, duration } = words;
   let frame = null;
   let longestMs = 0;
@@ -34,7 +38,7 @@ export function createFallsView({ list, more, empty, words, format, runLink }) {
     return {
       element: h("li", { class: "fall" }, name, facts, place, total, spoken),
       update(fall) {
-        if (name.firstChild === null) name.append(runLink(fall.run));
+        if (name.firstChild === null) name.append(linkRun(fall.run));
         const { parts } = fall;
         const balanced = isBalanced(fall);
         const cached = fall.cached_tokens > 0 ? t("fall_cached", { cached: fall.cached_tokens }) : "";

@@ -5,15 +5,15 @@
 import { ApiError } from "../api.js";
 import { h, icon } from "../dom.js";
 import { explain } from "../faults.js";
+import { term } from "../term.js";
 import { bar } from "./bar.js";
 import { setText } from "./rows.js";
 
 const CLOSED = ["rows", "tokens", "blocks", "order"];
 
 /** `walk(places)` goes to a neighbour step, `release()` back to where the page came from. Returns show(step, frame, isMoment). */
-export function createInspectorView({ root, words, format, runLink, terms, api, walk, release }) {
-  const { t, duration, integer, bytes } = words;
-  const { share } = format;
+export function createInspectorView({ root, words, format, linkRun, api, walk, release }) {
+  const { t, duration, integer, bytes, share } = words;
   const button = (label, path, onclick) =>
     h("button", { type: "button", class: "quiet", "aria-label": label, title: label, onclick }, icon(path));
   const title = h("h3", { id: "inspector-title" });
@@ -58,11 +58,11 @@ export function createInspectorView({ root, words, format, runLink, terms, api, 
     time.replaceChildren(
       picture,
       h("p", {}, t("step_measured", { measured: duration(step.ms), host: duration(step.host_ms), share: share(step.host_ms / step.ms) })),
-      h("p", {}, keyLine("predicted"), t("step_predicted", { predicted: duration(step.predicted_ms), error: format.signedShare(error) })),
+      h("p", {}, keyLine("predicted"), t("step_predicted", { predicted: duration(step.predicted_ms), error: words.signedShare(error) })),
     );
     if (step.bound_ms === 0) return;
     picture.append(at(step.bound_ms, "bound"));
-    const aim = terms("bound", t("step_bound", { bound: duration(step.bound_ms) }));
+    const aim = term("bound", t("step_bound", { bound: duration(step.bound_ms) }));
     time.append(h("p", {}, keyLine("bound"), aim));
   }
 
@@ -73,9 +73,9 @@ export function createInspectorView({ root, words, format, runLink, terms, api, 
       ["prefill", integer(step.prefill_tokens), "lane_prefill"],
       ["decode", integer(step.decode_tokens), "lane_decode"],
       ["memory_roof", `${bytes(step.bytes)}${roof(step.bytes, frame.read_bytes_per_s)}`, "step_bytes"],
-      ["compute_roof", `${format.flops(step.flops)}${roof(step.flops, frame.flops_per_s)}`, "step_flops"],
+      ["compute_roof", `${words.flops(step.flops)}${roof(step.flops, frame.flops_per_s)}`, "step_flops"],
     ];
-    facts.replaceChildren(...list.map(([term, value, name]) => h("div", {}, h("dt", {}, terms(term, t(name))), h("dd", {}, value))));
+    facts.replaceChildren(...list.map(([name, value, label]) => h("div", {}, h("dt", {}, term(name, t(label))), h("dd", {}, value))));
   }
 
   function drawRows(step, frame, isMoment) {
@@ -92,13 +92,13 @@ export function createInspectorView({ root, words, format, runLink, terms, api, 
     const inPrompt = { computed: row.computed_tokens, prompt: row.prompt_tokens };
     const text = isPrefill ? t("row_prefill", inPrompt) : isFirst ? t("row_first") : t("row_decode", { output: row.output_tokens });
     const swatch = h("span", { class: `swatch look-${isPrefill || isFirst ? "prefill" : "decode"}`, "aria-hidden": "true" });
-    return h("li", { class: "step-row" }, swatch, runLink(row.run), " ", text);
+    return h("li", { class: "step-row" }, swatch, linkRun(row.run), " ", text);
   }
 
   function whyWaited({ waiting, closed_by: cause }) {
     const counted = t("closed_waiting", { waiting });
     if (!CLOSED.includes(cause)) return [counted, " ", t("closed_unknown")];
-    return [counted, " ", terms(`cause_${cause}`, t(`closed_${cause}`))];
+    return [counted, " ", term(`cause_${cause}`, t(`closed_${cause}`))];
   }
 
   async function loadOps() {
@@ -127,7 +127,7 @@ export function createInspectorView({ root, words, format, runLink, terms, api, 
         {},
         h("th", { scope: "row" }, op.op, h("span", { class: "shape" }, op.shape)),
         h("td", {}, integer(op.count)),
-        h("td", {}, format.flops(op.flops)),
+        h("td", {}, words.flops(op.flops)),
         h("td", {}, bytes(op.bytes)),
         h("td", {}, duration(op.ms), " ", h("span", { class: "quiet-text" }, share(op.share))),
         h("td", {}, t(op.bound === "memory" ? "ops_bound_memory" : "ops_bound_compute")),

@@ -7,7 +7,9 @@ import { copyText } from "../clipboard.js";
 import { byId, h } from "../dom.js";
 import { readKey } from "../key_view.js";
 import { openPage } from "../page.js";
+import { runLink } from "../run_link.js";
 import { createStore } from "../store.js";
+import { term, watchTerms } from "../term.js";
 import { createAbout } from "./about.js";
 import { createBlocksView } from "./blocks_view.js";
 import { createFallsView } from "./falls_view.js";
@@ -17,7 +19,6 @@ import { createMarksView } from "./marks_view.js";
 import { createQueueView } from "./queue_view.js";
 import { createRewindView } from "./rewind_view.js";
 import { setText } from "./rows.js";
-import { createRunLink } from "./run_link.js";
 import { createSource } from "./source.js";
 import { createStatusView } from "./status_view.js";
 import { createSteps } from "./steps.js";
@@ -25,7 +26,6 @@ import { createStepsTableView } from "./steps_table_view.js";
 import { STRINGS as en } from "./strings.en.js";
 import { STRINGS as ko } from "./strings.ko.js";
 import { createCallsView, createCostView, createMemoryView } from "./sums_view.js";
-import { createTerms } from "./term.js";
 import { createTilesView } from "./tiles_view.js";
 import { createTimelineView } from "./timeline_view.js";
 
@@ -46,10 +46,9 @@ const store = createStore({
   isMoment: true, // the frame is of the moment that was asked for
   link: { state: "connecting" },
 });
-const explain = createAbout({ words, format, shown: () => ({ frame: store.get().frame, steps }) });
-const terms = createTerms({ explain, closeLabel: t("close") });
+watchTerms({ explain: createAbout({ words, format, shown: () => ({ frame: store.get().frame, steps }) }) });
 
-const runLink = createRunLink({ words, hasPages: () => store.get().frame.is_live });
+const linkRun = (run) => runLink(run, words, { hasPage: store.get().frame.is_live });
 
 // What is shown
 
@@ -96,11 +95,11 @@ async function askKey() {
 
 // The views
 
-const timeline = createTimelineView({ words, format, terms, store, steps, select });
+const timeline = createTimelineView({ words, format, store, steps, select });
 byId("timeline-place").append(timeline.stage);
 byId("timeline-head").append(timeline.zoom);
 const stepsTable = createStepsTableView({ details: byId("steps-table"), words, format, store, steps, select });
-const inspector = createInspectorView({ root: byId("inspector"), words, format, runLink, terms, api, walk: timeline.walk, release });
+const inspector = createInspectorView({ root: byId("inspector"), words, format, linkRun, api, walk: timeline.walk, release });
 const rewind = createRewindView({
   root: byId("rewind-bar"),
   notice: byId("notice"),
@@ -113,19 +112,19 @@ const rewind = createRewindView({
   retry: source.retry,
   askKey,
 });
-const marks = createMarksView({ list: byId("marks"), empty: byId("marks-empty"), words, format, runLink });
+const marks = createMarksView({ list: byId("marks"), empty: byId("marks-empty"), words, format, linkRun });
 const panels = [
-  createStatusView({ root: byId("engine-status"), words, format, terms }),
-  createTilesView({ root: byId("tiles"), words, format, terms }),
-  createBlocksView({ map: byId("blocks-map"), sum: byId("blocks-sum"), list: byId("streams"), words, runLink, terms }),
-  createQueueView({ list: byId("queue"), more: byId("queue-more"), empty: byId("queue-empty"), words, format, runLink, terms }),
-  createFallsView({ list: byId("falls"), more: byId("falls-more"), empty: byId("falls-empty"), words, format, runLink }),
-  createMemoryView({ root: byId("memory"), words, format, terms }),
-  createCostView({ root: byId("cost"), words, format, terms }),
-  createCallsView({ root: byId("calls"), words, terms }),
+  createStatusView({ root: byId("engine-status"), words, format }),
+  createTilesView({ root: byId("tiles"), words }),
+  createBlocksView({ map: byId("blocks-map"), sum: byId("blocks-sum"), list: byId("streams"), words, linkRun }),
+  createQueueView({ list: byId("queue"), more: byId("queue-more"), empty: byId("queue-empty"), words, linkRun }),
+  createFallsView({ list: byId("falls"), more: byId("falls-more"), empty: byId("falls-empty"), words, format, linkRun }),
+  createMemoryView({ root: byId("memory"), words }),
+  createCostView({ root: byId("cost"), words, format }),
+  createCallsView({ root: byId("calls"), words }),
   (frame) => marks(frame, steps.marks),
 ];
-for (const place of document.querySelectorAll("[data-term]")) place.append(terms(place.dataset.term, t(place.dataset.words)));
+for (const place of document.querySelectorAll("[data-words]")) place.append(term(place.dataset.term, t(place.dataset.words)));
 
 // A server with keys is told one, out of the shell's environment: the key itself does not belong on a screen.
 const example = ({ model }) =>

@@ -6,11 +6,11 @@ import { createRows, setText } from "./rows.js";
 const SHOWN_MAX = 20;
 const FAULTS = ["refused", "shed", "deadline", "failed", "restart"];
 
-export function createMarksView({ list, empty, words, format, runLink }) {
+export function createMarksView({ list, empty, words, format, linkRun }) {
   const show = createRows(list, () => {
     const when = h("time", {});
     const what = h("b", {});
-    const text = h("span", { class: "mark-text" });
+    const text = h("span", { class: "mark-text", lang: "en" });
     const name = h("span", { class: "mark-run" });
     const element = h("li", { class: "mark" }, when, what, text, name);
     return {
@@ -20,7 +20,7 @@ export function createMarksView({ list, empty, words, format, runLink }) {
         setText(what, words.markName(mark.kind));
         element.dataset.fault = String(FAULTS.includes(mark.kind));
         setText(text, mark.text);
-        if (mark.run !== null && name.firstChild === null) name.append(runLink(mark.run));
+        if (mark.run !== null && name.firstChild === null) name.append(linkRun(mark.run));
       },
     };
   });

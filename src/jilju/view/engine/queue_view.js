@@ -3,18 +3,19 @@
 // Owns the list. Knows nothing of how the engine decides: the cause comes with each row.
 
 import { h } from "../dom.js";
+import { term } from "../term.js";
 import { createFew, createRows, setText } from "./rows.js";
 
 const FEW = 6;
 const CAUSES = ["step", "rows", "tokens", "blocks", "order", "restart", "grammar"];
 
-export function createQueueView({ list, more, empty, words, format, runLink, terms }) {
+export function createQueueView({ list, more, empty, words, linkRun }) {
   const { t, duration } = words;
   let frame = null;
 
   function holderText({ holders }) {
     if (holders.length === 0) return [];
-    const names = holders.slice(0, 3).flatMap(({ run, share }, place) => [place > 0 ? ", " : "", runLink(run), ` ${format.share(share)}`]);
+    const names = holders.slice(0, 3).flatMap(({ run, share }, place) => [place > 0 ? ", " : "", linkRun(run), ` ${words.share(share)}`]);
     return [t("queue_held_by"), " ", ...names];
   }
 
@@ -33,10 +34,10 @@ export function createQueueView({ list, more, empty, words, format, runLink, ter
     return {
       element: h("li", { class: "wait" }, name, cause, since, start, holders),
       update(row) {
-        if (drawn.run !== row.run) name.replaceChildren(runLink(row.run));
+        if (drawn.run !== row.run) name.replaceChildren(linkRun(row.run));
         if (drawn.cause !== row.cause) {
           const known = CAUSES.includes(row.cause);
-          cause.replaceChildren(known ? terms(`cause_${row.cause}`, t(`cause_${row.cause}`)) : row.cause);
+          cause.replaceChildren(known ? term(`cause_${row.cause}`, t(`cause_${row.cause}`)) : row.cause);
         }
         const held = JSON.stringify(row.holders);
         if (drawn.held !== held) holders.replaceChildren(...holderText(row));

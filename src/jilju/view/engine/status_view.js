@@ -3,17 +3,18 @@
 // Owns that line. The lamp is a shape and a word besides its colour.
 
 import { h, icon } from "../dom.js";
+import { term } from "../term.js";
 import { setText } from "./rows.js";
 
 const SCALES = ["M10 3v13", "M6 16.5h8", "M3.5 5.5h13", "M5 5.5l-2.5 6h5z", "M15 5.5l-2.5 6h5z"];
 const STATES = ["ready", "loading", "restarting", "draining", "gone"];
 
-export function createStatusView({ root, words, format, terms }) {
+export function createStatusView({ root, words, format }) {
   const { t } = words;
   const stateLamp = h("span", { class: "state-lamp", "aria-hidden": "true" });
   const state = h("p", { class: "state", id: "state" }, stateLamp, h("span", { id: "engine-state" }));
   const facts = h("p", { class: "facts" });
-  const balance = terms("balance", "");
+  const balance = term("balance", "");
   const lamp = h("p", { class: "balance", id: "balance" }, icon(...SCALES), balance);
   root.append(state, facts, lamp);
 

@@ -18,7 +18,7 @@ export function createStepsTableView({ details, words, format, store, steps, sel
   details.append(h("summary", {}, title), place);
 
   function line(step, frame) {
-    const pick = h("button", { type: "button", class: "term", onclick: () => select(step.serial) }, integer(step.serial));
+    const pick = h("button", { type: "button", class: "pick", onclick: () => select(step.serial) }, integer(step.serial));
     const cells = [
       format.clockMs(step.begin_ms + frame.unix_ms - frame.end_ms),
       duration(step.ms),

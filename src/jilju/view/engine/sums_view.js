@@ -3,6 +3,7 @@
 // Owns these three panels. What is not known (of a recorded file, of a machine without a counter) is said in words.
 
 import { h } from "../dom.js";
+import { term } from "../term.js";
 import { bar } from "./bar.js";
 import { setText } from "./rows.js";
 
@@ -17,7 +18,7 @@ const ROUNDING = 1e-6; // of a sum of floats
 
 const total = (list, of) => list.reduce((sum, each) => sum + of(each), 0);
 
-export function createMemoryView({ root, words, format, terms }) {
+export function createMemoryView({ root, words }) {
   const { t, bytes } = words;
   let drawn = "";
 
@@ -25,15 +26,15 @@ export function createMemoryView({ root, words, format, terms }) {
 
   function nameOf({ owner, is_file: isFile }) {
     const name = OWNERS.includes(owner) ? t(`owner_${owner.replace(" ", "_")}`) : owner;
-    if (LAST_OWNERS.includes(owner)) return terms(owner, name);
-    return isFile ? h("span", {}, name, " ", terms("file_pages", t("file_pages"))) : name;
+    if (LAST_OWNERS.includes(owner)) return term(owner, name);
+    return isFile ? h("span", {}, name, " ", term("file_pages", t("file_pages"))) : name;
   }
 
   function line(owned, resident, held) {
     const { owner, bytes: count, is_file: isFile } = owned;
     const isHigh = owner === "unattributed" && count > UNATTRIBUTED_MAX * resident;
     const look = isFile ? "file" : owner === "unattributed" ? "wait" : "accent";
-    const share = count >= 0 && held > 0 ? format.share(count / held) : "";
+    const share = count >= 0 && held > 0 ? words.share(count / held) : "";
     const cells = [signed(count), share].map((text) => h("td", {}, text));
     const picture = h("td", { class: "row-bar" }, bar([{ look, value: Math.max(0, count) }], held, 0));
     return h("tr", { class: isHigh ? "fault-text" : null }, h("th", { scope: "row" }, nameOf(owned)), ...cells, picture);
@@ -68,7 +69,7 @@ export function createMemoryView({ root, words, format, terms }) {
   };
 }
 
-export function createCostView({ root, words, format, terms }) {
+export function createCostView({ root, words, format }) {
   const { t } = words;
   const price = h("p", { class: "quiet-text" });
   const strip = h("p", { class: "strip" });
@@ -77,7 +78,7 @@ export function createCostView({ root, words, format, terms }) {
   const row = (name, head) => h("tr", {}, head, ...Object.values(lines.get(name)));
   const rows = COST_LINES.map((name) => {
     const swatch = h("span", { class: `swatch look-${COST_LOOKS[name]}`, "aria-hidden": "true" });
-    return row(name, h("th", { scope: "row" }, swatch, terms(`cost_${name}`, t(`cost_${name}`))));
+    return row(name, h("th", { scope: "row" }, swatch, term(`cost_${name}`, t(`cost_${name}`))));
   });
   const heads = ["line", "time", "share", "amount"].map((name) => h("th", { scope: "col", class: name }, t(`cost_${name}`)));
   const table = h(
@@ -101,15 +102,15 @@ export function createCostView({ root, words, format, terms }) {
     const { machine_s: seconds, currency } = cost;
     const { time, share, amount } = lines.get(name);
     setText(time, format.long(seconds[name]));
-    setText(share, name !== "total" && seconds.total > 0 ? format.share(seconds[name] / seconds.total) : "");
-    setText(amount, format.money(cost[name], currency));
+    setText(share, name !== "total" && seconds.total > 0 ? words.share(seconds[name] / seconds.total) : "");
+    setText(amount, words.money(cost[name], currency, cost.total));
   }
 
   function drawMoney({ cost }) {
     const { machine_s: seconds, currency } = cost;
     money.classList.toggle("has-no-price", cost.is_default);
     if (cost.is_default) price.replaceChildren(...withoutPrice);
-    else setText(price, t("price", { price: format.money(cost.price_per_hour, currency) }));
+    else setText(price, t("price", { price: words.money(cost.price_per_hour, currency) }));
     for (const name of lines.keys()) drawLine(name, cost);
     const gap = (sums) => Math.abs(total(COST_LINES, (name) => sums[name]) - sums.total);
     const isTrue = [seconds, cost].every((sums) => gap(sums) <= ROUNDING * Math.max(1, sums.total));
@@ -121,7 +122,7 @@ export function createCostView({ root, words, format, terms }) {
     if (!perToken.hidden) {
       const time = format.long(seconds.per_million_output_tokens);
       const paid = cost.is_default ? null : cost.per_million_output_tokens;
-      const amount = paid === null ? "" : `, ${format.money(paid, currency)}`;
+      const amount = paid === null ? "" : `, ${words.money(paid, currency)}`;
       setText(perToken, t("cost_per_million", { time, amount }));
     }
     const named = Object.entries(seconds.by_key).filter(([key]) => key !== ""); // that of a server without keys
@@ -129,7 +130,7 @@ export function createCostView({ root, words, format, terms }) {
     setText(keys, named.map(([key, time]) => `${key} ${format.long(time)}`).join(" · "));
   }
 
-  const [energyTerm, energyText] = [terms("energy", t("energy")), h("span", {})];
+  const [energyTerm, energyText] = [term("energy", t("energy")), h("span", {})];
   function drawEnergy({ energy: used }) {
     if (used === null) {
       energy.replaceChildren(h("span", { class: "quiet-text" }, t("energy_none")));
@@ -138,9 +139,9 @@ export function createCostView({ root, words, format, terms }) {
     if (energyTerm.parentNode !== energy) energy.replaceChildren(energyTerm, " ", energyText);
     const rest = Math.max(0, used.joules - used.requests_joules - used.idle_joules); // loading, host, failed steps
     const parts = { all: used.joules, requests: used.requests_joules, idle: used.idle_joules, rest };
-    const written = Object.fromEntries(Object.entries(parts).map(([name, value]) => [name, format.joules(value)]));
+    const written = Object.fromEntries(Object.entries(parts).map(([name, value]) => [name, words.joules(value)]));
     const each = used.joules_per_output_token;
-    const perOutput = each === null ? "" : ` ${t("energy_per_token", { joules: format.joules(each) })}`;
+    const perOutput = each === null ? "" : ` ${t("energy_per_token", { joules: words.joules(each) })}`;
     setText(energyText, `${t("energy_text", { ...written, source: used.source })}${perOutput}`);
   }
 
@@ -154,14 +155,14 @@ export function createCostView({ root, words, format, terms }) {
   };
 }
 
-export function createCallsView({ root, words, terms }) {
+export function createCallsView({ root, words }) {
   const { t, integer } = words;
   const figures = new Map();
   const figure = (name) => {
     figures.set(name, h("b", {}));
     return figures.get(name);
   };
-  const apart = (name) => [figure(name), " ", terms(name, t(`calls_${name}`))];
+  const apart = (name) => [figure(name), " ", term(name, t(`calls_${name}`))];
   const parts = ENDINGS.map((name) => h("li", { "data-name": name }, figure(name), " ", t(`calls_${name}`)));
   const sign = h("span", {});
   root.append(

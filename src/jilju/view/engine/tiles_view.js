@@ -3,13 +3,13 @@
 // Owns their order and how each reads. A figure of which there is nothing to say is a dash.
 
 import { h } from "../dom.js";
+import { term } from "../term.js";
 import { setText } from "./rows.js";
 
 const NONE = "–";
 
-export function createTilesView({ root, words, format, terms }) {
-  const { t, duration, rate, integer } = words;
-  const { share, signedShare } = format;
+export function createTilesView({ root, words }) {
+  const { t, duration, rate, integer, share, signedShare } = words;
 
   // [name, figure(frame), what stands under it(frame), share of a meter(frame) or null]
   const TILES = [
@@ -53,7 +53,7 @@ export function createTilesView({ root, words, format, terms }) {
     const sub = h("p", { class: "tile-sub" });
     const fill = filled ? h("span", { class: `meter-fill meter-${name}` }) : null;
     const meter = fill && h("span", { class: "meter", "aria-hidden": "true" }, fill);
-    root.append(h("li", { class: "tile", id: `tile-${name}` }, terms(name, t(`tile_${name}`)), value, meter, sub));
+    root.append(h("li", { class: "tile", id: `tile-${name}` }, term(name, t(`tile_${name}`)), value, meter, sub));
     return (frame) => {
       setText(value, figure(frame));
       const lines = [under(frame)].flat();

@@ -45,8 +45,9 @@ function scales(columns) {
 }
 
 /**
- * Draws the view; returns the tops of the scales and whether there is no step in it. `scene`: {ctx, width, scale, steps, view, colours, clock(ms), markName(kind),
- * selected, hover, momentMs}; `selected` and `hover` are indexes of steps or -1.
+ * Draws the view; returns the tops of the scales and whether there is no step in it. `scene`: {ctx, width, scale, steps, view,
+ * colours, toUnix(ms), clock(ms), clockMs(ms), markName(kind), selected, hover, momentMs}; `selected` and `hover` are indexes of
+ * steps or -1, `momentMs` is null for the present.
  */
 export function drawTimeline(scene) {
   const { ctx, width, scale, steps, view } = scene;

@@ -5,6 +5,7 @@
 // never on a timer.
 
 import { h } from "../dom.js";
+import { term } from "../term.js";
 import { createPalette } from "./palette.js";
 import { setText } from "./rows.js";
 import { drawTimeline, LANES, markClusters } from "./timeline_draw.js";
@@ -13,7 +14,7 @@ const SPANS_MS = [60_000, 20_000, 5000, 1000];
 const DRAG_PX = 4; // less is a press
 
 /** `store` holds {frame, mode, selected}; `steps` is the data. Returns {stage, zoom, walk, changed}. */
-export function createTimelineView({ words, format, terms, store, steps, select }) {
+export function createTimelineView({ words, format, store, steps, select }) {
   const { t, duration } = words;
   const spoken = { role: "slider", "aria-label": t("timeline_label"), "aria-describedby": "timeline-hint" };
   const canvas = h("canvas", { class: "timeline-canvas", tabindex: 0, ...spoken });
@@ -37,13 +38,13 @@ export function createTimelineView({ words, format, terms, store, steps, select 
     const top = h("span", {});
     const legend = name === "time" ? h("span", { class: "lane-legend" }, t("lane_time_legend"), " · ") : null;
     const key = { prefill: "prefill", decode: "decode", time: "step_time", waiting: "queue_length" }[name];
-    const element = h("p", { class: `lane lane-${name}` }, terms(key, t(`lane_${name}`)), h("span", {}, legend, top));
+    const element = h("p", { class: `lane lane-${name}` }, term(key, t(`lane_${name}`)), h("span", {}, legend, top));
     element.style.top = `${LANES[name].title}px`;
     return { name, element, top };
   }
 
   function zoomButton(ms) {
-    const label = t("seconds", { seconds: ms / 1000 });
+    const label = duration(ms);
     const input = h("input", { type: "radio", name: "zoom", value: ms, checked: ms === SPANS_MS[0], onchange: () => setSpan(ms) });
     return h("label", {}, input, h("span", {}, label));
   }
@@ -153,7 +154,7 @@ export function createTimelineView({ words, format, terms, store, steps, select 
   const markLine = (mark) => h("p", {}, h("b", {}, words.markName(mark.kind)), ` ${format.clockMs(toUnix(mark.at_ms))} ${mark.text}`);
 
   function stepLines(step) {
-    const error = format.signedShare((step.predicted_ms - step.ms) / step.ms);
+    const error = words.signedShare((step.predicted_ms - step.ms) / step.ms);
     return [
       h("p", {}, h("b", {}, t("step_name", { serial: words.integer(step.serial) })), ` ${format.clockMs(toUnix(step.begin_ms))}`),
       h("p", {}, t("step_time", { measured: duration(step.ms), predicted: duration(step.predicted_ms), error })),

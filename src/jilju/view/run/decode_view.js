@@ -91,7 +91,7 @@ export function createDecodeView({ words, units, rich, select }) {
     if (token?.logprob != null) {
       const bar = h("span", { class: "chance-fill" });
       bar.style.width = `${Math.exp(token.logprob) * 100}%`;
-      chance.append(h("span", { class: "chance-bar" }, bar), units.share(Math.exp(token.logprob)));
+      chance.append(h("span", { class: "chance-bar" }, bar), words.share(Math.exp(token.logprob)));
     }
     const classes = [
       "col",
@@ -258,7 +258,7 @@ export function createDecodeView({ words, units, rich, select }) {
     if (shares.length > 0)
       nodes.push(
         " ",
-        ...rich(median(shares) > 1 ? "lead_decode_roof_over" : "lead_decode_roof", { share: units.share(median(shares)) }),
+        ...rich(median(shares) > 1 ? "lead_decode_roof_over" : "lead_decode_roof", { share: words.share(median(shares)) }),
       );
     station.say(nodes);
     axis.replaceChildren(...rich("decode_axis"));

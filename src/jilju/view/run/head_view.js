@@ -3,16 +3,18 @@
 // Owns the section above the time line. Knows nothing of steps or tokens but their numbers.
 
 import { h } from "../dom.js";
-import { term } from "./rich.js";
+import { term } from "../term.js";
 
 const STATES = { completed: "good", running: "live", client_cancelled: "left", deadline: "bad", shed: "bad", failed: "bad" };
 
 /** `choose(index)` picks an answer; `trace()` downloads the trace. */
-export function createHeadView({ root, words, units, rich, choose, trace }) {
+export function createHeadView({ root, words, rich, choose, trace }) {
   const { t, duration } = words;
 
   function summary({ run, prompt, sequence, isRunning }) {
-    if (prompt === null) return h("p", { class: "summary" }, t("summary_unkept", { duration: duration(run.total_ms) }));
+    const total = duration(run.total_ms);
+    if (sequence === null && run.status >= 400) return h("p", { class: "summary" }, ...rich("summary_refused", { duration: total }));
+    if (prompt === null) return h("p", { class: "summary" }, ...rich("summary_unkept", { duration: total }));
     const out = sequence?.output.length ?? 0;
     const cached = prompt.cache?.hit_tokens ?? 0;
     const key = `summary_${out > 0 ? "answered" : "silent"}${cached > 0 ? "_cached" : ""}`;
@@ -24,7 +26,7 @@ export function createHeadView({ root, words, units, rich, choose, trace }) {
   function state({ run, sequence }) {
     const reason = sequence?.finish_reason === "stop" && sequence.stop_reason !== null ? "stop_text" : sequence?.finish_reason;
     const said = run.state === "completed" && reason ? t(`finish_${reason}`, { text: String(sequence.stop_reason) }) : null;
-    const text = said ? `${t(`state_${run.state}`)} · ${said}` : t(`state_${run.state}`);
+    const text = said ? `${t(`run_${run.state}`)} · ${said}` : t(`run_${run.state}`);
     return h("span", { class: `state state-${STATES[run.state]}` }, text);
   }
 
@@ -40,18 +42,19 @@ export function createHeadView({ root, words, units, rich, choose, trace }) {
 
   function figures({ run, sequence }) {
     const boxes = [];
-    if (sequence?.ttft_ms != null) boxes.push(figure("ttft", duration(sequence.ttft_ms)));
+    const ttftMs = sequence?.ttft_ms ?? run.ttft_ms;
+    if (ttftMs !== null) boxes.push(figure("ttft", duration(ttftMs)));
     if (sequence?.tpot_ms != null) {
       boxes.push(figure("tpot", duration(sequence.tpot_ms), t("figure_rate", { rate: words.rate(1000 / sequence.tpot_ms) })));
     }
-    if (run.cost) {
+    if (run.cost?.machine_ms > 0) {
       const { amount, currency, is_default: isDefault, machine_ms: machineMs, joules } = run.cost;
       const time = duration(machineMs);
       const notes = [
         isDefault ? t("figure_no_price") : t("figure_machine", { time }),
         joules === null ? null : `${words.number(joules)} J`,
       ];
-      boxes.push(figure("cost", isDefault ? time : units.money(amount, currency), notes.filter(Boolean).join(" · ")));
+      boxes.push(figure("cost", isDefault ? time : words.money(amount, currency), notes.filter(Boolean).join(" · ")));
     }
     return boxes.length > 0 ? h("dl", { class: "figure-row" }, ...boxes) : null;
   }
@@ -77,9 +80,10 @@ export function createHeadView({ root, words, units, rich, choose, trace }) {
   }
 
   function fault({ run }) {
-    if (run.message === null) return null;
-    const title = h("p", { class: "fault-title" }, t("failed_title", { status: String(run.status), code: run.code ?? "" }));
-    return h("div", { class: "fault" }, title, h("p", { class: "fault-said", lang: "en" }, run.message));
+    if (run.code === null && run.message === null) return null;
+    const title = h("p", { class: "fault-title" }, t("failed_title", { status: String(run.status ?? ""), code: run.code ?? "" }));
+    const said = run.message === null ? h("p", {}, t("failed_unkept")) : h("p", { class: "fault-said", lang: "en" }, run.message);
+    return h("div", { class: "fault" }, title, said);
   }
 
   return {
@@ -91,7 +95,7 @@ export function createHeadView({ root, words, units, rich, choose, trace }) {
         run.model,
         run.route,
         ...(run.created === null ? [] : [clock.format(run.created * 1000)]),
-        t(run.is_streamed ? "streamed" : "whole"),
+        ...(run.prompts.length === 0 ? [] : [t(run.is_streamed ? "streamed" : "whole")]),
       ];
       if (sequence?.preemptions > 0) meta.push(t("preempted_times", { count: sequence.preemptions }));
       if (sequence?.resumes > 0) meta.push(t("resumed_times", { count: sequence.resumes }));

@@ -1,6 +1,8 @@
-// Ledger: which station of the page, and which colour, each interval of a run's time belongs to, and whether all sum up.
+// Ledger: which station of the page each interval of a run's time belongs to, and whether all sum up.
 //
-// Owns these tables and sums. Pure: knows nothing of words or of the DOM. Times are ms from the request's beginning.
+// Owns this table and the sums. Pure: knows nothing of words or of the DOM. Times are ms from the request's beginning.
+
+import { lookOf } from "../kinds.js";
 
 export const STATIONS = ["text", "tokens", "wait", "prefill", "decode", "again"];
 const [TEXT, TOKENS, WAIT, PREFILL, DECODE, AGAIN] = STATIONS.keys();
@@ -29,21 +31,6 @@ const HOME = {
   write: AGAIN,
   client: AGAIN,
 };
-
-const LOOK = {
-  prefill_own: "prefill",
-  decode_own: "decode",
-  prefill_others: "others",
-  decode_others: "others",
-  recompute: "fault",
-  restart: "fault",
-  queue_restart: "fault",
-  client: "wait",
-  in_flight: "wait",
-};
-
-/** The colour of a kind: host, wait, others, prefill, decode or fault. */
-export const lookOf = (kind) => LOOK[kind] ?? (/^(queue|stall)_/.test(kind) ? "wait" : "host");
 
 export const STATION_LOOKS = { text: "host", tokens: "host", wait: "wait", prefill: "prefill", decode: "decode", again: "host" };
 
@@ -115,16 +102,15 @@ export function barPaths(intervals) {
   return paths;
 }
 
-/** Blame of all intervals of some kinds, joined by who it was: [{run, isSelf, ms, texts}], the largest first. */
+/** Blame of all intervals of some kinds, joined by who it was: [{run, isSelf, ms}], the largest first. */
 export function blameOf(intervals, kinds) {
   const byOwner = new Map();
   for (const { kind, blame } of intervals) {
     if (!kinds.includes(kind)) continue;
-    for (const { run, is_self: isSelf = false, ms, text = "" } of blame ?? []) {
+    for (const { run, is_self: isSelf = false, ms } of blame ?? []) {
       const key = isSelf ? "self" : (run ?? "");
-      const owner = byOwner.get(key) ?? { run, isSelf, ms: 0, texts: new Set() };
+      const owner = byOwner.get(key) ?? { run, isSelf, ms: 0 };
       owner.ms += ms;
-      if (text) owner.texts.add(text);
       byOwner.set(key, owner);
     }
   }

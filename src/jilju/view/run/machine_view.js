@@ -53,8 +53,8 @@ export function createMachineView({ words, units, rich }) {
         h("code", { class: "op-name" }, op.op),
         h("span", { class: "op-shape" }, op.shape),
       );
-      const cells = [`× ${op.count}`, units.flops(op.flops), bytes(op.bytes), times[index]];
-      const share = cell({ class: "bar-cell" }, meter(op.share, look), h("span", {}, units.share(op.share)));
+      const cells = [`× ${op.count}`, words.flops(op.flops), bytes(op.bytes), times[index]];
+      const share = cell({ class: "bar-cell" }, meter(op.share, look), h("span", {}, words.share(op.share)));
       return h(
         "tr",
         { role: "row" },
@@ -67,7 +67,7 @@ export function createMachineView({ words, units, rich }) {
     const sum = data.ops.reduce((all, op) => all + op.ms, 0);
     const isBalanced = Math.abs(sum - data.run_ms) <= Math.max(0.01, data.run_ms * 0.001);
     const sign = h("span", { class: isBalanced ? "sign" : "sign sign-off" }, isBalanced ? "✓" : "≠");
-    const sums = ["", units.flops(data.flops), bytes(data.bytes), total].map((text) => cell({}, text));
+    const sums = ["", words.flops(data.flops), bytes(data.bytes), total].map((text) => cell({}, text));
     const foot = [h("th", { scope: "row", role: "rowheader" }, t("total")), ...sums, cell({}, sign), cell({})];
     table.replaceChildren(
       h("caption", { class: "visually-hidden" }, t("ops_table")),
@@ -101,7 +101,7 @@ export function createMachineView({ words, units, rich }) {
       drawOps(found);
     },
     draw(story) {
-      roofline = drawRoofline({ story, words, units });
+      roofline = drawRoofline({ story, words });
       picture.hidden = roofline === null;
       if (roofline === null) return;
       caption.replaceChildren(...rich("roofline_caption"));

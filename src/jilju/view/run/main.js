@@ -5,13 +5,14 @@
 import { byId, h } from "../dom.js";
 import { explain } from "../faults.js";
 import { openPage } from "../page.js";
+import { watchTerms } from "../term.js";
 import { createDecodeView } from "./decode_view.js";
 import { createHeadView } from "./head_view.js";
 import { createMachineView } from "./machine_view.js";
 import { createOutputView } from "./output_view.js";
 import { createPlay, PACES } from "./play.js";
 import { createPrefillView } from "./prefill_view.js";
-import { createRich, watchTerms } from "./rich.js";
+import { createRich } from "./rich.js";
 import { createRunsView } from "./runs_view.js";
 import { keepFocus } from "./station.js";
 import { createStepView } from "./step_view.js";
@@ -49,13 +50,13 @@ const play = createPlay({
   nextFrame: (callback) => requestAnimationFrame(callback),
   isCalm: () => matchMedia("(prefers-reduced-motion: reduce)").matches,
 });
-const head = createHeadView({ root: byId("head"), words, units, rich, choose: chooseAnswer, trace: downloadTrace });
+const head = createHeadView({ root: byId("head"), words, rich, choose: chooseAnswer, trace: downloadTrace });
 const timeline = createTimelineView({ root: byId("timeline"), words, units, rich, seek, play, paces: PACES });
 const step = createStepView({ words, units, rich, move: (by) => select(chosen + by) });
 const text = createTextView({ words, rich });
 const tokens = createTokensView({ words, units, rich });
 const wait = createWaitView({ words, rich });
-const prefill = createPrefillView({ words, units, rich, select });
+const prefill = createPrefillView({ words, rich, select });
 const decode = createDecodeView({ words, units, rich, select });
 const output = createOutputView({ words, units, rich, select });
 const machine = createMachineView({ words, units, rich });
@@ -63,7 +64,7 @@ const runs = createRunsView({ root: byId("runs"), words });
 const stations = [text, tokens, wait, prefill, decode, output];
 const [before, after] = [stations.slice(0, 5), stations.slice(5)].map((part) => part.map((view) => view.station.section));
 byId("stations").append(...before, step.panel, ...after, machine.station.section);
-watchTerms({ explain: createTerms({ words, units, rich, story: () => story }) });
+watchTerms({ explain: createTerms({ words, rich, story: () => story }) });
 timeline.playing(false);
 
 function draw(run) {

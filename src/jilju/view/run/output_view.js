@@ -6,6 +6,12 @@ import { createStation, tokenText } from "./station.js";
 import { Characters } from "./story.js";
 import { visible } from "./units.js";
 
+/** What the caller was given: the token that ended the answer is none of it, though its text is kept. */
+function answerOf({ output, text }) {
+  const last = output.at(-1);
+  return last?.is_special && last.text !== "" && text.endsWith(last.text) ? text.slice(0, -last.text.length) : text;
+}
+
 export function createOutputView({ words, units, rich, select }) {
   const { t } = words;
   const station = createStation({ name: "again", number: 6, words });
@@ -47,7 +53,7 @@ export function createOutputView({ words, units, rich, select }) {
       );
     });
     const own = characters.slice(group.begin, group.end);
-    const shown = visible(own);
+    const shown = group.tokens[0].is_special ? null : visible(own);
     const text =
       shown === null
         ? h("span", { class: "join-none" }, group.tokens[0].is_special ? tokenText(group.tokens[0], units) : "–")
@@ -74,14 +80,14 @@ export function createOutputView({ words, units, rich, select }) {
   }
 
   function showAnswer() {
-    const { output, text } = story.sequence;
+    const { output } = story.sequence;
     const next = at === null ? -1 : output.findIndex((token) => token.at_ms > at);
     const until =
       next < 0
-        ? text
+        ? answerOf(story.sequence)
         : output
             .slice(0, next)
-            .map((token) => token.text)
+            .map((token) => (token.is_special ? "" : token.text))
             .join("");
     if (answer.textContent !== until) answer.textContent = until;
     answer.classList.toggle("unfinished", next >= 0);
@@ -99,7 +105,7 @@ export function createOutputView({ words, units, rich, select }) {
       characters = new Characters(sequence.text);
       const joined = groups.filter((group) => group.tokens.length > 1).length;
       const key = sequence.output.length === 0 ? "lead_no_output" : joined > 0 ? "lead_again_joined" : "lead_again";
-      station.say(rich(key, { tokens: sequence.output.length, characters: characters.length, joined }));
+      station.say(rich(key, { tokens: sequence.output.length, characters: new Characters(answerOf(sequence)).length, joined }));
       scroller.hidden = answer.hidden = sequence.output.length === 0;
       note.hidden = sequence.output.length === 0;
       note.textContent = t("join_axis");

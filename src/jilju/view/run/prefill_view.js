@@ -11,7 +11,7 @@ const MOST_OVER = 8; // a decode step this many times as high as the blocks is c
 const LEAST_LABELLED = 0.25; // of the width: what is narrower has no room for words
 const ROOM = 0.86; // of the picture's height: above it stand labels
 
-export function createPrefillView({ words, units, rich, select }) {
+export function createPrefillView({ words, rich, select }) {
   const { t, duration, integer } = words;
   const station = createStation({ name: "prefill", number: 4, words });
   const picture = h("div", { class: "prefill-picture", role: "img" });
@@ -58,7 +58,7 @@ export function createPrefillView({ words, units, rich, select }) {
     return button;
   }
 
-  const chunkLabel = ({ step }) => t("chunk_label", { tokens: step.count, duration: duration(step.ms) });
+  const chunkLabel = ({ step }) => rich.plain("chunk_label", { tokens: step.count, duration: duration(step.ms) });
 
   function reference(story, scale, width) {
     const ms = decodeStepMs(story);
@@ -96,20 +96,21 @@ export function createPrefillView({ words, units, rich, select }) {
 
   function drawList({ prefills }) {
     const rows = prefills.map(({ step, index }) => {
+      const isAlone = step.rows === 1;
+      const pace = t("tokens_per_second", { rate: words.rate(step.count / (step.ms / 1000)) });
       const figures = [
-        t("chunk_tokens", { tokens: step.count }),
+        rich.plain("chunk_tokens", { tokens: step.count }),
         duration(step.ms),
-        t("tokens_per_second", { rate: words.rate(step.count / (step.ms / 1000)) }),
-        units.flops(step.flops),
+        ...(isAlone ? [pace, words.flops(step.flops)] : [t("own_share", { duration: duration(step.own_ms) })]),
       ];
       const roof = step.compute_roof_share;
       const share =
-        roof === null ? null : [meter(roof, "prefill"), h("span", {}, t("of_compute_roof", { share: units.share(roof) }))];
+        roof === null ? null : [meter(roof, "prefill"), h("span", {}, t(isAlone ? "of_compute_roof" : "of_whole_step", { share: words.share(roof), flops: words.flops(step.flops) }))];
       const error = (step.predicted_ms - step.ms) / step.ms;
       const predicted = h(
         "span",
         { class: "quiet-text" },
-        t("predicted_was", { duration: duration(step.predicted_ms), error: signed(error) }),
+        t("predicted_was", { duration: duration(step.predicted_ms), error: words.signedShare(error) }),
       );
       const button = h(
         "button",
@@ -121,8 +122,6 @@ export function createPrefillView({ words, units, rich, select }) {
     });
     list.replaceChildren(...rows);
   }
-
-  const signed = (value) => `${value < 0 ? "−" : "+"}${units.share(Math.abs(value))}`;
 
   return {
     station,
@@ -140,6 +139,10 @@ export function createPrefillView({ words, units, rich, select }) {
       const key = prefills.length > 1 ? "lead_prefill_chunks" : "lead_prefill";
       const nodes = rich(key, { tokens: coverage.computed, chunks: prefills.length, duration: duration(ms), each });
       const decodeMs = decodeStepMs(story);
+      if (prefills.some(({ step }) => step.rows > 1)) {
+        const own = prefills.reduce((total, { step }) => total + step.own_ms, 0);
+        nodes.push(" ", ...rich("lead_prefill_shared", { own: duration(own) }));
+      }
       if (decodeMs !== null) nodes.push(" ", ...rich("lead_prefill_beside", { each: duration(decodeMs) }));
       station.say(nodes);
       drawPicture(story);

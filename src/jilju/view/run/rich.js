@@ -1,14 +1,13 @@
 // Rich: sentences whose words can be asked for their meaning. In strings, "[label|term]" is such a word, "*label*" is strong, and
 // "<{count} token/tokens>" is the one or the other by the count.
 //
-// Owns the markup and the one box that shows an explanation. What a term means, in this run's numbers, is terms.js.
+// Owns the markup. What a term means, in this run's numbers, is terms.js.
 
 import { h } from "../dom.js";
+import { term } from "../term.js";
 
 const MARKUP = /\[([^|\]]+)\|(\w+)\]|\*([^*]+)\*/g;
 const COUNTED = /<\u0001(\d+)\u0002 ([^/>]+)\/([^>]+)>/g;
-const HIDE_MS = 160; // long enough to move the pointer from the word into the box
-const GAP = 8;
 
 /** Returns rich(key, params): nodes, and rich.plain: their text. What a parameter says is never read as markup. */
 export function createRich({ words }) {
@@ -42,78 +41,4 @@ export function createRich({ words }) {
       .map((node) => node.textContent ?? node)
       .join("");
   return rich;
-}
-
-/** A word with dots under it. `name` is one of terms.js. Not a button of HTML, which would not break over lines. */
-export const term = (name, label) => h("span", { class: "term", "data-term": name, role: "button", tabindex: "0" }, label);
-
-/** Shows what `explain(name)` says of a word that has the focus, is tapped or lies under the pointer. */
-export function watchTerms({ explain }) {
-  const box = h("div", { class: "term-box", id: "term-box", role: "tooltip", hidden: true });
-  document.body.append(box);
-  let shown = null;
-  let timer = null;
-
-  function hide() {
-    clearTimeout(timer);
-    shown?.removeAttribute("aria-describedby");
-    shown = null;
-    box.hidden = true;
-  }
-
-  function show(word) {
-    clearTimeout(timer);
-    if (word === shown) return;
-    hide();
-    shown = word;
-    box.textContent = explain(word.dataset.term);
-    word.setAttribute("aria-describedby", box.id);
-    box.hidden = false;
-    place();
-  }
-
-  function place() {
-    if (shown === null) return;
-    if (!shown.isConnected) {
-      hide(); // the page was drawn anew
-      return;
-    }
-    const at = shown.getBoundingClientRect();
-    const size = box.getBoundingClientRect();
-    const left = Math.min(Math.max(GAP, at.left), document.documentElement.clientWidth - size.width - GAP);
-    const fitsBelow = at.bottom + GAP + size.height <= document.documentElement.clientHeight;
-    box.style.left = `${left}px`;
-    box.style.top = `${fitsBelow ? at.bottom + GAP : Math.max(GAP, at.top - GAP - size.height)}px`;
-  }
-
-  const wordOf = (event) => (event.target instanceof Element ? event.target.closest(".term") : null);
-  document.addEventListener("focusin", (event) => (wordOf(event) ? show(wordOf(event)) : hide()));
-  document.addEventListener("focusout", (event) => wordOf(event) === shown && hide());
-  document.addEventListener("click", (event) => {
-    if (wordOf(event))
-      show(wordOf(event)); // a tap does not focus a button everywhere
-    else if (!box.contains(event.target)) hide();
-  });
-  document.addEventListener("pointerover", (event) => {
-    if (event.pointerType !== "mouse") return;
-    if (wordOf(event)) show(wordOf(event));
-    else if (box.contains(event.target)) clearTimeout(timer);
-  });
-  const leave = (event) => {
-    if (event.pointerType !== "mouse" || (!wordOf(event) && !box.contains(event.target))) return;
-    clearTimeout(timer);
-    timer = setTimeout(() => shown !== document.activeElement && hide(), HIDE_MS);
-  };
-  document.addEventListener("pointerout", leave);
-  document.addEventListener("keydown", (event) => {
-    if (wordOf(event) && (event.key === "Enter" || event.key === " ")) {
-      event.preventDefault();
-      show(wordOf(event));
-    }
-    if (event.key !== "Escape" || shown === null) return;
-    hide();
-    event.stopImmediatePropagation(); // this Escape is spent
-  });
-  addEventListener("scroll", place, { capture: true, passive: true });
-  addEventListener("resize", place);
 }

@@ -10,7 +10,7 @@ const [LEFT, RIGHT, TOP, BOTTOM] = [56, 16, 28, 44];
 const DOT = 3.5;
 
 /** {drawing, choose(index)}; null if the machine's roofs are not known or no step can be placed. */
-export function drawRoofline({ story, words, units }) {
+export function drawRoofline({ story, words }) {
   const { t } = words;
   const { read_bytes_per_s: bandwidth, flops_per_s: peak } = story.run.machine;
   const points = story.sequence.steps.flatMap((step, index) => {
@@ -45,7 +45,7 @@ export function drawRoofline({ story, words, units }) {
     "roof-name",
     WIDTH - RIGHT,
     y(peak) - 8,
-    t("compute_roof_name", { rate: `${units.flops(peak)}/s` }),
+    t("compute_roof_name", { rate: words.flopRate(peak) }),
     "end",
   );
 
@@ -70,14 +70,14 @@ export function drawRoofline({ story, words, units }) {
   for (let power = Math.ceil(low.y); power <= high.y; power++) {
     ticks.push(
       svg("path", { class: "tick", d: `M${LEFT} ${y(10 ** power)}h-4` }),
-      text("tick-text", LEFT - 7, y(10 ** power) + 4, units.flops(10 ** power).replace("FLOP", ""), "end"),
+      text("tick-text", LEFT - 7, y(10 ** power) + 4, words.flops(10 ** power).replace("FLOP", ""), "end"),
     );
   }
   const frame = svg("path", { class: "axis", d: `M${LEFT} ${TOP}V${axisY}H${WIDTH - RIGHT}` });
   const names = [text("tick-text", WIDTH - RIGHT, HEIGHT - 8, t("roofline_x"), "end"), text("tick-text", 4, 14, t("roofline_y"))];
   const label = t("roofline_label", {
     ridge: words.number(ridge, 2),
-    compute: `${units.flops(peak)}/s`,
+    compute: words.flopRate(peak),
     memory: `${words.bytes(bandwidth)}/s`,
   });
   const parts = [frame, ...ticks, ...names, roof, memory, compute, dots("decode"), dots("prefill"), ring];

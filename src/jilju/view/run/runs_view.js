@@ -14,7 +14,7 @@ export function createRunsView({ root, words }) {
         : t("list_in", { tokens: run.prompt_tokens });
     const figures = [when, read, t("list_out", { tokens: run.output_tokens }), duration(run.total_ms)];
     if (run.ttft_ms !== null) figures.push(t("list_ttft", { duration: duration(run.ttft_ms) }));
-    if (run.state !== "completed") figures.push(t(`state_${run.state}`));
+    if (run.state !== "completed") figures.push(t(`run_${run.state}`));
     const text = h(
       "span",
       { class: "list-text" },
@@ -36,7 +36,7 @@ export function createRunsView({ root, words }) {
   return {
     /** `lost`: the id that was asked for and is not there, or null. */
     draw({ runs }, lost) {
-      const intro = lost === null ? t("recent_intro") : t("run_gone", { id: lost });
+      const intro = lost !== null ? t(runs.length > 0 ? "run_gone" : "run_gone_alone", { id: lost }) : runs.length > 0 ? t("recent_intro") : "";
       const body = runs.length > 0 ? h("ol", { class: "list" }, ...runs.map(line)) : h("p", { class: "note" }, t("no_runs"));
       root.replaceChildren(title, h("p", { class: lost === null ? "lead" : "lead lost" }, intro), body);
       root.setAttribute("aria-label", t("all_runs"));

@@ -1,6 +1,7 @@
 // A station: the frame that all seven parts of the way share, and small drawings that several of them use.
 
 import { h } from "../dom.js";
+import { runLink } from "../run_link.js";
 import { textOfBytes, visible } from "./units.js";
 
 /** Returns {section, body, say, showTime}. `lead` is one sentence, of nodes. */
@@ -39,14 +40,9 @@ export function keepFocus(root, draw) {
   element?.focus({ preventScroll: true });
 }
 
-/** "chatcmpl-91aa07c35e2f10" -> "91aa07c3": enough to tell runs apart on one page. */
-export const shortId = (id) => id.slice(id.indexOf("-") + 1).slice(0, 8);
-
 /** Who it was: a link to the run, this call itself, or somebody whose run is not for these eyes. */
-export function owner({ run, isSelf = false }, { t }) {
-  if (isSelf) return h("span", {}, t("owner_self"));
-  if (run === null) return h("span", {}, t("owner_unknown"));
-  return h("a", { href: `/runs/${encodeURIComponent(run)}`, title: run }, t("owner_run", { run: shortId(run) }));
+export function owner({ run, isSelf = false }, words) {
+  return isSelf ? h("span", {}, words.t("owner_self")) : runLink(run, words);
 }
 
 /** A token's text as a chip shows it: its own text, or its bytes if they are only a part of a character. */

@@ -4,7 +4,7 @@
 
 import { h } from "../dom.js";
 import { owner, meter, tokenText } from "./station.js";
-import { term } from "./rich.js";
+import { term } from "../term.js";
 
 const NEIGHBOURS_SHOWN = 6;
 
@@ -51,7 +51,7 @@ export function createStepView({ words, units, rich, move }) {
         { class: isChosen ? "alternative taken" : "alternative" },
         text,
         meter(share, isChosen ? "decode" : "wait"),
-        h("span", { class: "alternative-share" }, units.share(share), mark),
+        h("span", { class: "alternative-share" }, words.share(share), mark),
       );
     });
     if (rest > 0.0005)
@@ -61,7 +61,7 @@ export function createStepView({ words, units, rich, move }) {
           { class: "alternative rest" },
           h("span", {}, t("all_other_tokens")),
           meter(rest, "wait"),
-          h("span", { class: "alternative-share" }, units.share(rest)),
+          h("span", { class: "alternative-share" }, words.share(rest)),
         ),
       );
     return h("ol", { class: "alternatives" }, ...items);
@@ -121,7 +121,7 @@ export function createStepView({ words, units, rich, move }) {
     );
     const sign = h("span", { class: unnamed ? "sign sign-off" : "sign" }, unnamed ? "≠" : "✓");
     const error = (step.predicted_ms - step.ms) / step.ms;
-    const off = `${error < 0 ? "−" : "+"}${units.share(Math.abs(error))}`;
+    const off = words.signedShare(error);
     const foot = h("tr", { class: "sum" }, h("th", { scope: "row" }, t("total")), h("td", {}, total), h("td", {}, sign));
     const predicted = h(
       "tr",
@@ -143,10 +143,10 @@ export function createStepView({ words, units, rich, move }) {
     const row = (name, label, value, extra = null) =>
       h("tr", {}, h("th", { scope: "row" }, term(name, t(label))), h("td", {}, value), h("td", { class: "bar-cell" }, extra));
     const share = (value, look) =>
-      value === null ? null : h("span", { class: "roof" }, meter(value, look), h("span", {}, units.share(value)));
+      value === null ? null : h("span", { class: "roof" }, meter(value, look), h("span", {}, words.share(value)));
     const rows = [
       row("moved", "bytes_moved", bytes(step.bytes), share(step.memory_roof_share, "decode")),
-      row("flop", "arithmetic", units.flops(step.flops), share(step.compute_roof_share, "prefill")),
+      row("flop", "arithmetic", words.flops(step.flops), share(step.compute_roof_share, "prefill")),
       row("intensity", "intensity", t("flop_per_byte", { number: words.number(step.flops / Math.max(step.bytes, 1), 2) })),
       row("kv", "kv_read", bytes(context * run.machine.kv_bytes_per_token), t("of_tokens", { tokens: context })),
     ];

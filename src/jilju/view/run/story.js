@@ -2,7 +2,8 @@
 //
 // Owns the derivations: decode columns, token groups, what was computed and what cached. Pure: no words, no DOM.
 
-import { balance, lookOf, stations } from "./ledger.js";
+import { lookOf } from "../kinds.js";
+import { balance, stations } from "./ledger.js";
 
 const PART_LOOKS = ["decode", "others", "host", "wait", "fault"]; // from the ground up
 

@@ -5,7 +5,7 @@
 import { Characters, median } from "./story.js";
 
 /** explain(name) for the story that `story()` gives, or null while there is none. */
-export function createTerms({ words, units, rich, story }) {
+export function createTerms({ words, rich, story }) {
   const { duration, bytes } = words;
 
   /** The holes of a term's sentence; null: there is nothing to fill them with. */
@@ -42,14 +42,14 @@ export function createTerms({ words, units, rich, story }) {
       sequence?.tpot_ms && { steps: columns.filter((column) => !column.isFirst).length, duration: duration(sequence.tpot_ms) },
     flop: ({ sequence }) => {
       const decode = sequence?.steps.find((step) => step.kind === "decode" && step.rows === 1);
-      return decode && { flops: units.flops(decode.flops) };
+      return decode && { flops: words.flops(decode.flops) };
     },
     moved: ({ run, columns }) => {
       const moved = median((columns ?? []).filter((column) => !column.isFirst).map((column) => column.step.bytes));
       return moved && { bytes: bytes(moved), weights: bytes(run.machine.weight_bytes) };
     },
     memory_roof: ({ run: { machine } }) => machine.read_bytes_per_s && { rate: `${bytes(machine.read_bytes_per_s)}/s` },
-    compute_roof: ({ run: { machine } }) => machine.flops_per_s && { rate: `${units.flops(machine.flops_per_s)}/s` },
+    compute_roof: ({ run: { machine } }) => machine.flops_per_s && { rate: words.flopRate(machine.flops_per_s) },
     intensity: ({ run: { machine } }) =>
       machine.flops_per_s &&
       machine.read_bytes_per_s && { ridge: words.number(machine.flops_per_s / machine.read_bytes_per_s, 2) },
@@ -63,7 +63,7 @@ export function createTerms({ words, units, rich, story }) {
     ledger: ({ sequence }) =>
       sequence && { intervals: sequence.ledger.intervals.length, duration: duration(sequence.ledger.total_ms) },
     cost: ({ run: { cost } }) =>
-      cost && !cost.is_default && { price: units.money(cost.price_per_hour, cost.currency), time: duration(cost.machine_ms) },
+      cost && !cost.is_default && { price: words.money(cost.price_per_hour, cost.currency), time: duration(cost.machine_ms) },
     op: ({ run: { machine } }) => machine.num_layers && { layers: machine.num_layers },
     kernels: ({ run: { machine } }) => ({ kernels: machine.kernel_set, threads: machine.num_threads }),
     probability: () => ({}),

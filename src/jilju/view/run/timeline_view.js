@@ -3,7 +3,8 @@
 // Owns the bar, the fan between bar and sum, the balance sign, and the slider that moves through the run's moments.
 
 import { h, svg } from "../dom.js";
-import { barPaths, intervalAt, lookOf, STATION_LOOKS } from "./ledger.js";
+import { lookOf } from "../kinds.js";
+import { barPaths, intervalAt, STATION_LOOKS } from "./ledger.js";
 import { tableBehind } from "./station.js";
 
 const FAN_WIDTH = 1000; // of the fan's own coordinates
@@ -130,12 +131,12 @@ export function createTimelineView({ root, words, units, rich, seek, play, paces
       kinds.map(([, ms]) => ms),
       story.balance.sumMs,
     );
-    const share = (ms) => units.share(ms / totalMs());
+    const share = (ms) => words.share(ms / totalMs());
     const marked = (kind) =>
       h("span", { class: `marked kind-${lookOf(kind) === "others" ? "wait" : lookOf(kind)}` }, t(`kind_${kind}`));
     const rows = () => [
       ...kinds.map(([kind, ms], index) => [marked(kind), parts[index], share(ms)]),
-      [t("total"), whole, units.share(1)],
+      [t("total"), whole, words.share(1)],
     ];
     return tableBehind({ label: t("ledger_table"), heads: [t("head_kind"), t("head_time"), t("head_share")], rows }, words);
   }

@@ -50,7 +50,7 @@ export function createTokensView({ words, units, rich }) {
     ];
     if (size) parts.push(t("token_block", { block: Math.floor(index / size) + 1 }));
     if (token.is_special) parts.push(t("token_special"));
-    if (token.logprob != null) parts.push(t("token_probability", { share: units.share(Math.exp(token.logprob)) }));
+    if (token.logprob != null) parts.push(t("token_probability", { share: words.share(Math.exp(token.logprob)) }));
     detail.textContent = parts.join(" · ");
   }
 

@@ -1,8 +1,6 @@
-// Units: figures of a run as text, in the page's language.
+// Units: figures of a run beyond those of all pages (numbers.js): sums, bytes of tokens, texts of tokens.
 //
 // Owns rounding. Parts of a sum are rounded together, so that what is printed sums up too.
-
-const FLOP_UNITS = ["FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"];
 
 export function createUnits(words) {
   const formats = new Map();
@@ -16,9 +14,9 @@ export function createUnits(words) {
 
   /** [texts of the parts, text of the total]: largest remainders are rounded up until the parts make the total. */
   function sum(partsMs, totalMs) {
-    const [divisor, unit] = totalMs >= 10_000 ? [1000, "s"] : [1, "ms"];
+    const [divisor, unit] = totalMs >= 10_000 ? [1000, words.seconds("").trim()] : [1, "ms"];
     const shown = totalMs / divisor;
-    const digits = unit === "ms" ? (shown < 10 ? 3 : shown < 100 ? 2 : 1) : shown < 1000 ? 3 : 1;
+    const digits = divisor === 1 ? (shown < 10 ? 3 : shown < 100 ? 2 : 1) : shown < 1000 ? 3 : 1;
     const scale = 10 ** digits;
     const wanted = partsMs.map((ms) => (ms / divisor) * scale);
     const whole = wanted.map(Math.floor);
@@ -33,22 +31,6 @@ export function createUnits(words) {
   return {
     sum,
     fixed,
-    flops(count) {
-      let unit = 0;
-      for (; count >= 999.5 && unit < FLOP_UNITS.length - 1; unit++) count /= 1000;
-      return `${words.number(count)} ${FLOP_UNITS[unit]}`;
-    },
-    /** 0.71 -> 71%, 0.004 -> 0.4% */
-    share(value) {
-      const percent = value * 100;
-      if (percent > 0 && percent < 0.1) return "<0.1%";
-      return `${percent < 1 ? words.number(percent, 1) : words.number(percent, percent >= 99.5 ? 3 : 2)}%`;
-    },
-    /** Small amounts of a currency that has cents as cents. */
-    money(amount, currency) {
-      if (currency === "USD" && amount < 0.01) return `${words.number(amount * 100, 2)} ¢`;
-      return new Intl.NumberFormat(words.language, { style: "currency", currency, maximumSignificantDigits: 2 }).format(amount);
-    },
     /** "ec 84 9c" */
     hex: (bytes) => bytes.replace(/(..)(?=.)/g, "$1 "),
   };

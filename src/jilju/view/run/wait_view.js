@@ -1,7 +1,8 @@
 // Station 3, wait: a bar for each cause, and who held what was waited for; also what others cost inside its own steps.
 
 import { h } from "../dom.js";
-import { blameOf, lookOf } from "./ledger.js";
+import { lookOf } from "../kinds.js";
+import { blameOf } from "./ledger.js";
 import { createStation, meter, owner } from "./station.js";
 
 const BEFORE = ["admit", "link_in", "queue_step", "queue_rows", "queue_tokens", "queue_blocks", "queue_order", "queue_restart"];
@@ -45,14 +46,13 @@ export function createWaitView({ words, rich }) {
     const found = blameOf(intervals, [kind]).filter(({ ms }) => ms > LEAST_MS);
     if (found.length === 0) return null;
     const items = found.slice(0, SHOWN).map((each) => {
-      const said = [...each.texts].slice(0, 2).join(", ");
-      const did = said || deeds.get(each.run);
+      const did = deeds.get(each.run);
       return h(
         "li",
         {},
         owner(each, words),
         h("span", { class: "culprit-time" }, duration(each.ms)),
-        did ? h("span", { class: "culprit-did", lang: said ? "en" : null }, did) : null,
+        did ? h("span", { class: "culprit-did" }, did) : null,
       );
     });
     const rest = found.slice(SHOWN);

@@ -1,6 +1,6 @@
-// Kinds: the parts of a call's ledger: which colour each has, and whether all of them make the whole.
+// Kinds: the intervals that a run's time is made of, and the colour of each. Their names are the strings kind_<kind>.
 //
-// Owns these rules. Knows nothing of drawing.
+// Owns this table. Knows nothing of drawing.
 
 const LOOKS = {
   prefill_own: "prefill",
@@ -13,11 +13,6 @@ const LOOKS = {
   client: "wait",
   in_flight: "wait",
 };
+
 /** The colour of a kind: host, wait, others, prefill, decode or fault. */
 export const lookOf = (kind) => LOOKS[kind] ?? (/^(queue|stall)_/.test(kind) ? "wait" : "host");
-
-const ROUNDING_MS = 0.05; // a few dozen parts, each rounded to a µs: far below this
-
-export function isBalanced({ parts, total_ms: totalMs }) {
-  return Math.abs(parts.reduce((sum, { ms }) => sum + ms, 0) - totalMs) <= ROUNDING_MS;
-}
