@@ -507,6 +507,7 @@ def test_text_and_marks_have_enough_contrast(open_page, color_scheme):
 LONG = "https://example.invalid/" + "a" * 300
 
 
+LAID_OUT = "(width) => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(innerWidth === width))))"
 TOO_WIDE = """() => [...document.querySelectorAll("body, body *")]
     .filter((e) => e.checkVisibility() && !e.closest(".visually-hidden, .skip-link, svg") && e.getBoundingClientRect().right > innerWidth + 0.5)
     .map((e) => e.outerHTML.slice(0, 120))"""
@@ -520,6 +521,7 @@ def test_nothing_is_wider_than_the_page(open_page, stub):
     def check() -> None:
         for width in (320, 390, 1280):
             page.set_viewport_size({"width": width, "height": 844})
+            page.wait_for_function(LAID_OUT, arg=width)
             assert page.evaluate(TOO_WIDE) == []
             assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 

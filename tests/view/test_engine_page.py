@@ -942,7 +942,7 @@ def test_axe_has_nothing_serious_to_say(engine, stub, color_scheme):
     check_axe(page)
 
 
-TWO_FRAMES = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(true))))"
+LAID_OUT = "(width) => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done(innerWidth === width))))"
 TOO_WIDE = """() => [...document.querySelectorAll("body, body *")]
     .filter((e) => e.checkVisibility() && !e.closest(".visually-hidden, .skip-link, svg, .table-scroll, .example"))
     .filter((e) => e.getBoundingClientRect().right > innerWidth + 0.5)
@@ -959,7 +959,7 @@ def test_nothing_is_wider_than_the_page(engine, stub, locale):
     expect(held(page).locator(".ops-table")).to_be_visible()
     for width in (320, 390, 768, 1440):
         page.set_viewport_size({"width": width, "height": 844})
-        page.wait_for_function(TWO_FRAMES)
+        page.wait_for_function(LAID_OUT, arg=width)
         assert page.evaluate(TOO_WIDE) == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 

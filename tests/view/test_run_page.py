@@ -440,7 +440,7 @@ EXPLAIN = """() => [...document.querySelectorAll(".term")].filter((word) => word
 def test_every_word_on_the_page_has_an_explanation(open_page, stub, front, locale):
     page, _ = open_page("/runs", locale=locale)
     for make in (korean_run, preempted_run, refused_run, two_answers):
-        page.goto(front.url + stub.put(make()))
+        page.goto(front.url + stub.put(replace(make(), id=f"chatcmpl-{make.__name__}")))
         expect(page.locator("#station-text .lead")).to_be_visible()
         texts = page.evaluate(EXPLAIN)
         assert len(texts) > 8
@@ -640,7 +640,7 @@ def test_both_themes_are_accessible_and_fit_any_width(open_page, stub, theme, lo
 def test_other_runs_are_accessible_and_fit(open_page, stub, front):
     page, _ = open_page("/runs", viewport={"width": 390, "height": 844})
     for make in (preempted_run, two_answers, refused_run):
-        page.goto(front.url + stub.put(make()))
+        page.goto(front.url + stub.put(replace(make(), id=f"chatcmpl-{make.__name__}")))
         expect(page.locator("#station-text .lead")).to_be_visible()
         check_fits(page, 390)
     check_axe(page)

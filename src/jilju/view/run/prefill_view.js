@@ -104,8 +104,8 @@ export function createPrefillView({ words, rich, select }) {
         ...(isAlone ? [pace, words.flops(step.flops)] : [t("own_share", { duration: duration(step.own_ms) })]),
       ];
       const roof = step.compute_roof_share;
-      const share =
-        roof === null ? null : [meter(roof, "prefill"), h("span", {}, t(isAlone ? "of_compute_roof" : "of_whole_step", { share: words.share(roof), flops: words.flops(step.flops) }))];
+      const said = t(isAlone ? "of_compute_roof" : "of_whole_step", { share: words.share(roof ?? 0), flops: words.flops(step.flops) });
+      const share = roof === null ? null : [meter(roof, "prefill"), h("span", {}, said)];
       const error = (step.predicted_ms - step.ms) / step.ms;
       const predicted = h(
         "span",

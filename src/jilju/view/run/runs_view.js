@@ -36,7 +36,8 @@ export function createRunsView({ root, words }) {
   return {
     /** `lost`: the id that was asked for and is not there, or null. */
     draw({ runs }, lost) {
-      const intro = lost !== null ? t(runs.length > 0 ? "run_gone" : "run_gone_alone", { id: lost }) : runs.length > 0 ? t("recent_intro") : "";
+      const isEmpty = runs.length === 0;
+      const intro = lost !== null ? t(isEmpty ? "run_gone_alone" : "run_gone", { id: lost }) : isEmpty ? "" : t("recent_intro");
       const body = runs.length > 0 ? h("ol", { class: "list" }, ...runs.map(line)) : h("p", { class: "note" }, t("no_runs"));
       root.replaceChildren(title, h("p", { class: lost === null ? "lead" : "lead lost" }, intro), body);
       root.setAttribute("aria-label", t("all_runs"));
