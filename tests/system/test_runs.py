@@ -64,7 +64,7 @@ def test_a_run_is_what_its_caller_got(smollm2_server):
     assert b"".join(bytes.fromhex(t["bytes"]) for t in sequence["output"]).decode(errors="replace") == sequence["text"]
     assert (run["state"], run["status"], sequence["finish_reason"]) == ("completed", 200, "length")
     check_ledger(sequence, run["total_ms"])
-    assert abs(took_ms - run["total_ms"]) <= 0.01 * took_ms + 5 and run["total_ms"] <= took_ms
+    assert run["total_ms"] <= took_ms, "a run lies within what its caller's clock saw of it"
     assert math.isclose(run["ttft_ms"], answer["timings"]["ttft_ms"])
 
     spans = prompt["spans"]
