@@ -58,11 +58,17 @@ class Load:
         self._http = httpx.AsyncClient(base_url=f"http://127.0.0.1:{server.port}", timeout=60)
         self.checks: Counter[str] = Counter()
         self.excess_ms: list[float] = []  # of the client's clock over the run's, of those that were answered
+        self._named: list[NamedExchange] = []
         self.num_kills = 0
 
     async def run(self, count: int) -> None:
         left = iter(range(count))
         await asyncio.gather(*[self._one_after_another(left, count) for _ in range(AT_ONCE)])
+
+    async def check(self) -> None:
+        """Afterwards: who looks at runs while they go takes the cores that they need."""
+        for exchange in self._named:
+            await self._check(exchange)
         await self._http.aclose()
 
     def _body(self, number: int) -> dict[str, Any]:
@@ -84,7 +90,7 @@ class Load:
                 self.checks["refused"] += 1
                 await asyncio.sleep(0.3)
             elif exchange.run_id:
-                await self._check(exchange)
+                self._named.append(exchange)
             else:
                 self.checks["left before the first token"] += 1
 
@@ -137,6 +143,13 @@ async def contention(port: int, rng: random.Random) -> list[float]:
     return shares
 
 
+async def loaded(load: Load, count: int) -> list[float]:
+    """The client's lag during the load."""
+    _, lags = await with_lag(load.run(count))
+    await load.check()
+    return lags
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
@@ -148,7 +161,7 @@ def main() -> None:
     flags = ("--context", "1024", "--kv-memory", "40MiB", "--max-rows", "10", "--step-tokens", "256")
     with serving(arguments.model, *flags) as server:
         load = Load(server, rng)
-        _, lags = asyncio.run(with_lag(load.run(arguments.requests)))
+        lags = asyncio.run(loaded(load, arguments.requests))
         metrics = httpx.get(f"http://127.0.0.1:{server.port}/metrics").text
     with serving(arguments.model, "--context", "4096") as server:
         shares = [share for _ in range(3) for share in asyncio.run(contention(server.port, rng))]
