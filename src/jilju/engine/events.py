@@ -110,15 +110,16 @@ class StepRing(Sequence[StepRecord]):
 
     def __init__(self, size: int, records: Sequence[StepRecord] = ()):
         self._size = size
+        self._capacity = size * _LAYOUT.size
         self._bytes = bytearray()  # grows up to `size` records
         self._oldest = 0  # where it lies, once all places are taken
         for record in records[-size:]:
             self.add(record)
 
     def add(self, record: StepRecord, first_row: int = 0) -> None:
-        *fields, closed_by, _rows = msgspec.structs.astuple(record)
-        packed = _LAYOUT.pack(*fields, CLOSED.index(closed_by), first_row)
-        if len(self) < self._size:
+        fields = msgspec.structs.astuple(record)
+        packed = _LAYOUT.pack(*fields[:-2], CLOSED.index(record.closed_by), first_row)
+        if len(self._bytes) < self._capacity:
             self._bytes += packed
         else:
             begin = self._oldest * _LAYOUT.size
