@@ -31,6 +31,9 @@ READY_S = 120.0
 LOOPS, MANY_ROWS = 20_000, 32
 STREAMS, NUM_PROMPTS, NUM_INPUT, NUM_OUTPUT = 8, 16, 48, 96  # of one load
 SCRAPE_S = 1.0
+OPENING_S = (
+    2.0  # until a page has its first frame, of the whole last minute: what it costs while it stays open is asked for
+)
 ON = ("--metrics-compat", "vllm", "--price", "1", "--watts", "65")  # besides what is on anyway, and files
 OFF = ("--run-store", "0")
 # A server whose log forgets each record at once: no ring, no metrics of steps, no bill.
@@ -142,10 +145,11 @@ def _loaded(served: _Served, seed: int, *, scraped: bool) -> float:
 
 def _core_share(served: _Served, seed: int, is_open: bool) -> float:
     """Of a core, what the server's own process takes during one load."""
-    before, begin = process_cpu_s(served.pid), time.monotonic()
     with _streaming(served.url, is_open):
+        time.sleep(OPENING_S if is_open else 0.0)
+        before, begin = process_cpu_s(served.pid), time.monotonic()
         _load(served.url, seed)
-    return (process_cpu_s(served.pid) - before) / (time.monotonic() - begin)
+        return (process_cpu_s(served.pid) - before) / (time.monotonic() - begin)
 
 
 def _load(url: str, seed: int) -> None:
