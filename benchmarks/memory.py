@@ -30,6 +30,7 @@ class Sample(msgspec.Struct, frozen=True):
     num_requests: int
     server: Memory
     engine: Memory
+    kept: int  # of the server's, as it says itself
 
 
 def body_of(kind: str, rng: random.Random) -> dict[str, Any]:
@@ -63,6 +64,14 @@ async def some(server: Server, numbers: range, concurrency: int, rng: random.Ran
     await asyncio.gather(*[clients(server, left, rng, seen) for _ in range(concurrency)])
 
 
+def kept_of(metrics: dict[str, float]) -> int:
+    """What the log, the marks of calls and the run store hold, which grow up to their bounds."""
+    owners = ("log", "calls", "run store")
+    found = [value for name, value in metrics.items() if any(f'owner="{owner}"' in name for owner in owners)]
+    assert len(found) == len(owners), f"{len(found)} of {owners} are in /metrics"
+    return int(sum(found))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="smollm2-135m")
@@ -77,7 +86,8 @@ def main() -> None:
         for begin in range(0, arguments.requests, arguments.every):
             asyncio.run(some(server, range(begin, begin + arguments.every), arguments.concurrency, rng, seen))
             _, metrics = idle_metrics(server)
-            samples.append(Sample(begin + arguments.every, memory_of(server.pid), memory_of(server.engine_pid)))
+            memory = memory_of(server.pid), memory_of(server.engine_pid)
+            samples.append(Sample(begin + arguments.every, *memory, kept_of(metrics)))
     first = next(sample for sample in samples if sample.num_requests >= arguments.first)
     last = samples[-1]
     figures = MemoryFigures(
@@ -89,17 +99,18 @@ def main() -> None:
         server_resident=last.server.resident - first.server.resident,
         engine_anonymous=last.engine.anonymous - first.engine.anonymous,
         engine_resident=last.engine.resident - first.engine.resident,
+        kept=last.kept - first.kept,
     )
     table = table_of(
         f"{arguments.model}, {', '.join(f'{count} x {what}' for what, count in sorted(seen.items()))}; MiB",
-        ["requests", "server, anonymous", "resident", "engine, anonymous", "resident"],
+        ["requests", "server, anonymous", "resident", "engine, anonymous", "resident", "kept on purpose"],
     )
     for sample in samples:
-        cells = [f"{value / MIB:.2f}" for value in (*sample.server, *sample.engine)]
+        cells = [f"{value / MIB:.2f}" for value in (*sample.server, *sample.engine, sample.kept)]
         table.add_row(str(sample.num_requests), *cells)
     Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(table)
     print(
-        f"from {figures.first_request} on: {figures.anonymous / MIB:+.2f} MiB without pages of files, {figures.num_steps} steps"
+        f"from {figures.first_request} on: {figures.anonymous / MIB:+.2f} MiB without pages of files and what is kept on purpose ({figures.kept / MIB:.2f} MiB), {figures.num_steps} steps"
     )
     if arguments.json:
         arguments.json.write_bytes(msgspec.json.encode(figures))

@@ -313,7 +313,9 @@ def resolve_serve_config(
             origins[option.name] = "default"
     check_distinct(values.get("api_key", ()), "--api-key")
     if "event_log_max" in values and "event_log" not in values:
-        raise ConfigError(f"{origins['event_log_max']} is given and no file that it holds for; give --event-log FILE too")
+        raise ConfigError(
+            f"{origins['event_log_max']} is given and no file that it holds for; give --event-log FILE too"
+        )
     return ServeConfig(**values, origins=origins)
 
 

@@ -59,7 +59,7 @@ LABELS: dict[str, set[str] | None] = {
     "stage": set(FRONTEND_STAGES),
     "source": {"computed", "cached"},
     "process": {"server", "engine"},
-    "owner": {"start", "run store", "log", "history", "grammars", "weights", "kv", "workspace", "unattributed", "not_resident"},
+    "owner": {"start", "run store", "calls", "log", "history", "grammars", "weights", "kv", "workspace", "unattributed", "not_resident"},
     "reason": {*WAITING_REASONS, *get_args(ShedReason), "disconnect", "recompute"},
 }  # fmt: skip
 

@@ -166,11 +166,13 @@ class MemoryFigures(msgspec.Struct, frozen=True, kw_only=True):
     server_resident: int
     engine_anonymous: int
     engine_resident: int
+    kept: int = 0  # of the server's: the log, marks of calls and the run store, which grow up to their bounds
 
     @property
     def anonymous(self) -> int:
-        """Without pages of files, such as the table of embeddings, which come in as words are used and can go again."""
-        return self.server_anonymous + self.engine_anonymous
+        """Without what is kept on purpose, and without pages of files, such as the table of embeddings, which come in as words
+        are used and can go again."""
+        return self.server_anonymous + self.engine_anonymous - self.kept
 
 
 class LedgerFigures(msgspec.Struct, frozen=True, kw_only=True):

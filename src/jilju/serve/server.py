@@ -55,7 +55,7 @@ def make_server(context: ServerContext) -> Server:
     calls, runs = CallRing(), RunStore(context.run_store_bytes)
     billing = Billing(context, calls)
     ledger.listen(billing)  # first: others tell what a call has cost
-    metrics = Metrics(context, ledger, drain, loop_lag, runs, billing)
+    metrics = Metrics(context, ledger, drain, loop_lag, calls, runs, billing)
     telemetry = _make_telemetry(context, runs)
     if telemetry is not None:
         ledger.listen(telemetry)  # before a run may leave the store

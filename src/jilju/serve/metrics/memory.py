@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from jilju.account.frame import Owned
+from jilju.account.records import CallRing
 from jilju.serve.context import ServerContext
 from jilju.serve.runs.store import RunStore
 
@@ -17,8 +18,8 @@ Process = Literal["server", "engine"]
 
 
 class Memory:
-    def __init__(self, context: ServerContext, runs: RunStore):
-        self._context, self._runs = context, runs
+    def __init__(self, context: ServerContext, calls: CallRing, runs: RunStore):
+        self._context, self._calls, self._runs = context, calls, runs
         pages = resident_bytes("self")
         self._start_bytes = 0 if pages is None else pages.anonymous  # what was loaded before the first call
 
@@ -28,7 +29,12 @@ class Memory:
 
     def _server(self) -> list[Owned]:
         context = self._context
-        owners = {"start": self._start_bytes, "run store": self._runs.num_bytes, "log": context.client.log.num_bytes}
+        owners = {
+            "start": self._start_bytes,
+            "run store": self._runs.num_bytes,
+            "calls": self._calls.num_bytes,
+            "log": context.client.log.num_bytes,
+        }
         if context.history is not None:
             owners["history"] = context.history.num_bytes
         if context.workers is not None:

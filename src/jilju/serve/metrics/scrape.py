@@ -4,6 +4,7 @@ Owns the order of what is shown, and which sets are. Reads what lies ready: it a
 takes a millisecond. Knows nothing of HTTP.
 """
 
+from jilju.account.records import CallRing
 from jilju.serve.billing import Billing
 from jilju.serve.context import ServerContext
 from jilju.serve.drain import Drain
@@ -24,12 +25,13 @@ class Metrics:
         ledger: Ledger,
         drain: Drain,
         loop_lag: LoopLag,
+        calls: CallRing,
         runs: RunStore,
         billing: Billing,
     ):
         self._context, self._ledger, self._drain, self._loop_lag = context, ledger, drain, loop_lag
         self._billing = billing
-        self.memory = Memory(context, runs)
+        self.memory = Memory(context, calls, runs)
         self.folds = Folds(context.max_context, context.client.log)
         ledger.listen(self.folds)
         context.client.log.listen(self.folds.on_step)

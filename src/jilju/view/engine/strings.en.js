@@ -178,6 +178,7 @@ export const STRINGS = {
   owner_kv: "KV cache",
   owner_workspace: "workspace",
   owner_log: "log of steps",
+  owner_calls: "marks of calls",
   owner_run_store: "run store",
   owner_prefix_index: "prefix index",
   owner_start: "code and tokenizer",

@@ -178,6 +178,7 @@ export const STRINGS = {
   owner_kv: "KV 캐시",
   owner_workspace: "작업 공간",
   owner_log: "스텝 로그",
+  owner_calls: "호출 기록",
   owner_run_store: "실행 보관소",
   owner_prefix_index: "프리픽스 색인",
   owner_start: "코드와 토크나이저",

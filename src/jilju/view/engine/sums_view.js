@@ -8,7 +8,7 @@ import { bar } from "./bar.js";
 import { setText } from "./rows.js";
 
 const LAST_OWNERS = ["unattributed", "not_resident"];
-const OWNERS = ["weights", "kv", "workspace", "log", "start", "run store", "history", "grammars", "prefix index", ...LAST_OWNERS];
+const OWNERS = ["weights", "kv", "workspace", "log", "start", "run store", "calls", "history", "grammars", "prefix index", ...LAST_OWNERS];
 const PROCESSES = ["engine", "server"];
 const UNATTRIBUTED_MAX = 0.05; // of a process; above it the line warns
 const COST_LINES = ["requests", "idle", "load", "failed", "recompute", "host"];
