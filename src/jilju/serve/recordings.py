@@ -65,7 +65,7 @@ class Recordings:
             restarts=self._restarts.found,
             outages=self._outages.found,
             info=self.info,
-            step_model=self._step_model(),
+            step_model=self.step_model(),
             counts=self._counts(),
             started_ns=self._started_ns,
             first_ns=first_moment(self.log, self._started_ns, self._calls.dropped_ns),
@@ -92,7 +92,8 @@ class Recordings:
     def _is_ready(self) -> bool:
         return self._context.client.status().state == "ready"
 
-    def _step_model(self) -> StepModel:
+    def step_model(self) -> StepModel:
+        """One for all folds of this server."""
         if self.info is None:
             return make_step_model(None, None)
         if self._model is None:

@@ -10,10 +10,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from jilju.account.records import CallRecord
-from jilju.account.step_model import StepModel
 from jilju.engine.client import EngineInfo
 from jilju.errors import NotReady, RunNotFound
-from jilju.plan.cost import Roofs
 from jilju.serve.door.gate import arrival_of
 from jilju.serve.errors import shown
 from jilju.serve.health import json_response
@@ -27,7 +25,6 @@ MAX_LISTED = 100
 class RunRoutes:
     def __init__(self, server: Server):
         self._server = server
-        self._model: StepModel | None = None  # made when it is asked for
 
     async def list_runs(self, request: Request) -> Response:
         """The newest runs of the key."""
@@ -60,21 +57,13 @@ class RunRoutes:
             raise RunNotFound(
                 f"there is no step {shown(serial)} in the log; it keeps {kept}, and a run in /v1/jilju/runs/ID names its own"
             )
-        return json_response(await asyncio.to_thread(step_ops, logged, self._step_model(self._info())))
+        return json_response(await asyncio.to_thread(step_ops, logged, self._server.recordings.step_model()))
 
     def _info(self) -> EngineInfo:
         info = self._server.context.client.info
         if info is None:
             raise NotReady("the engine has not been ready yet; try again when /readyz answers 200", retry_after_s=1.0)
         return info
-
-    def _step_model(self, info: EngineInfo) -> StepModel:
-        if self._model is None:
-            roofs = None
-            if info.read_bytes_per_s is not None and info.flops_per_s is not None:
-                roofs = Roofs(info.read_bytes_per_s, info.flops_per_s)
-            self._model = StepModel(self._server.context.plan, info.kv_bytes_per_token, roofs)
-        return self._model
 
     def _sight(self, record: CallRecord, key_name: str | None) -> Sight:
         context, info, log = self._server.context, self._info(), self._server.context.client.log
@@ -92,7 +81,7 @@ class RunRoutes:
             model_name=context.model_name,
             tokenizer=context.tokenizer,
             log=log.part(range(serials.start, serials.stop + 1)),  # with the one that was under way at its end
-            model=self._step_model(info),
+            model=self._server.recordings.step_model(),
             info=info,
             plan=context.plan,
             now_ns=now_ns,
