@@ -14,7 +14,7 @@ from jilju.account.frame import Cost, Counts, Energy, Owned
 from jilju.account.records import CallRecord
 from jilju.account.step_model import StepModel
 from jilju.engine.client import EngineInfo
-from jilju.engine.events import EventLog, StepRecord
+from jilju.engine.events import EventLog, StepRecord, Watcher
 
 MAX_RESTARTS = 1024  # that are remembered
 
@@ -57,7 +57,7 @@ class Outage(NamedTuple):
     state: str  # "loading" before the first engine, "restarting" later
 
 
-class Outages:
+class Outages(Watcher):
     """A watcher of the log."""
 
     def __init__(self, log: EventLog, now_ns: int, *, is_ready: bool):
@@ -65,12 +65,6 @@ class Outages:
         if not is_ready:
             self.found.append(Outage(now_ns, 0, "loading"))
         log.watch(self)
-
-    def on_enter(self, number: int, tenant: str, at_ns: int) -> None:
-        pass
-
-    def on_leave(self, number: int, at_ns: int) -> None:
-        pass
 
     def on_engine(self, is_ready: bool, at_ns: int) -> None:
         is_out = bool(self.found) and not self.found[-1].end_ns

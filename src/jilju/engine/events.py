@@ -228,19 +228,20 @@ class RowRing:
 
 
 class Watcher(Protocol):
-    """Who is told what happens between steps, as it happens: when there is work, and when there is an engine."""
+    """Who is told what happens between steps, as it happens: when there is work, and when there is an
+    engine. One that names this as its base says only what it wants to hear."""
 
     def on_enter(self, number: int, tenant: str, at_ns: int) -> None:
         """A request is in the engine's care."""
-        ...
+        return
 
     def on_leave(self, number: int, at_ns: int) -> None:
         """Its terminal event is at hand, whoever reads it; the records of its steps came before."""
-        ...
+        return
 
     def on_engine(self, is_ready: bool, at_ns: int) -> None:
         """An engine has loaded, or has died: the records of its steps came before."""
-        ...
+        return
 
 
 class Guard:

@@ -7,13 +7,14 @@ if it left a step that it was in, when that step is known. Knows nothing of how 
 from jilju.account.bill import Bill, Paid, Sums
 from jilju.account.records import CallRecord, CallRing
 from jilju.account.step_model import make_step_model
+from jilju.engine.events import Watcher
 from jilju.serve.context import ServerContext
 from jilju.serve.ledger import Call
 from jilju.serve.runs.types import CostShare
 from jilju.serve.usage_log import usage_line
 
 
-class Billing:
+class Billing(Watcher):
     """A ledger listener, the first one: those after it read the call's share. Watches the engine's log."""
 
     def __init__(self, context: ServerContext, calls: CallRing):
@@ -66,9 +67,6 @@ class Billing:
             call.machine_ns, call.joules = self.bill.paid(numbers)  # so far
             self._leaving |= dict.fromkeys(numbers, call)
 
-    def on_enter(self, number: int, tenant: str, at_ns: int) -> None:
-        pass
-
     def on_leave(self, number: int, at_ns: int) -> None:
         call = self._leaving.pop(number, None)
         if call is None:
@@ -79,9 +77,6 @@ class Billing:
                 self._leaving.pop(other, None)
             self._close(call, numbers)
             self._calls.add(call.record())  # in place of the one that it got as it ended
-
-    def on_engine(self, is_ready: bool, at_ns: int) -> None:
-        pass
 
     def _close(self, call: Call, numbers: list[int]) -> None:
         call.machine_ns, call.joules = self.bill.close(numbers)

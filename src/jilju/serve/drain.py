@@ -7,10 +7,10 @@ runner moves it.
 import asyncio
 
 from jilju.errors import NotReady
-from jilju.serve.ledger import Call, Ledger
+from jilju.serve.ledger import Call, Ledger, LedgerListener
 
 
-class Drain:
+class Drain(LedgerListener):
     def __init__(self, ledger: Ledger):
         self._ledger = ledger
         self._empty = asyncio.Event()
@@ -48,9 +48,6 @@ class Drain:
         except TimeoutError:
             return False
         return True
-
-    def on_token(self, call: Call, gap_ns: int | None) -> None:
-        pass
 
     def on_end(self, call: Call) -> None:
         self._look()

@@ -8,7 +8,7 @@ import asyncio
 from collections import OrderedDict
 from typing import NamedTuple
 
-from jilju.serve.ledger import Call, CallState
+from jilju.serve.ledger import Call, CallState, LedgerListener
 
 MAX_ENDINGS = 4096
 
@@ -19,7 +19,7 @@ class Ending(NamedTuple):
     label: str | None
 
 
-class Endings:
+class Endings(LedgerListener):
     """A ledger listener."""
 
     def __init__(self) -> None:
@@ -41,9 +41,6 @@ class Endings:
         if call.id not in self._waited_for:
             self._waited_for[call.id] = asyncio.get_running_loop().create_future()
         return self._waited_for[call.id]
-
-    def on_token(self, call: Call, gap_ns: int | None) -> None:
-        pass
 
     def on_end(self, call: Call) -> None:
         assert call.state is not None, "a call that has ended has a state"

@@ -12,9 +12,9 @@ from pathlib import Path
 from jilju.account.log_file import CALL, END, ENGINE, INFO, REFUSAL, STEP, LogWriter, entry
 from jilju.account.recording import Refusal
 from jilju.engine.client import EngineInfo
-from jilju.engine.events import StepRecord
+from jilju.engine.events import StepRecord, Watcher
 from jilju.errors import ConfigError
-from jilju.serve.ledger import Call
+from jilju.serve.ledger import Call, LedgerListener
 from jilju.serve.recordings import Recordings
 
 logger = logging.getLogger("jilju.serve")
@@ -25,7 +25,7 @@ LEAST_BYTES = 1 << 20  # that a file may be let grow to
 MAX_BYTES = 16 << 20  # that may wait for a disk
 
 
-class EventFile:
+class EventFile(LedgerListener, Watcher):
     """`open` before the first call, `run` until the end, then `close`. A listener of the ledger and of the log of steps."""
 
     def __init__(self, recordings: Recordings, writer: LogWriter):
@@ -44,17 +44,8 @@ class EventFile:
         self._recordings.log.watch(self)
         self._recordings.ledger.listen(self)
 
-    def on_token(self, call: Call, gap_ns: int | None) -> None:
-        pass
-
     def on_step(self, step: StepRecord) -> None:
         self._put(entry(STEP, step))
-
-    def on_enter(self, number: int, tenant: str, at_ns: int) -> None:
-        pass
-
-    def on_leave(self, number: int, at_ns: int) -> None:
-        pass
 
     def on_engine(self, is_ready: bool, at_ns: int) -> None:
         self._put(entry(ENGINE, (is_ready, at_ns)))

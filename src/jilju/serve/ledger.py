@@ -128,9 +128,11 @@ class Call:
 
 
 class LedgerListener(Protocol):
+    """Who is told of calls. One that names this as its base says only what it wants to hear."""
+
     def on_token(self, call: Call, gap_ns: int | None) -> None:
         """One token of a sequence; `gap_ns` since the one before it, None for its first."""
-        ...
+        return
 
     def on_end(self, call: Call) -> None: ...
 

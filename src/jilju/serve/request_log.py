@@ -11,7 +11,7 @@ from typing import Any, Literal, TextIO
 import msgspec
 
 from jilju.account.bill import Paid
-from jilju.serve.ledger import Call
+from jilju.serve.ledger import Call, LedgerListener
 
 access_log = logging.getLogger("jilju.access")
 
@@ -20,14 +20,11 @@ WATCHED = frozenset({"/readyz", "/health"})
 FIELDS = "jilju_fields"  # attribute of a record that carries its fields
 
 
-class CallLog:
+class CallLog(LedgerListener):
     """A ledger listener: one line as a call ends. Of one that left a step it was in, its cost is without that step."""
 
     def __init__(self, price_per_hour: float | None = None):
         self._price_per_hour = price_per_hour
-
-    def on_token(self, call: Call, gap_ns: int | None) -> None:
-        pass
 
     def on_end(self, call: Call) -> None:
         first_ns = call.first_token_ns

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from jilju.clock import Clock
 from jilju.config import ApiKey
 from jilju.errors import RateLimitExceeded
-from jilju.serve.ledger import Call
+from jilju.serve.ledger import Call, LedgerListener
 
 UNSAID_TOKENS = 256  # charged for an answer that may take the rest of the context
 PERIOD_NS: Mapping[str, int] = MappingProxyType({"minute": 60 * 10**9, "day": 86_400 * 10**9})
@@ -74,7 +74,7 @@ class Bucket:
         self.at_ns = now_ns
 
 
-class Quotas:
+class Quotas(LedgerListener):
     """The buckets of all keys. A ledger listener: a call that ends is settled."""
 
     def __init__(self, clock: Clock):
@@ -107,9 +107,6 @@ class Quotas:
         """The keys are these from now on: buckets of others are dropped."""
         for gone in self._buckets.keys() - {key.name for key in keys}:
             del self._buckets[gone]
-
-    def on_token(self, call: Call, gap_ns: int | None) -> None:
-        pass
 
     def on_end(self, call: Call) -> None:
         num_charged, buckets = self._charges.pop(call.id, (0, []))

@@ -12,7 +12,7 @@ from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from jilju.serve.context import ServerContext
-from jilju.serve.ledger import Call
+from jilju.serve.ledger import Call, LedgerListener
 from jilju.serve.otel import names
 from jilju.serve.otel.attributes import (
     Value,
@@ -30,7 +30,7 @@ from jilju.serve.runs.store import RunStore
 logger = logging.getLogger("jilju.serve")
 
 
-class Telemetry:
+class Telemetry(LedgerListener):
     def __init__(
         self,
         context: ServerContext,
@@ -51,9 +51,6 @@ class Telemetry:
                 (names.PER_TOKEN, "Time per token after the first, of a call that completed", names.PER_TOKEN_S),
             )
         )
-
-    def on_token(self, call: Call, gap_ns: int | None) -> None:
-        pass
 
     def on_end(self, call: Call) -> None:
         """What goes wrong in here is logged and ends no call."""

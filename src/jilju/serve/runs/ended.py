@@ -4,15 +4,12 @@ A ledger listener. Knows nothing of text.
 """
 
 from jilju.account.records import CallRing
-from jilju.serve.ledger import Call
+from jilju.serve.ledger import Call, LedgerListener
 
 
-class EndedCalls:
+class EndedCalls(LedgerListener):
     def __init__(self, calls: CallRing):
         self._calls = calls
-
-    def on_token(self, call: Call, gap_ns: int | None) -> None:
-        pass
 
     def on_end(self, call: Call) -> None:
         self._calls.add(call.record())

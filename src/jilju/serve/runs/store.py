@@ -8,11 +8,11 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 from jilju.serve.generation import Choice
-from jilju.serve.ledger import Call
+from jilju.serve.ledger import Call, LedgerListener
 from jilju.serve.runs.kept import KeptPrompt, KeptRun, KeptSequence
 
 
-class RunStore:
+class RunStore(LedgerListener):
     """`max_bytes` of ended runs, the oldest go first; 0: none is kept."""
 
     def __init__(self, max_bytes: int):
@@ -49,9 +49,6 @@ class RunStore:
     def newest(self, key_name: str | None) -> Iterator[KeptRun]:
         """Of this key, the newest first."""
         return reversed(self._by_key.get(key_name, OrderedDict[str, KeptRun]()).values())
-
-    def on_token(self, call: Call, gap_ns: int | None) -> None:
-        pass
 
     def on_end(self, call: Call) -> None:
         run = self._runs.get(call.id)
