@@ -1,6 +1,7 @@
 """The anthropic package: messages, streams, tools, counting, errors."""
 
 import pytest
+
 from conftest import KEY, QUESTION, TOOL
 
 anthropic = pytest.importorskip("anthropic")

@@ -1,6 +1,7 @@
 """LangChain's ChatOpenAI: invoke, stream, tools, structured output."""
 
 import pytest
+
 from conftest import KEY, PERSON, QUESTION, TOOL
 
 langchain = pytest.importorskip("langchain_openai")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from conftest import KEY, QUESTION, TOOL
 
 litellm = pytest.importorskip("litellm")
