@@ -1,14 +1,14 @@
-"""Where the kernels run: on a GPU if there is one, else in Triton's interpreter on the CPU. Without torch all is skipped by name."""
+"""Where the kernels run: on a GPU if there is one, else in Triton's interpreter on the CPU.
+
+Each test module begins with `pytest.importorskip("torch")` and `("triton")`, so that an environment without them skips it by name.
+"""
 
 import importlib.util
 import os
 
 import pytest
 
-HAS_TORCH = importlib.util.find_spec("torch") is not None and importlib.util.find_spec("triton") is not None
-collect_ignore_glob = [] if HAS_TORCH else ["test_*.py"]
-
-if HAS_TORCH:
+if importlib.util.find_spec("torch") is not None:
     import torch
 
     if not torch.cuda.is_available():
