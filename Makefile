@@ -11,6 +11,7 @@
 #   make conformance  write docs/conformance.md     make clients        other people's clients against a server
 #   make screenshots  the pictures in docs/images, of a real server (needs Chromium and the default model)
 #   make soak-structured  200 schemas on a real server
+#   make test-gpu   the GPU backend's tests on a GPU                make bench-gpu      its speed beside roofs and peers
 #   make clean    remove environments and builds    make soak-native    the simulation's seeds on the native backend
 
 SHELL := /bin/bash
@@ -23,7 +24,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find src native -type f -not -n
 NATIVE := pyproject.toml CMakeLists.txt $(shell find native -type f)
 
 .PHONY: serve test test-neon check sanitize soak soak-native soak-api soak-structured bugs coverage conformance clients screenshots bench bench-http bench-account bench-bars bench-machine bench-model bench-models bench-engine bench-start bench-serve bench-load bench-structured bench-quality
-.PHONY: peers oracle oracle-write dev clean wheel install-check image-check
+.PHONY: peers oracle oracle-write test-gpu bench-gpu dev clean wheel install-check image-check
 .DELETE_ON_ERROR:
 
 serve: .venv/installed
@@ -137,8 +138,21 @@ soak-api: .venv-dev/installed
 test-neon: .venv-native/installed
 	@PATH="$(CURDIR)/.venv-native/bin:$$PATH" scripts/test_neon
 
+# The GPU's kernels run here too, in Triton's interpreter on CPU torch.
 oracle: .venv-oracle/installed
 	@PYTHONPATH=src .venv-oracle/bin/python -m pytest --override-ini addopts= -q tests/oracle $(ARGS)
+	@PYTHONPATH=src:. .venv-oracle/bin/python -m pytest --override-ini addopts= --import-mode=importlib -q -rs tests/cuda $(ARGS)
+
+# On a machine with an NVIDIA GPU, each under ten minutes: what `make oracle` runs in the interpreter, and speed beside roofs and peers.
+.venv-cuda/installed: $(NATIVE)
+	$(call environment,.venv-cuda,installed,building jilju with CUDA torch: gigabytes,-e '.[cuda$(comma)dev]' transformers)
+
+test-gpu: .venv-cuda/installed
+	@.venv-cuda/bin/jilju pull smollm2-135m
+	@PYTHONPATH=. .venv-cuda/bin/python -m pytest -s tests/cuda $(ARGS)
+
+bench-gpu: .venv-cuda/installed
+	@mkdir -p $(RESULTS) && PYTHONPATH=. .venv-cuda/bin/python -m benchmarks.gpu.bench --json $(RESULTS)/gpu.json $(ARGS)
 
 oracle-write: .venv-oracle/installed
 	@PYTHONPATH=src .venv-oracle/bin/python tests/oracle/write_golden.py

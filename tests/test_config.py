@@ -7,6 +7,7 @@ from jilju.config import (
     SERVE_OPTIONS,
     ApiKey,
     ServeConfig,
+    check_device,
     cpu_quota_cores,
     engine_config,
     parse_bytes,
@@ -169,7 +170,12 @@ def test_settings_of_an_engine_in_python():
     ("given", "words"),
     [
         ({"max_rows": 0}, ["max_rows is 0", "1 to 256"]),
-        ({"max_rows": None}, ["max_rows is None", "1 to 256"]),
+        ({"max_rows": 257}, ["max_rows is 257", "None or a whole number from 1 to 256"]),
+        ({"token_gap_ms": None}, ["token_gap_ms is None", "0 to 60000"]),
+        ({"fast": 1}, ["fast is 1", "True, False"]),
+        ({"fast": True}, ["fast is for a GPU", "--device cuda"]),
+        ({"device": "gpu"}, ["device is 'gpu'", "'cpu', 'cuda'"]),
+        ({"device": "cuda", "kv_dtype": "int8"}, ["kv_dtype is int8", "auto, bf16, f16, fp8"]),
         ({"step_tokens": "64"}, ["step_tokens is '64'", "16 to 8192"]),
         ({"threads": True}, ["threads is True", "None or a whole number"]),
         ({"context": -4}, ["context is -4", "16 to"]),
@@ -194,3 +200,45 @@ def test_huge_pages_are_taken_where_they_are_offered_and_half_of_the_memory_suff
 ):
     monkeypatch.setattr("jilju.config.Path.read_text", lambda path: offered)
     assert choose_huge_pages(total, 100)[0] == wanted
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {},
+        {"kv_dtype": "int8", "threads": "2", "packed_cache": "off", "huge_pages": "on"},
+        {"device": "cpu", "kv_dtype": "f16", "weight_dtype": "auto", "load_format": "dummy"},
+        {"device": "cuda"},
+        {"device": "cuda", "threads": "auto", "packed_cache": "auto", "huge_pages": "auto"},
+        {"device": "cuda", "fast": True, "load_format": "dummy", "weight_dtype": "fp8", "kv_dtype": "fp8"},
+        {"device": "cuda", "weight_dtype": "f16", "kv_dtype": "f16"},
+        {"device": "cuda", "weight_dtype": "f16", "kv_dtype": "fp8"},
+        {"device": "cuda", "weight_dtype": "bf16", "kv_dtype": "bf16"},
+        {"device": "cuda", "kv_dtype": "f16"},  # the model's weights may be
+        {"device": "cuda", "kv_dtype": "bf16"},
+    ],
+)
+def test_settings_of_the_device_that_go_together(flags):
+    check_device(resolve_serve_config("m", flags, {}))
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "words"),
+    [
+        ({"fast": True}, {}, ["--fast is for a GPU", "--device cuda"]),
+        ({}, {"JILJU_FAST": "1"}, ["JILJU_FAST is for a GPU"]),
+        ({"weight_dtype": "bf16"}, {}, ["--weight-dtype bf16 is for a GPU", "--device cuda"]),
+        ({"kv_dtype": "bf16"}, {}, ["--kv-dtype is bf16", "cpu", "auto, f16, int8"]),
+        ({"kv_dtype": "fp8"}, {}, ["--kv-dtype is fp8", "auto, f16, int8"]),
+        ({"device": "cuda", "kv_dtype": "int8"}, {}, ["--kv-dtype is int8", "cuda", "auto, bf16, f16, fp8"]),
+        ({"kv_dtype": "f16"}, {"JILJU_DEVICE": "cuda", "JILJU_WEIGHT_DTYPE": "fp8"}, ["--kv-dtype is f16", "fp8 weights", "auto, bf16, fp8"]),
+        ({"device": "cuda", "weight_dtype": "f16", "kv_dtype": "bf16"}, {}, ["f16 weights", "auto, f16, fp8"]),
+        ({"device": "cuda", "threads": "4"}, {}, ["--threads 4", "GPU", "--device cpu"]),
+        ({"device": "cuda"}, {"JILJU_PACKED_CACHE": "/x"}, ["JILJU_PACKED_CACHE /x", "leave it out"]),
+        ({"device": "cuda", "huge_pages": "off"}, {}, ["--huge-pages off"]),
+    ],
+)  # fmt: skip
+def test_settings_of_the_device_that_contradict_each_other(flags, environ, words):
+    with pytest.raises(ConfigError) as caught:
+        check_device(resolve_serve_config("m", flags, environ))
+    assert all(word in caught.value.message for word in words), caught.value.message

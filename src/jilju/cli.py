@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from rich.console import Console
@@ -25,10 +25,11 @@ from jilju.cli_trace import trace
 from jilju.cli_view import view
 from jilju.config import DEFAULT_MODEL, FALLBACK_MODEL, OFF, SERVE_OPTIONS, Option, ServeConfig, resolve_serve_config
 from jilju.errors import InvalidRequest, JiljuError, ModelSourceError, PlatformError, TemplateFailed
-from jilju.terminal import accept_licence_option, agree, fetching, threads_option
+from jilju.terminal import accept_licence_option, agree, device_option, fetching, threads_option
 
 if TYPE_CHECKING:
-    from jilju.assemble.engine import MemoryPlan, ModelFile
+    from jilju.assemble.engine import ModelFile
+    from jilju.assemble.fit import MemoryPlan
     from jilju.engine.request import SamplingParams
     from jilju.llm import Completion, Piece
 
@@ -147,8 +148,10 @@ def serve(model: str | None, accept_licence: str | None, **flags: Any) -> None:
     Examples:
       jilju serve
       jilju serve smollm2-135m --port 9000
+      jilju serve ./model.gguf --device cuda
       JILJU_API_KEY=team=some-long-secret jilju serve ./model.gguf --host 0.0.0.0 --allow-host chat.example.org
     """
+    from jilju.assemble.gpu import find_device
     from jilju.serve.door.auth import check_bind
     from jilju.serve.door.key_file import keys_of
     from jilju.serve.otel.providers import check_telemetry
@@ -158,6 +161,7 @@ def serve(model: str | None, accept_licence: str | None, **flags: Any) -> None:
     check_bind(config.host, keys_of(config), config.insecure)  # before a model is fetched for nothing
     check_telemetry(config.otel, config.trace_content)
     check_usage_log(config.usage_log)
+    find_device(config)
     agree(config.model, accept_licence)
     with fetching() as progress:
         model_file = _open_or_fall_back(config, progress)
@@ -185,7 +189,7 @@ def _open_or_fall_back(config: ServeConfig, progress: Callable[[int, int, str], 
     from jilju.assemble.engine import open_model
 
     try:
-        return open_model(config.model, progress)
+        return open_model(config.model, progress, load_format=config.load_format)
     except ModelSourceError as error:
         if config.origins["model"] != "default":
             raise
@@ -199,7 +203,7 @@ def _open_or_fall_back(config: ServeConfig, progress: Callable[[int, int, str], 
 
 def _announce(console: Console, model: "ModelFile", config: ServeConfig, memory: "MemoryPlan") -> None:
     """What will be held in memory and which settings are in force, before anything is loaded."""
-    from jilju.assemble.engine import show_bytes
+    from jilju.assemble.fit import show_bytes
 
     settings = Table(title=f"jilju {__version__} · settings", title_justify="left", box=None, pad_edge=False)
     for heading in ("setting", "value", "origin"):
@@ -220,19 +224,31 @@ def _announce(console: Console, model: "ModelFile", config: ServeConfig, memory:
     plan.add_column("part")
     plan.add_column("bytes", justify="right")
     plan.add_column("what it is")
-    packed = "packed into memory" if config.packed_cache == OFF else f"packed in {config.packed_cache}"
-    plan.add_row(
-        "weights", show_bytes(memory.weight_bytes), f"{len(model.plan.weights)} tensors of {model.path}, {packed}"
-    )
+    numbers = "random numbers for " if config.load_format == "dummy" else ""
+    weights = f"{numbers}{len(model.plan.weights)} tensors of {model.path}, {_weights_form(config)}"
+    plan.add_row("weights", show_bytes(memory.weight_bytes), weights)
     kv = f"{memory.pool_tokens:,} tokens of {show_bytes(memory.kv_bytes_per_token)} ({config.kv_dtype}), in {memory.num_blocks:,} blocks"
     plan.add_row("KV cache", show_bytes(memory.kv_bytes), kv)
     plan.add_row(
         "workspace", show_bytes(memory.workspace_bytes), f"activations of a step of {config.step_tokens} tokens, logits"
     )
-    plan.add_row("in all", show_bytes(memory.total_bytes), f"of {show_bytes(memory.available_bytes)} available")
+    available = f"of {show_bytes(memory.available_bytes)} available"
+    if memory.gpu is not None:
+        available += f" on {memory.gpu.shown}, beside {show_bytes(memory.reserve_bytes)} for CUDA itself"
+    plan.add_row("in all", show_bytes(memory.total_bytes), available)
+    assert config.max_rows is not None, "resolved"
     fits = f"{memory.pool_tokens / memory.context:.1f} sequences of {memory.context:,} tokens at once, or {config.max_rows} of {memory.pool_tokens // config.max_rows:,}"
     plan.add_row("fits", "", fits)
     console.print(plan)
+    if memory.gpu is not None:
+        mode = "fast: bits may depend on the batch" if config.fast else "invariant: the same bits in any batch"
+        console.print(f"computes on {memory.gpu.name}, {mode}")
+
+
+def _weights_form(config: ServeConfig) -> str:
+    if config.device == "cuda":
+        return f"as {config.weight_dtype}"
+    return "packed into memory" if config.packed_cache == OFF else f"packed in {config.packed_cache}"
 
 
 @commands.command()
@@ -253,12 +269,14 @@ def _announce(console: Console, model: "ModelFile", config: ServeConfig, memory:
     help="Longest conversation in tokens. Default: the model's own maximum, or what a quarter of the memory holds.",
 )
 @threads_option
+@device_option
 @accept_licence_option
 def chat(
     model: str | None,
     system: str | None,
     context: int | None,
     threads: int | None,
+    device: Literal["cpu", "cuda"],
     accept_licence: str | None,
     **sampling: Any,
 ) -> None:
@@ -273,7 +291,7 @@ def chat(
 
     agree(model or DEFAULT_MODEL, accept_licence)
     with fetching() as progress:
-        llm = LLM(model or DEFAULT_MODEL, context=context, threads=threads, progress=progress)
+        llm = LLM(model or DEFAULT_MODEL, context=context, threads=threads, device=device, progress=progress)
     with llm:
         if llm.text.template is None:
             raise TemplateFailed(f"{llm.name} has no chat template: it continues text; use `jilju generate`")
@@ -373,12 +391,14 @@ def _params(defaults: "SamplingParams", given: dict[str, Any]) -> "SamplingParam
 @click.option("--stop", multiple=True, help="Text that ends the answer; may be given several times.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Go on past the model's end of text.")
 @threads_option
+@device_option
 @accept_licence_option
 def generate(
     prompt: str,
     model: str,
     as_chat: bool,
     threads: int | None,
+    device: Literal["cpu", "cuda"],
     stop: tuple[str, ...],
     accept_licence: str | None,
     **sampling: Any,
@@ -396,7 +416,7 @@ def generate(
     agree(model, accept_licence)
     text = sys.stdin.read() if prompt == "-" else prompt
     with fetching() as progress:
-        llm = LLM(model, threads=threads, progress=progress)
+        llm = LLM(model, threads=threads, device=device, progress=progress)
     with llm:
         params = _params(llm.defaults, {**sampling, "stop": stop or None})
         messages = [{"role": "user", "content": text}]
@@ -488,7 +508,7 @@ def models() -> None:
     Example:
       jilju models
     """
-    from jilju.assemble.engine import show_bytes
+    from jilju.assemble.fit import show_bytes
     from jilju.model import sources
 
     for listed in sources.list_models():
@@ -524,7 +544,7 @@ def cache(packed_cache: str | None, clear: bool) -> None:
       jilju cache
       jilju cache --clear
     """
-    from jilju.assemble.engine import show_bytes
+    from jilju.assemble.fit import show_bytes
     from jilju.assemble.packed import kept_files, packed_folder, remove_kept
 
     folder = packed_folder(resolve_serve_config(None, {"packed_cache": packed_cache}))

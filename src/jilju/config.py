@@ -49,11 +49,21 @@ class ServeConfig(msgspec.Struct, frozen=True, kw_only=True):
     api_key_file: str | None = None
     allow_host: tuple[str, ...] = ()
     allow_origin: tuple[str, ...] = ()
+    device: Literal["cpu", "cuda"] = "cpu"  # what computes
+    fast: bool = False  # on a GPU: the bits of an answer may depend on what else is in the batch
+    weight_dtype: Literal["auto", "bf16", "f16", "fp8"] = "auto"  # on a GPU; auto: the file's own half type, else bf16
+    load_format: Literal["auto", "dummy"] = (
+        "auto"  # dummy: random weights, for a folder whose config.json is enough then
+    )
     context: int | None = None  # tokens of one sequence; auto: the model's own maximum, or what the KV memory holds
-    kv_memory: int | None = None  # bytes; auto: a quarter of the available memory, at most 64 contexts
-    kv_dtype: Literal["f16", "int8"] = "f16"  # of cached keys and values
-    max_rows: int = 32  # sequences computed in one step
-    step_tokens: int = 256  # tokens computed in one step
+    kv_memory: int | None = (
+        None  # bytes; auto: a quarter of the available memory, at most 64 contexts; on a GPU what is left
+    )
+    kv_dtype: Literal["auto", "f16", "int8", "bf16", "fp8"] = (
+        "auto"  # of cached keys and values; auto: f16, or a GPU's half
+    )
+    max_rows: int | None = None  # sequences computed in one step; auto: by the device
+    step_tokens: int | None = None  # tokens computed in one step; auto: by the device
     token_gap_ms: int = 100  # of a step beside a stream: bounds how long it waits for others' prompts; 0: no bound
     threads: int | None = None  # auto: the cores this process may use
     packed_cache: str | None = None  # folder, or "off"; auto: one in the cache folder
@@ -124,11 +134,15 @@ SERVE_OPTIONS: tuple[Option, ...] = (
     Option("api_key_file", "file", "TOML file of keys with names, scopes, quotas; closed to other users (mode 600), read again on SIGHUP."),
     Option("allow_host", "list", "Host header to accept besides loopback names and the bind address; may be repeated."),
     Option("allow_origin", "origins", "Origin of pages elsewhere that may call, such as https://chat.example.org, or * for every page; may be repeated."),
+    Option("device", "choice", "What computes: cpu, or cuda for an NVIDIA GPU, which needs the extra jilju[cuda].", choices=("cpu", "cuda")),
+    Option("fast", "bool", "On a GPU: the fastest kernels for each size of step. The bits of an answer may then depend on what else is computed beside it."),
+    Option("weight_dtype", "choice", "Weights on a GPU: bf16, f16, or fp8 with a scale per output, half the memory. auto: the half type of the model file, bf16 for one that is quantized.", choices=("auto", "bf16", "f16", "fp8")),
+    Option("load_format", "choice", "auto: the weights of the model; dummy: random ones in their place, for a folder with a config.json, to measure speed.", choices=("auto", "dummy")),
     Option("context", "tokens", "Longest sequence in tokens, or auto.", low=16, high=1 << 20),
-    Option("kv_memory", "bytes", "Memory of the KV cache, such as 2GiB, or auto: a quarter of what is available, at most 64 contexts."),
-    Option("kv_dtype", "choice", "Keys and values in the KV cache: f16, or int8 with a scale per token and head, about half the memory.", choices=("f16", "int8")),
-    Option("max_rows", "int", "Sequences computed in one step.", low=1, high=256),
-    Option("step_tokens", "int", "Tokens computed in one step.", low=16, high=8192),
+    Option("kv_memory", "bytes", "Memory of the KV cache, such as 2GiB, or auto: a quarter of what is available, at most 64 contexts; on a GPU what is left of it."),
+    Option("kv_dtype", "choice", "Keys and values in the KV cache: f16, or int8 with a scale per token and head, about half the memory; on a GPU bf16 (f16 beside f16 weights), or fp8 with such scales. auto: the first of them.", choices=("auto", "f16", "int8", "bf16", "fp8")),
+    Option("max_rows", "tokens", "Sequences computed in one step, or auto: 32, on a GPU 256.", low=1, high=256),
+    Option("step_tokens", "tokens", "Tokens computed in one step, or auto: 256, on a GPU 2048.", low=16, high=8192),
     Option("token_gap_ms", "int", "Time that a step beside a stream is to take at most: prompts of others are cut to it, 16 tokens a step are always allowed. 0: no bound.", low=0, high=60000),
     Option("threads", "tokens", "Threads that compute, or auto: the cores this process may use.", low=1, high=256),
     Option("packed_cache", "folder", "Folder of packed weights, off to pack at every start, or auto: one in the cache folder."),
@@ -319,6 +333,38 @@ def resolve_serve_config(
     return ServeConfig(**values, origins=origins)
 
 
+def check_device(config: ServeConfig) -> None:
+    """That the settings of the device, the weights and the KV cache go together. Raises ConfigError naming the one that does not."""
+
+    def named(name: str) -> str:
+        """As it was given: flag, variable or argument."""
+        return config.origins.get(name, name)
+
+    if config.device == "cpu":
+        for name in ("fast", "weight_dtype"):
+            if (value := getattr(config, name)) not in (False, AUTO):
+                given = named(name) if value is True else f"{named(name)} {value}"
+                raise ConfigError(f"{given} is for a GPU; give --device cuda too, or leave it out")
+    else:
+        for name in ("threads", "packed_cache", "huge_pages"):
+            if (value := getattr(config, name)) not in (None, AUTO):
+                raise ConfigError(f"{named(name)} {value} means nothing on a GPU; leave it out, or give --device cpu")
+    allowed = kv_dtypes(config.device, config.weight_dtype)
+    if config.kv_dtype not in (AUTO, *allowed):
+        beside = f" with {config.weight_dtype} weights" if config.weight_dtype != AUTO else ""
+        raise ConfigError(
+            f"{named('kv_dtype')} is {config.kv_dtype}; allowed on {config.device}{beside}: auto, {', '.join(allowed)}"
+        )
+
+
+def kv_dtypes(device: Literal["cpu", "cuda"], weight_dtype: str) -> tuple[str, ...]:
+    """What the KV cache may be in, the first by default. On a GPU the half type of the weights, which fp8 ones compute in, or
+    fp8; either half while the weights' type is not known."""
+    if device == "cpu":
+        return "f16", "int8"
+    return {AUTO: ("bf16", "f16", "fp8"), "f16": ("f16", "fp8")}.get(weight_dtype, ("bf16", "fp8"))
+
+
 def engine_config(model: str, **given: Any) -> ServeConfig:
     """The config of an engine that is asked for in Python: values of their own types, within the bounds of the flags.
 
@@ -338,9 +384,10 @@ def engine_config(model: str, **given: Any) -> ServeConfig:
             continue
         if option.kind == "bytes" and isinstance(value, str):
             value = parse_bytes(value, option.name)
-        if option.kind == "choice":
-            if value not in option.choices:
-                raise ConfigError(f"{option.name} is {value!r}; allowed: {', '.join(map(repr, option.choices))}")
+        if option.kind in ("choice", "bool"):
+            choices: tuple[Any, ...] = option.choices if option.kind == "choice" else (True, False)
+            if not any(value is choice or (isinstance(value, str) and value == choice) for choice in choices):
+                raise ConfigError(f"{option.name} is {value!r}; allowed: {', '.join(map(repr, choices))}")
             values[option.name] = value
             continue
         low, high = (1, MAX_BYTES) if option.kind == "bytes" else (option.low, option.high)
@@ -350,7 +397,9 @@ def engine_config(model: str, **given: Any) -> ServeConfig:
             raise ConfigError(f"{option.name} is {value!r}; allowed: {also}a whole number from {low} to {high}")
         values[option.name] = value
     assert not given, f"no settings of an engine: {list(given)}"
-    return ServeConfig(model=model, **values)
+    config = ServeConfig(model=model, **values)
+    check_device(config)
+    return config
 
 
 def available_memory_bytes() -> int:

@@ -22,6 +22,7 @@ from typing import Any, Literal
 import msgspec
 
 from jilju.assemble.engine import build_engine, open_model, resolve_engine
+from jilju.assemble.gpu import find_device
 from jilju.assemble.text import load_text
 from jilju.config import DEFAULT_MODEL, engine_config
 from jilju.engine.request import (
@@ -36,7 +37,7 @@ from jilju.engine.request import (
     is_terminal,
 )
 from jilju.errors import ContextLengthExceeded, EmptyPrompt, InternalError, InvalidValue, Overloaded, TemplateFailed
-from jilju.plan import KvDtype
+from jilju.plan import KvDtype, WeightDtype
 from jilju.text.stream import TextStream
 from jilju.text.template import encode_chat
 
@@ -96,6 +97,8 @@ class _Run:
 class LLM:
     """A model with an engine of its own. `model` is a name of `jilju models` or the path of a GGUF file.
 
+    `device` "cuda" computes on an NVIDIA GPU, whose settings are `fast` and `weight_dtype`; `load_format` "dummy" makes up
+    weights for a folder with a config.json.
     `context` is the longest sequence in tokens and `kv_memory` the memory of the KV cache ("1GiB" or bytes); by default both
     are chosen as `jilju serve` does. `packed_cache` is the folder of packed weights, or "off" to pack them at every start;
     `huge_pages` puts them into the process's own memory, which is faster. `progress` is told while a model is fetched or packed. `accept_licence` names the terms of a model that has some ("gemma"); that
@@ -103,16 +106,20 @@ class LLM:
     """
 
     def __init__(
-        self, model: str = DEFAULT_MODEL, *, context: int | None = None, kv_memory: int | str | None = None, max_rows: int = 32,
-        step_tokens: int = 256, threads: int | None = None, kv_dtype: KvDtype = "f16",
+        self, model: str = DEFAULT_MODEL, *, device: Literal["cpu", "cuda"] = "cpu", fast: bool = False,
+        weight_dtype: Literal["auto"] | WeightDtype = "auto", load_format: Literal["auto", "dummy"] = "auto",
+        context: int | None = None, kv_memory: int | str | None = None, max_rows: int | None = None,
+        step_tokens: int | None = None, threads: int | None = None, kv_dtype: Literal["auto"] | KvDtype = "auto",
         packed_cache: str | None = None, huge_pages: Literal["auto", "on", "off"] = "auto",
         progress: Callable[[int, int, str], None] | None = None, accept_licence: str | None = None,
     ):  # fmt: skip
         config = engine_config(
-            model, context=context, kv_memory=kv_memory, max_rows=max_rows, step_tokens=step_tokens, threads=threads,
-            kv_dtype=kv_dtype, packed_cache=packed_cache, huge_pages=huge_pages,
+            model, device=device, fast=fast, weight_dtype=weight_dtype, load_format=load_format, context=context,
+            kv_memory=kv_memory, max_rows=max_rows, step_tokens=step_tokens, threads=threads, kv_dtype=kv_dtype,
+            packed_cache=packed_cache, huge_pages=huge_pages,
         )  # fmt: skip
-        model_file = open_model(model, progress or _silent, accept_licence)
+        find_device(config)  # before a model is fetched for nothing
+        model_file = open_model(model, progress or _silent, accept_licence, load_format)
         self.config, options, self.memory = resolve_engine(model_file, config)
         self.name, self.path = model_file.name, model_file.path
         self.text = load_text(model_file)

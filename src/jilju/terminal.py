@@ -22,6 +22,13 @@ threads_option = click.option(
     default=None,
     help="Threads that compute. Default: the cores this process may use.",
 )
+device_option = click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="What computes; cuda is an NVIDIA GPU, and needs the extra jilju[cuda].",
+)
 accept_licence_option = click.option(
     "--accept-licence",
     metavar="NAME",

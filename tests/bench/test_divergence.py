@@ -65,7 +65,7 @@ def test_scores_and_draws_of_a_backend_are_those_of_its_logits():
     """The golden logits are those of transformers; scoring runs in steps of 24 tokens."""
     model = open_model(str(GOLDEN / "llama-tied.gguf"))
     executor, bounds = ReferenceExecutor(), limits(1, 64)
-    executor.load(model.plan, load_weights(model.gguf, model.plan), bounds)
+    executor.load(model.plan, load_weights(model.checkpoint, model.plan), bounds)
     with np.load(GOLDEN / "llama-tied.npz") as stored:
         ids, logits = stored["token_ids"].tolist(), stored["logits"]
     scores = ExecutorScores(executor, model.plan, bounds)

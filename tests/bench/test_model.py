@@ -65,7 +65,7 @@ def test_steps_run_on_a_backend_as_they_are(model):
     chosen = []
     for max_tokens in (24, 7):
         bounds, executor = limits(2, 64, max_tokens), Recording()
-        executor.load(model.plan, load_weights(model.gguf, model.plan), bounds)
+        executor.load(model.plan, load_weights(model.checkpoint, model.plan), bounds)
         steps = Steps(executor, model.plan, bounds)
         steps.prefill(60)
         steps.decode(2, 30, seconds=0)

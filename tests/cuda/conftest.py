@@ -8,11 +8,14 @@ import os
 
 import pytest
 
-if importlib.util.find_spec("torch") is not None:
+if importlib.util.find_spec("torch") is not None and importlib.util.find_spec("triton") is not None:
     import torch
 
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+        from tests.cuda.interpreter import mend
+
+        mend()
 
 
 @pytest.fixture(scope="session")

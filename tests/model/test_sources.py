@@ -427,6 +427,12 @@ def test_resolve_takes_a_path_as_it_is(cache: Path, tmp_path: Path, monkeypatch:
     for given in (str(path), "./my-model.gguf", "my-model.gguf"):
         resolved = resolve(given)
         assert (resolved.name, resolved.path.resolve(), resolved.entry) == ("my-model", path, None)
+    folder = tmp_path / "my-folder"
+    folder.mkdir()
+    (folder / "config.json").touch()
+    for given in (str(folder), "./my-folder/", "my-folder", "my-folder/../my-folder/."):
+        resolved = resolve(given)
+        assert (resolved.name, resolved.path.resolve(), resolved.entry) == ("my-folder", folder, None)
 
 
 @pytest.mark.parametrize(
@@ -434,8 +440,8 @@ def test_resolve_takes_a_path_as_it_is(cache: Path, tmp_path: Path, monkeypatch:
     [
         ("tinny", "no model is called 'tinny'. Did you mean tiny\\? Names: tiny; .*path of a GGUF file"),
         ("", "no model is called ''. Names: tiny"),
-        ("absent.gguf", r"absent\.gguf does not exist; give the path of a GGUF file, or one of the names tiny"),
-        ("/", "/ is a folder"),
+        ("absent.gguf", r"absent\.gguf does not exist; give the path of a GGUF file or of a model folder, or one of the names tiny"),
+        ("/", "/ is a folder without config.json"),
     ],
 )
 def test_resolve_says_what_it_takes(

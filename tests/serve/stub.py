@@ -55,7 +55,9 @@ class ByteTokenizer:
     def __init__(self, add_bos: bool = False):
         self.add_bos = add_bos
 
-    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False, after_special: bool = False
+    ) -> list[int]:
         ids = [BOS] if add_special_tokens and self.add_bos else []
         for piece in SPECIAL.split(text) if parse_special else [text]:
             ids += [SPECIALS[piece]] if parse_special and piece in SPECIALS else piece.encode()

@@ -27,7 +27,9 @@ class MergingTokenizer(ByteTokenizer):
 
     vocab_size = 260
 
-    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False, after_special: bool = False
+    ) -> list[int]:
         ids = super().encode(text, add_special_tokens=add_special_tokens, parse_special=parse_special)
         while b"he" in (text := bytes(id_ if id_ < 256 else 0 for id_ in ids)):
             ids[text.index(b"he") : text.index(b"he") + 2] = [HE]

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jilju.assemble.engine import BLOCK_SIZE, ModelFile, load_native, make_executor, open_model, resolve_engine
+from jilju.assemble.engine import ModelFile, load_native, make_executor, open_model, resolve_engine
+from jilju.assemble.fit import BLOCK_SIZE
 from jilju.assemble.launch import engine_command
 from jilju.assemble.packed import packed_folder
 from jilju.backends.native import NativeExecutor, NativeProbes
@@ -61,7 +62,13 @@ def load_stepped(
     limits = replace(limits_for(model, max_rows, max_context, num_threads), kv_dtype=kv_dtype)
     huge_pages = huge_pages_offered()  # as auto does, where memory suffices
     executor = load_native(
-        model.gguf, model.plan, limits, packed_folder(ServeConfig()), no_progress, huge_pages=huge_pages, profile=True
+        model.checkpoint,
+        model.plan,
+        limits,
+        packed_folder(ServeConfig()),
+        no_progress,
+        huge_pages=huge_pages,
+        profile=True,
     )
     kv_element_bytes = executor.kv_bytes_per_token(model.plan, kv_dtype) // model.plan.kv.elements_per_token
     return SteppedModel(model.plan, executor, kv_element_bytes, limits, Steps(executor, model.plan, limits))
@@ -87,7 +94,7 @@ def load_stepped_head(vocab_size: int, max_rows: int, num_threads: int) -> Stepp
 def load_reference(model: ModelFile, max_context: int) -> tuple[Executor, Plan, Limits]:
     """The definition of the ops on this model, one row at a time."""
     executor, limits = make_executor("reference"), limits_for(model, 1, max_context, 1)
-    executor.load(model.plan, load_weights(model.gguf, model.plan), limits)
+    executor.load(model.plan, load_weights(model.checkpoint, model.plan), limits)
     return executor, model.plan, limits
 
 

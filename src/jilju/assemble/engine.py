@@ -6,41 +6,44 @@ benchmarks all come through here. Knows nothing of text or HTTP.
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from jilju.assemble.fit import BLOCK_SIZE, Held, MemoryPlan, fit, show_bytes
+from jilju.assemble.gpu import find_device, gpu_config
 from jilju.assemble.packed import packed_folder
+from jilju.backends.cuda.device import Gpu, kernel_set
+from jilju.backends.cuda.memory import CudaNeeds
 from jilju.backends.native import NativeExecutor, NativeProbes, PackedCache
 from jilju.backends.reference import ReferenceExecutor
 from jilju.clock import Clock, WallClock
-from jilju.config import ServeConfig, available_memory_bytes, huge_pages_offered, usable_cores
+from jilju.config import AUTO, ServeConfig, available_memory_bytes, huge_pages_offered, usable_cores
 from jilju.engine.grammars import Grammars
 from jilju.engine.loop import Engine
 from jilju.engine.matcher import MatcherSource
 from jilju.engine.request import Request, SamplingParams
 from jilju.engine.step_times import StepTimes
-from jilju.errors import ConfigError, StartupError
 from jilju.formats.gguf import GgufFile
 from jilju.model import sources
-from jilju.model.decoder import build_plan
+from jilju.model.checkpoint import Checkpoint, LoadFormat, open_checkpoint, plan_of, spec_of
+from jilju.model.dummy import dummy_weights
 from jilju.model.sources import ModelEntry, Progress, no_progress
-from jilju.model.spec import ModelSpec, spec_from_gguf
+from jilju.model.spec import ModelSpec
 from jilju.model.weights import load_weights
-from jilju.plan import Executor, KvDtype, Limits, Linear, Plan
+from jilju.plan import Executor, KvDtype, Limits, Linear, Plan, WeightDtype, WeightTensor
 from jilju.plan.cost import Roofs
 
-BLOCK_SIZE = 16  # slots of a KV block: small, so that a shared prefix is found to within 15 tokens
-AUTO_KV_SHARE = 4  # --kv-memory auto takes a quarter of the available memory ...
-AUTO_KV_CONTEXTS = 64  # ... but not more than this many full contexts
 TEXT_TO_IDS = ("tokenizer.ggml.merges", "tokenizer.ggml.scores")  # the largest fields of a file's head
 PROBE_BYTES, PROBE_S = 128 << 20, 0.01  # read by a probe of the machine, which no cache holds; its time
 WARM_UP_TOKENS = 32  # computed at load, to see how long it takes
 AUTO_HUGE_SHARE = 2  # --huge-pages auto wants all that an engine holds to fit into half of the available memory
+MAX_ROWS, STEP_TOKENS = {"cpu": 32, "cuda": 256}, {"cpu": 256, "cuda": 2048}  # of a step, by default
 
-Backend = Literal["native", "reference"]
+Backend = Literal["native", "reference", "cuda"]
+CpuBackend = Literal["native", "reference"]
 
 
 class ModelFile(msgspec.Struct, frozen=True):
@@ -49,9 +52,10 @@ class ModelFile(msgspec.Struct, frozen=True):
     name: str
     path: str
     entry: ModelEntry | None  # of the model table, for a named model
-    gguf: GgufFile
+    checkpoint: Checkpoint
     spec: ModelSpec
     plan: Plan
+    load_format: LoadFormat = "auto"
 
 
 class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,109 +73,94 @@ class EngineOptions(msgspec.Struct, frozen=True, kw_only=True):
     block_size: int = BLOCK_SIZE
     kv_dtype: KvDtype = "f16"
     backend: Backend = "native"
+    device: Gpu | None = None  # of the backend cuda; None: the first that CUDA sees
+    weight_dtype: WeightDtype = "bf16"  # this and what follows are of the backend cuda
+    fast: bool = False  # bits may depend on what else is in a step
+    dummy_weights: bool = False  # random numbers in place of the model's; of all backends
 
 
-class MemoryPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine will hold, in bytes, told before it loads."""
-
-    available_bytes: int
-    weight_bytes: int
-    kv_bytes: int
-    workspace_bytes: int
-    kv_bytes_per_token: int
-    num_blocks: int
-    context: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.weight_bytes + self.kv_bytes + self.workspace_bytes
-
-    @property
-    def pool_tokens(self) -> int:
-        return self.num_blocks * BLOCK_SIZE
-
-
-def open_model(model: str, progress: Progress = no_progress, accept_licence: str | None = None) -> ModelFile:
+def open_model(
+    model: str, progress: Progress = no_progress, accept_licence: str | None = None, load_format: LoadFormat = "auto"
+) -> ModelFile:
     """Find (and if needed fetch) a model by name or path, and read its head; before that, record that the caller accepts the
-    terms of that name. Raises StartupError."""
+    terms of that name. With dummy weights a folder needs none of its own. Raises StartupError."""
     if accept_licence is not None:
         sources.accept_licence(accept_licence, "accept_licence=")
     resolved = sources.resolve(model, progress)
-    gguf = GgufFile.open(resolved.path)
-    spec = spec_from_gguf(gguf)
-    plan = build_plan(spec, {tensor.name: tensor.type for tensor in gguf.tensors.values()})
-    return ModelFile(resolved.name, str(resolved.path), resolved.entry, gguf, spec, plan)
+    checkpoint = open_checkpoint(str(resolved.path), load_format)
+    spec, plan = spec_of(checkpoint), plan_of(checkpoint)
+    return ModelFile(resolved.name, str(resolved.path), resolved.entry, checkpoint, spec, plan, load_format)
 
 
-def make_executor(backend: Backend) -> Executor:
+def make_executor(backend: CpuBackend) -> Executor:
     return NativeExecutor() if backend == "native" else ReferenceExecutor()
 
 
+def kernel_set_of(options: EngineOptions) -> str:
+    """What will compute, of a GPU with the formats that were chosen for it; asked where no GPU's library is loaded."""
+    if options.backend != "cuda":
+        return make_executor(options.backend).kernel_set
+    assert options.device is not None, "planned for a GPU"
+    kernels = kernel_set(options.device.capability, options.fast)
+    return f"{kernels}, {options.weight_dtype} weights, {options.kv_dtype} KV"
+
+
 def resolve_engine(
-    model: ModelFile, config: ServeConfig, backend: Backend = "native"
+    model: ModelFile, config: ServeConfig, backend: CpuBackend = "native", gpu: Gpu | None = None
 ) -> tuple[ServeConfig, EngineOptions, MemoryPlan]:
     """Fill in the open settings (threads, context, KV memory) and say what the engine will hold.
 
-    Raises ConfigError for settings that contradict each other or the model, StartupError if memory does not suffice.
+    `gpu` is the one of --device cuda; None: it is looked for. Raises ConfigError for settings that contradict each other or
+    the model, StartupError if memory does not suffice.
     """
-    executor, available, longest = make_executor(backend), available_memory_bytes(), model.spec.max_context
+    gpu = gpu or find_device(config)
+    for name, by_device in (("max_rows", MAX_ROWS), ("step_tokens", STEP_TOKENS)):
+        if getattr(config, name) is None:
+            config = config.with_auto(name, by_device[config.device], "for a CPU" if gpu is None else "for a GPU")
+    if gpu is not None:
+        return _resolve_cuda(model, config, gpu)
     if config.threads is None:
         cores, reason = usable_cores()
         config = config.with_auto("threads", cores, reason)
     folder = packed_folder(config)
     if config.packed_cache is None:
         config = config.with_auto("packed_cache", str(folder), "in the cache folder")
-    if config.context is not None and config.context > longest:
-        raise ConfigError(f"--context is {config.context}; {model.name} was made for at most {longest} tokens")
-
-    kv_token = executor.kv_bytes_per_token(model.plan, config.kv_dtype)
-    if config.kv_memory is None:
-        most = AUTO_KV_CONTEXTS * (config.context or longest) * kv_token
-        share = available // AUTO_KV_SHARE
-        reason = f"a quarter of {show_bytes(available)} available" if share < most else f"{AUTO_KV_CONTEXTS} contexts"
-        config = config.with_auto("kv_memory", min(share, most), reason)
-    kv_memory, threads = config.kv_memory, config.threads
-    assert kv_memory is not None and threads is not None, "filled in above"
-    num_blocks = kv_memory // (kv_token * BLOCK_SIZE)
-    pool_tokens = num_blocks * BLOCK_SIZE
-    if num_blocks == 0:
-        need = kv_token * BLOCK_SIZE
-        raise ConfigError(
-            f"--kv-memory of {show_bytes(kv_memory)} holds no block of {BLOCK_SIZE} tokens; give at least --kv-memory {need}"
-        )
-    if config.context is None:
-        context = min(longest, pool_tokens)
-        config = config.with_auto(
-            "context", context, "the model's own maximum" if context == longest else "what the KV memory holds"
-        )
-    assert config.context is not None
-    if config.context > pool_tokens:
-        need = -(-config.context // BLOCK_SIZE) * BLOCK_SIZE * kv_token
-        raise ConfigError(
-            f"--kv-memory of {show_bytes(kv_memory)} holds {pool_tokens} tokens, one context of {config.context} needs {show_bytes(need)}; "
-            f"give at least --kv-memory {need} or a smaller --context"
-        )
-
-    options = EngineOptions(
-        path=model.path, num_blocks=num_blocks, max_context=config.context, max_rows=config.max_rows, step_tokens=config.step_tokens,
-        token_gap_ms=config.token_gap_ms, num_threads=threads, packed_cache=str(folder) if folder is not None else None, backend=backend,
-        kv_dtype=config.kv_dtype,
-    )  # fmt: skip
-    memory = MemoryPlan(
-        available_bytes=available, weight_bytes=executor.weight_bytes(model.plan), kv_bytes=num_blocks * BLOCK_SIZE * kv_token,
-        workspace_bytes=executor.workspace_bytes(model.plan, limits_of(options)), kv_bytes_per_token=kv_token, num_blocks=num_blocks,
-        context=config.context,
-    )  # fmt: skip
+    kv_dtype: KvDtype = "int8" if config.kv_dtype == "int8" else "f16"
+    if config.kv_dtype == AUTO:
+        config = config.with_auto("kv_dtype", kv_dtype, "half precision")
+    available = available_memory_bytes()
+    held = Held(model.name, model.plan, model.spec.max_context, make_executor(backend), kv_dtype, available)
+    config, memory = fit(held, config)
     if config.huge_pages == "auto":
         value, reason = choose_huge_pages(memory.total_bytes, available)
         config = config.with_auto("huge_pages", value, reason)
-    options = msgspec.structs.replace(options, huge_pages=config.huge_pages == "on")
-    if memory.total_bytes > available:
-        raise StartupError(
-            f"{model.name} needs {show_bytes(memory.total_bytes)} (weights {show_bytes(memory.weight_bytes)}, KV {show_bytes(memory.kv_bytes)}, "
-            f"workspace {show_bytes(memory.workspace_bytes)}), {show_bytes(available)} are available; give a smaller --kv-memory or model"
-        )
+    options = msgspec.structs.replace(
+        _options(model, config, memory), backend=backend, kv_dtype=kv_dtype, num_threads=config.threads,
+        packed_cache=str(folder) if folder is not None else None, huge_pages=config.huge_pages == "on",
+    )  # fmt: skip
     return config, options, memory
+
+
+def _resolve_cuda(model: ModelFile, config: ServeConfig, gpu: Gpu) -> tuple[ServeConfig, EngineOptions, MemoryPlan]:
+    config, weight_dtype, kv_dtype = gpu_config(model.plan, config)
+    needs = CudaNeeds(weight_dtype)
+    held = Held(model.name, model.plan, model.spec.max_context, needs, kv_dtype, gpu.free_bytes, gpu)
+    config, memory = fit(held, config)
+    options = msgspec.structs.replace(
+        _options(model, config, memory), backend="cuda", device=gpu, weight_dtype=weight_dtype, kv_dtype=kv_dtype,
+        fast=config.fast,
+    )  # fmt: skip
+    return config, options, memory
+
+
+def _options(model: ModelFile, config: ServeConfig, memory: MemoryPlan) -> EngineOptions:
+    """What all backends take."""
+    assert config.max_rows is not None and config.step_tokens is not None, "filled in before"
+    return EngineOptions(
+        path=model.path, num_blocks=memory.num_blocks, max_context=memory.context, max_rows=config.max_rows,
+        step_tokens=config.step_tokens, token_gap_ms=config.token_gap_ms, num_threads=1,
+        dummy_weights=config.load_format == "dummy",
+    )  # fmt: skip
 
 
 def choose_huge_pages(total_bytes: int, available_bytes: int) -> tuple[Literal["on", "off"], str]:
@@ -200,39 +189,57 @@ def build_engine(
     """Load the weights and make the engine. Raises StartupError. `makes_grammars_beside`: for who takes steps for others too
     while a grammar is made."""
     begin = time.perf_counter()
-    gguf = GgufFile.open(options.path)
-    plan = build_plan(spec_from_gguf(gguf), {tensor.name: tensor.type for tensor in gguf.tensors.values()})
+    checkpoint = open_checkpoint(options.path, "dummy" if options.dummy_weights else "auto")
+    plan = plan_of(checkpoint)
     limits = limits_of(options)
     executor: Executor
+    roofs: Roofs | None = None
     if options.backend == "native":
         folder = Path(options.packed_cache) if options.packed_cache is not None else None
-        executor = load_native(gguf, plan, limits, folder, progress, huge_pages=options.huge_pages)
+        executor = load_native(
+            checkpoint, plan, limits, folder, progress, huge_pages=options.huge_pages, is_dummy=options.dummy_weights
+        )
+    elif options.backend == "cuda":
+        executor, roofs = load_cuda(checkpoint, plan, limits, options, progress)
     else:
         executor = ReferenceExecutor()
-        executor.load(plan, load_weights(gguf, plan), limits)
-    gguf.drop_pages()  # of what was checked and packed
+        executor.load(plan, _weights(checkpoint, plan, is_dummy=options.dummy_weights), limits)
+    checkpoint.drop_pages()  # of what was checked and packed
     times = warm_up(plan, executor, limits)
-    roofs = measure_roofs(plan, limits.num_threads) if options.backend == "native" else None
+    if options.backend == "native":
+        roofs = measure_roofs(plan, limits.num_threads)
     load_ms = (time.perf_counter() - begin) * 1e3
     # the prefix cache's hash is keyed by a secret of this process, so that nobody can make two prompts collide
     return Engine(
         plan, executor, limits, clock or WallClock(), hash_key=os.urandom(16), load_ms=load_ms, times=times,
         gap_ms=options.token_gap_ms, roofs=roofs,
-        grammars=Grammars(_matchers_of(gguf, plan), makes_beside=makes_grammars_beside, fills_beside=True),
+        grammars=Grammars(_matchers_of(checkpoint, plan, options), makes_beside=makes_grammars_beside, fills_beside=True),
     )  # fmt: skip
 
 
-def _matchers_of(gguf: GgufFile, plan: Plan) -> Callable[[], MatcherSource]:
-    """Makes the source of matchers when one is wanted. Until then it keeps what it needs of the file, whose rest can go."""
-    ids_to_bytes = {key: value for key, value in gguf.metadata.items() if key not in TEXT_TO_IDS}
-    path, vocab_size = str(gguf.path), plan.vocab_size
+def _weights(
+    checkpoint: Checkpoint, plan: Plan, *, is_dummy: bool, check_values: bool = True
+) -> Mapping[str, WeightTensor]:
+    return dummy_weights(plan) if is_dummy else load_weights(checkpoint, plan, check_values=check_values)
+
+
+def _matchers_of(checkpoint: Checkpoint, plan: Plan, options: EngineOptions) -> Callable[[], MatcherSource]:
+    """Makes the source of matchers when one is wanted. Until then it keeps what it needs of a GGUF file, whose rest can go; a
+    folder's tokenizer is a file of its own, which is read then."""
+    ids_to_bytes = None
+    if isinstance(checkpoint, GgufFile):
+        ids_to_bytes = {key: value for key, value in checkpoint.metadata.items() if key not in TEXT_TO_IDS}
 
     def make() -> MatcherSource:
         # imported here, for an engine that meets no grammar starts without it
-        from jilju.text.gguf_tokenizer import load_token_table
         from jilju.text.matcher import GrammarSource
+        from jilju.text.text_files import GgufText, open_text_files
 
-        return GrammarSource(load_token_table(ids_to_bytes, file=path), vocab_size)
+        if ids_to_bytes is not None:
+            table = GgufText(ids_to_bytes, options.path).token_table()
+        else:
+            table = open_text_files(options.path, plan.vocab_size, stands_in=options.dummy_weights).token_table()
+        return GrammarSource(table, plan.vocab_size)
 
     return make
 
@@ -277,7 +284,7 @@ def measure_roofs(plan: Plan, num_threads: int) -> Roofs:
 
 
 def load_native(
-    gguf: GgufFile,
+    checkpoint: Checkpoint,
     plan: Plan,
     limits: Limits,
     folder: Path | None,
@@ -285,27 +292,35 @@ def load_native(
     *,
     huge_pages: bool,
     profile: bool = False,
+    is_dummy: bool = False,
 ) -> NativeExecutor:
     """The native backend, loaded; `folder` keeps packed weights, `huge_pages` puts them into memory. Raises StartupError.
+    Nothing is kept of a model folder, whose number formats are not packed, nor of dummy weights.
 
     Values of the file are checked, unless weights are found that were packed from it: then they were checked before that.
     """
     cache = (
-        PackedCache(folder, Path(gguf.path), gguf.status, limits.num_threads, huge_pages)
-        if folder is not None
+        PackedCache(folder, Path(checkpoint.path), checkpoint.status, limits.num_threads, huge_pages)
+        if folder is not None and isinstance(checkpoint, GgufFile) and not is_dummy
         else None
     )
     executor = NativeExecutor(profile=profile, packed_cache=cache, progress=progress)
     is_checked = executor.find_packed(plan)
-    executor.load(plan, load_weights(gguf, plan, check_values=not is_checked), limits)
+    executor.load(plan, _weights(checkpoint, plan, is_dummy=is_dummy, check_values=not is_checked), limits)
     return executor
 
 
-def show_bytes(count: int) -> str:
-    """ "1.3 GiB", "96.6 MB" style figures, in the binary unit that keeps one to four digits."""
-    value, unit = float(count), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{count} B" if unit == "B" else f"{value:.1f} {unit}"
+def load_cuda(
+    checkpoint: Checkpoint, plan: Plan, limits: Limits, options: EngineOptions, progress: Progress
+) -> tuple[Executor, Roofs]:
+    """The GPU backend, loaded, and what the GPU can do at most. Raises StartupError."""
+    # in the process that computes alone: it takes seconds, and memory
+    from jilju.backends.cuda.executor import CudaExecutor
+
+    executor = CudaExecutor(options.weight_dtype, options.fast, progress=progress)
+    roofs = executor.roofs()  # before the memory is taken that they need for a moment
+    if options.dummy_weights:
+        executor.load_dummy(plan, limits)
+    else:
+        executor.load(plan, load_weights(checkpoint, plan, check_values=False), limits)  # it checks them on the GPU
+    return executor, roofs

@@ -5,6 +5,7 @@ OPTIONS is EngineOptions as JSON, FD the file descriptor of the link, appended b
 
 import gc
 import logging
+import os
 import socket
 import sys
 
@@ -18,6 +19,8 @@ from jilju.engine.loop import Engine
 def main(options: str, descriptor: str) -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s engine %(levelname)s %(message)s")
     engine_options = msgspec.json.decode(options, type=EngineOptions)
+    if engine_options.device is not None:  # the GPU that was planned for: CUDA may count them in another order
+        os.environ["CUDA_VISIBLE_DEVICES"] = engine_options.device.uuid
 
     def load(progress: LoadProgress) -> Engine:
         engine = build_engine(engine_options, progress=progress, makes_grammars_beside=True)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import msgspec
 
-from jilju.assemble.engine import EngineOptions, MemoryPlan, ModelFile, resolve_engine
+from jilju.assemble.engine import EngineOptions, ModelFile, resolve_engine
+from jilju.assemble.fit import MemoryPlan
 from jilju.config import ServeConfig
 from jilju.engine.link import LoadProgress
 from jilju.engine.process import SupervisedClient

@@ -27,6 +27,7 @@ from jilju.engine.request import PromptScored, Request, RequestEnded, RequestFai
 from jilju.engine.step_times import StepTimes
 from jilju.errors import GrammarDeadEnd
 from jilju.formats.ggml import BLOCK_LAYOUTS, GgmlType, row_bytes
+from jilju.formats.gguf import GgufFile
 from jilju.formats.quants import quantize
 from jilju.model.decoder import build_plan
 from jilju.model.spec import FAMILIES, ModelSpec
@@ -61,10 +62,12 @@ class NativeModel:
 
 
 def file_model(name: str, folder: Path) -> NativeModel:
-    """A named model or a file; its packed weights are kept in `folder`. Raises StartupError."""
+    """A named model or one by its path; the packed weights of a file are kept in `folder`. Raises StartupError."""
     model = open_model(name)
-    cache = PackedCache(folder, Path(model.path), model.gguf.status, num_threads=1)
-    return NativeModel(model.name, model.plan, load_weights(model.gguf, model.plan), cache)
+    cache = None
+    if isinstance(model.checkpoint, GgufFile):
+        cache = PackedCache(folder, Path(model.path), model.checkpoint.status, num_threads=1)
+    return NativeModel(model.name, model.plan, load_weights(model.checkpoint, model.plan), cache)
 
 
 # ---- random models ---------------------------------------------------------------------------------------------------

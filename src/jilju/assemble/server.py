@@ -9,11 +9,10 @@ import logging
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 from jilju import __version__
 from jilju.account.energy import find_meter
-from jilju.assemble.engine import EngineOptions, ModelFile, make_executor
+from jilju.assemble.engine import EngineOptions, ModelFile, kernel_set_of
 from jilju.assemble.launch import Launched
 from jilju.assemble.text import ModelText, load_text
 from jilju.assemble.worker_process import WorkerOptions, worker_command
@@ -59,7 +58,7 @@ def make_context(launched: Launched, text: ModelText, handler: CountingHandler) 
         quantization=quantization(model), keys=keys_of(config), allowed_hosts=frozenset((config.host, *config.allow_host)),
         read_keys=None if config.api_key_file is None else partial(keys_of, config), allowed_origins=frozenset(config.allow_origin),
         plan=model.plan, run_store_bytes=config.run_store, event_log=config.event_log, event_log_bytes=config.event_log_max, lenient=config.lenient, shared_prefix_cache=config.shared_prefix_cache, allow_request_template=config.allow_request_template,
-        workers=Workers(worker_command(WorkerOptions(path=str(model.path), vocab_size=model.plan.vocab_size))),
+        workers=Workers(worker_command(worker_options(model))),
         view_dir=VIEW_DIRECTORY, history=History() if config.keep_generated_ids == "on" else None,
         kv_dtype=config.kv_dtype, metrics_compat=config.metrics_compat, trace_content=config.trace_content,
         telemetry=None if config.otel == OFF else make_providers(config.otel, __version__), num_dropped_log_lines=lambda: handler.num_dropped + (0 if usage_log is None else usage_log.num_dropped),
@@ -70,23 +69,27 @@ def make_context(launched: Launched, text: ModelText, handler: CountingHandler) 
 def fingerprint(model: ModelFile, options: EngineOptions) -> str:
     """Names weights, tokenizer, template and kernel set: two servers with the same one give the same bits.
 
-    A file of the model table is named by its SHA-256; any other by its head (metadata, tokenizer, template, tensor list), its
-    size and 64 samples of 4 KiB of its weights, since hashing a whole file would cost seconds at every start.
+    A file of the model table is named by its SHA-256; any other, and each of a folder, by its head (metadata, tokenizer, template,
+    tensor list), its size and 64 samples of 4 KiB of its weights, since hashing a whole file would cost seconds at every start.
     """
     digest = hashlib.sha256()
     if model.entry is not None:
         digest.update(model.entry.sha256.encode())
     else:
-        with Path(model.path).open("rb") as file:
-            size = file.seek(0, 2)
-            first = min(tensor.offset for tensor in model.gguf.tensors.values())
-            file.seek(0)
-            digest.update(size.to_bytes(8, "little") + file.read(first))
-            for index in range(64):
-                file.seek(first + (size - first) * index // 64)
-                digest.update(file.read(4096))
-    digest.update(make_executor(options.backend).kernel_set.encode())
+        for path, head_bytes in model.checkpoint.parts():
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(0)
+                digest.update(size.to_bytes(8, "little") + file.read(head_bytes))
+                for index in range(64):
+                    file.seek(head_bytes + (size - head_bytes) * index // 64)
+                    digest.update(file.read(4096))
+    digest.update(kernel_set_of(options).encode())
     return "fp_" + digest.hexdigest()[:16]
+
+
+def worker_options(model: ModelFile) -> WorkerOptions:
+    return WorkerOptions(model.path, model.plan.vocab_size, stands_in=model.load_format == "dummy")
 
 
 def quantization(model: ModelFile) -> str:

@@ -1,22 +1,25 @@
-"""What reads and writes text, put together from a model file: tokenizer, chat template, sampling defaults.
+"""What reads and writes text, put together from a model's files: tokenizer, chat template, sampling defaults.
 
 Used by the server and by the class LLM. Knows nothing of engines.
 """
+
+from pathlib import Path
 
 import msgspec
 
 from jilju.assemble.engine import ModelFile
 from jilju.engine.request import SamplingParams
+from jilju.model.generation_config import folder_defaults
 from jilju.model.sources import SamplingDefaults
-from jilju.text.gguf_tokenizer import load_tokenizer
-from jilju.text.template import ChatTemplate, load_template
+from jilju.text.template import ChatTemplate
+from jilju.text.text_files import open_text_files
 from jilju.text.tokenizer import Tokenizer
 
 
 class ModelText(msgspec.Struct, frozen=True):
     tokenizer: Tokenizer
-    template: ChatTemplate | None  # None: the file has none, as base models do
-    defaults: SamplingDefaults | None  # of the model table; None for a file by path
+    template: ChatTemplate | None  # None: the model has none, as base models do
+    defaults: SamplingDefaults | None  # of the model table, or of a folder's generation_config.json
 
     def default_params(self, max_tokens: int) -> SamplingParams:
         """The model's own sampling defaults; without any, those of the API's contract."""
@@ -38,7 +41,8 @@ class ModelText(msgspec.Struct, frozen=True):
 
 
 def load_text(model: ModelFile) -> ModelText:
-    """Raises ModelFileError if the file's tokenizer or template cannot be used."""
-    tokenizer = load_tokenizer(model.gguf.metadata, file=model.path)
-    template = load_template(model.gguf.metadata, tokenizer.token_bytes, file=model.path)
-    return ModelText(tokenizer, template, model.entry.defaults if model.entry else None)
+    """Raises ModelFileError if the model's tokenizer or template cannot be used."""
+    files = open_text_files(model.path, model.plan.vocab_size, stands_in=model.load_format == "dummy")
+    tokenizer = files.tokenizer()
+    defaults = model.entry.defaults if model.entry else folder_defaults(Path(model.path))
+    return ModelText(tokenizer, files.template(tokenizer.token_bytes), defaults)

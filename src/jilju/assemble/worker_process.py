@@ -13,11 +13,10 @@ import msgspec
 
 from jilju.engine.link import belong_to_the_server
 from jilju.errors import StartupError, TemplateFailed
-from jilju.formats.gguf import GgufFile
 from jilju.serve.worker_link import Compile, Job, Render, serve_jobs
-from jilju.text.gguf_tokenizer import load_token_table
 from jilju.text.grammar import to_llguidance
-from jilju.text.template import ChatTemplate, load_template
+from jilju.text.template import ChatTemplate
+from jilju.text.text_files import open_text_files
 
 NICENESS = 5  # a quarter of a core beside an engine that is busy on it: a grammar may wait, streams do not
 
@@ -25,9 +24,10 @@ NICENESS = 5  # a quarter of a core beside an engine that is busy on it: a gramm
 class WorkerOptions(msgspec.Struct, frozen=True):
     """Everything that a worker needs to start, as plain data."""
 
-    path: str  # of the model file
+    path: str  # of the model file or folder
     vocab_size: int  # ids of the masks, as in the engine
     memory_bytes: int = 256 << 20  # what one job may add to the process
+    stands_in: bool = False  # a folder may be without a tokenizer
 
 
 def worker_command(options: WorkerOptions) -> tuple[str, ...]:
@@ -35,12 +35,12 @@ def worker_command(options: WorkerOptions) -> tuple[str, ...]:
 
 
 class ModelJobs:
-    """Jobs of one model file."""
+    """Jobs of one model."""
 
     def __init__(self, options: WorkerOptions):
         self._options = options
-        self._metadata = GgufFile.open(options.path).metadata
-        self._table = load_token_table(self._metadata, file=options.path)
+        self._files = open_text_files(options.path, options.vocab_size, stands_in=options.stands_in)
+        self._table = self._files.token_table()
         self._try_out: Callable[[str], None] | None = None
         self._template: ChatTemplate | None = None
 
@@ -48,7 +48,7 @@ class ModelJobs:
         if isinstance(job, Compile):
             return self._compiling(job)
         if job.template is None and self._template is None:
-            self._template = self._load_template(None)
+            self._template = self._files.template(self._table.tokens.__getitem__)
         return lambda: self._render(job)
 
     def _compiling(self, job: Compile) -> Callable[[], str]:
@@ -70,13 +70,11 @@ class ModelJobs:
         matchers = Matchers(self._table, vocab_size)
         return lambda grammar: try_out(grammar, matchers, vocab_size)
 
-    def _load_template(self, source: str | None) -> ChatTemplate | None:
-        file = self._options.path if source is None else "the request"
-        return load_template(self._metadata, self._table.tokens.__getitem__, file=file, source=source)
-
     def _render(self, job: Render) -> str:
         try:
-            template = self._template if job.template is None else self._load_template(job.template)
+            template = self._template
+            if job.template is not None:
+                template = self._files.template(self._table.tokens.__getitem__, job.template)
         except StartupError as error:
             raise TemplateFailed(f"chat_template is no template: {error}", param="chat_template") from None
         if template is None:

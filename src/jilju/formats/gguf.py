@@ -197,6 +197,10 @@ class GgufFile:
         tensor = self.tensors[name]
         return np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
 
+    def parts(self) -> list[tuple[Path, int]]:
+        """This file, with the bytes of its head: of what is before the first tensor's data."""
+        return [(Path(self.path), min((tensor.offset for tensor in self.tensors.values()), default=self.file_bytes))]
+
     def drop_pages(self) -> None:
         """Count no more of the file as this process's memory; what is read again is mapped again."""
         assert self._data is not None, f"{self.path} is closed"

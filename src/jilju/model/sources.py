@@ -81,7 +81,7 @@ class ModelEntry(msgspec.Struct, frozen=True, kw_only=True):
 class ResolvedModel(msgspec.Struct, frozen=True):
     name: str
     path: Path
-    entry: ModelEntry | None  # None: a file given by its path
+    entry: ModelEntry | None  # None: given by its path
 
 
 class ListedModel(msgspec.Struct, frozen=True):
@@ -208,16 +208,19 @@ def terms_text(terms: Terms) -> Path:
 
 
 def resolve(model: str, progress: Progress = no_progress) -> ResolvedModel:
-    """A name of the table, fetched if it is not in the cache, or the path of a GGUF file. Raises ModelSourceError."""
+    """A name of the table, fetched if it is not in the cache, or the path of a GGUF file or of a model folder. Raises
+    ModelSourceError."""
     if model in MODELS:
         return ResolvedModel(model, pull(model, progress), MODELS[model])
     path = Path(model).expanduser()
+    if model and (path / "config.json").is_file():
+        return ResolvedModel(path.resolve().name, path, None)
     if not (os.sep in model or model.endswith(".gguf") or path.is_file()):
         raise _unknown(model)
     if not path.is_file():
-        reason = "is a folder" if path.is_dir() else "does not exist"
+        reason = "is a folder without config.json" if path.is_dir() else "does not exist"
         raise ModelSourceError(
-            f"{path} {reason}; give the path of a GGUF file, or one of the names {', '.join(MODELS)}"
+            f"{path} {reason}; give the path of a GGUF file or of a model folder, or one of the names {', '.join(MODELS)}"
         )
     return ResolvedModel(path.stem, path, None)
 
@@ -277,7 +280,7 @@ def _unknown(name: str) -> ModelSourceError:
     hint = f" Did you mean {close[0]}?" if close else ""
     return ModelSourceError(
         f"no model is called {name!r}.{hint} Names: {', '.join(MODELS)}; anything with a / in it or .gguf at its end is "
-        "taken as the path of a GGUF file"
+        "taken as the path of a GGUF file or of a model folder"
     )
 
 

@@ -4,7 +4,7 @@
 """
 
 from jilju.plan.batch import Batch, StepResult, StepShape
-from jilju.plan.executor import Executor, KvDtype, Limits, WeightTensor
+from jilju.plan.executor import Executor, KvDtype, Limits, WeightDtype, WeightTensor
 from jilju.plan.ops import (
     Activation,
     Attention,
@@ -23,5 +23,6 @@ from jilju.plan.plan import Buffer, KvSpec, Plan, PlanBuilder
 
 __all__ = [
     "Activation", "Attention", "Batch", "Buffer", "Embed", "Executor", "Glu", "KvDtype", "KvSpec", "Limits", "Linear", "Op", "Plan",
-    "PlanBuilder", "RmsNorm", "Rope", "Sample", "StepResult", "StepShape", "TakeRows", "Value", "WeightSpec", "WeightTensor",
+    "PlanBuilder", "RmsNorm", "Rope", "Sample", "StepResult", "StepShape", "TakeRows", "Value", "WeightDtype", "WeightSpec",
+    "WeightTensor",
 ]  # fmt: skip

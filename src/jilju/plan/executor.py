@@ -14,7 +14,9 @@ from jilju.formats.ggml import GgmlType
 from jilju.plan.batch import Batch, StepResult
 from jilju.plan.plan import Plan
 
-KvDtype = Literal["f16", "int8"]  # of cached keys and values; int8 has a scale per token, head and K or V
+# Of cached keys and values. int8 and fp8 have a scale per token, head and K or V. bf16 and fp8 are a GPU's, int8 is a CPU's.
+KvDtype = Literal["f16", "int8", "bf16", "fp8"]
+WeightDtype = Literal["bf16", "f16", "fp8"]  # of matrices on a GPU; fp8 has a scale per output, and computes in bf16
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,9 @@ class Letters:
             return b"\xc3" if halves == 2 else b"\xa9"
         return letter(token_id).encode()
 
-    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False, after_special: bool = False
+    ) -> list[int]:
         return [ord(char) - ord("a") for char in text]
 
     def token_text(self, token_id: int) -> str:

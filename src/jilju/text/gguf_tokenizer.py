@@ -1,164 +1,29 @@
 """The tokenizer that a GGUF file describes, byte-level BPE or SPM (`tokenizer.ggml.model` = gpt2 or llama).
 
-Owns the checks of the file's tables, special tokens inside text, bos and eos, and which tokens end a turn. The measure is
-llama.cpp's tokenizer on the same file: the same ids for the same text, where docs/decisions/0004-tokenizer-differences.md says
-nothing else. What is not known here is refused, never guessed. Knows nothing of chats or engines.
+Owns the checks of the file's tables, and what of them is bos, eos and the end of a turn. The measure is llama.cpp's tokenizer
+on the same file: the same ids for the same text, where docs/decisions/0004-tokenizer-differences.md says nothing else. What is
+not known here is refused, never guessed. Knows nothing of chats or engines.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from math import isfinite
-from typing import Any, Protocol
+from typing import Any
 
-import msgspec
-import numpy as np
-
-from jilju.errors import InvalidValue, ModelFileError
+from jilju.errors import ModelFileError
 from jilju.text import byte_level, spm
 from jilju.text.byte_level import PRE_TOKENIZERS, ByteLevelScheme
-from jilju.text.specials import longest_of
 from jilju.text.spm import SpmScheme
-from jilju.text.tokenizer import Tokenizer
-
-# Token types of the GGUF specification.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+from jilju.text.tokenizer import Tokenizer, TokenTable
+from jilju.text.vocabulary import BYTE, NORMAL, USER_DEFINED, VocabularyTokenizer, end_ids, ids_of, table_of
 
 # The largest vocabulary in use has about 262,000 tokens and 514,000 merges; four times that is no honest file.
 MAX_TOKENS = 1 << 20
 MAX_MERGES = 1 << 21
 MAX_TOKEN_CHARS = 4096
 
-# Control tokens that end an answer by their text, since files name only one eos: the list llama.cpp goes by. The last eight
-# are those of code models, where the next file or repository begins.
-_END_TEXTS = (
-    "<|eot_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<|return|>",
-    "<|call|>",
-    "<|flush|>",
-    "<|calls|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "</s>",
-    "<|eom_id|>",
-    "<EOT>",
-    "_<EOT>",
-    "[EOT]",
-    "[EOS]",
-    "<｜end▁of▁sentence｜>",
-    "<end_of_utterance>",
-    "<|fim_pad|>",
-    "<fim-pad>",
-    "<fim_pad>",
-    "<|fim_repo|>",
-    "<|repo_name|>",
-    "<fim-repo>",
-    "<reponame>",
-    "<|file_sep|>",
-)
-
-
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-class Scheme(Protocol):
-    """What kinds of tokenizer differ in."""
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text: none holds special tokens, they stand between."""
-        ...
-
-    def token_bytes(self, token: str) -> bytes:
-        """What a normal token, as it is written in the file, stands for."""
-        ...
-
-
-class GgufTokenizer:
-    """See `text.tokenizer.Tokenizer`; made by `load_tokenizer`."""
-
-    def __init__(
-        self,
-        scheme: Scheme,
-        tokens: list[str],
-        types: list[int],
-        *,
-        bos_id: int | None,
-        eos_ids: tuple[int, ...],
-        add_bos: bool,
-        add_eos: bool,
-        adds_space: bool = False,
-    ):
-        self.vocab_size = len(tokens)
-        self.bos_id = bos_id
-        self.eos_ids = eos_ids
-        self.add_bos = add_bos
-        self.add_eos = add_eos
-        self.special_ids = frozenset(_ids_of(types, CONTROL, UNKNOWN))
-        self.special_texts: Mapping[str, int] = {tokens[id_]: id_ for id_ in sorted(self.special_ids)}
-        user_texts = {tokens[id_]: id_ for id_ in _ids_of(types, USER_DEFINED)}
-        self._scheme = scheme
-        self._adds_space = adds_space
-        self._tokens = tokens
-        self._types = types
-        self._marked_ids = {**self.special_texts, **user_texts}
-        self._user_defined = longest_of(user_texts)
-        self._any_marked = longest_of(self._marked_ids)
-
-    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
-        _check_unicode(text)
-        marked = self._any_marked if parse_special else self._user_defined
-        ids: list[int] = []
-        if add_special_tokens and self.add_bos and self.bos_id is not None:
-            ids.append(self.bos_id)
-        # Texts and marked tokens take turns, a text first and last: the pattern is one group, so `split` keeps what it matched.
-        pieces = marked.split(text) if marked else [text]
-        texts = self._scheme.encode(pieces[::2])
-        ids += texts[0]
-        for mark, following in zip(pieces[1::2], texts[1:], strict=True):
-            ids.append(self._marked_ids[mark])
-            ids += following
-        if add_special_tokens and self.add_eos and self.eos_ids:
-            ids.append(self.eos_ids[0])
-        return ids
-
-    def token_bytes(self, token_id: int) -> bytes:
-        return _bytes_of(self._token(token_id), self._types[token_id], self._scheme.token_bytes)
-
-    def token_text(self, token_id: int) -> str:
-        shown = self.token_bytes(token_id).decode(errors="replace")
-        return shown or self._token(token_id)
-
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        kept = (id_ for id_ in ids if not (skip_special_tokens and id_ in self.special_ids))
-        text = b"".join(map(self.token_bytes, kept)).decode(errors="replace")
-        return text.removeprefix(" ") if self._adds_space else text
-
-    def _token(self, token_id: int) -> str:
-        if not 0 <= token_id < self.vocab_size:
-            raise InvalidValue(f"token id {token_id} is outside the vocabulary; allowed: 0 to {self.vocab_size - 1}")
-        return self._tokens[token_id]
-
-
-def _bytes_of(token: str, type_: int, bytes_of_normal: Callable[[str], bytes]) -> bytes:
-    match type_:
-        case 1:  # NORMAL
-            return bytes_of_normal(token)
-        case 5:  # UNUSED: padding of the embedding table, stands for nothing
-            return b""
-        case 6:  # BYTE: its form was checked
-            return bytes([int(token[3:5], 16)])
-        case _:
-            return token.encode()
-
-
-class TokenTable(msgspec.Struct, frozen=True):
-    """What each id stands for: all that is to be known of a tokenizer to go from ids to bytes."""
-
-    tokens: list[bytes]
-    special_ids: frozenset[int]  # as of the tokenizer
-    eos_ids: tuple[int, ...]
 
 
 def load_token_table(metadata: Mapping[str, Any], *, file: str) -> TokenTable:
@@ -167,11 +32,7 @@ def load_token_table(metadata: Mapping[str, Any], *, file: str) -> TokenTable:
     bytes_of_normal = byte_level.bytes_of if fields.text("tokenizer.ggml.model") == "gpt2" else spm.bytes_of
     tokens, vocab = fields.tokens()
     types = fields.token_types(tokens)
-    return TokenTable(
-        [_bytes_of(token, type_, bytes_of_normal) for token, type_ in zip(tokens, types, strict=True)],
-        frozenset(_ids_of(types, CONTROL, UNKNOWN)),
-        _end_ids(fields, vocab, types),
-    )
+    return table_of(tokens, types, bytes_of_normal, _end_ids(fields, vocab, types))
 
 
 def load_tokenizer(metadata: Mapping[str, Any], *, file: str) -> Tokenizer:
@@ -202,7 +63,7 @@ def _byte_level(fields: "_Fields") -> Tokenizer:
     pre = PRE_TOKENIZERS[pre_name]
     tokens, vocab = fields.tokens()
     types = fields.token_types(tokens)
-    return GgufTokenizer(
+    return VocabularyTokenizer(
         ByteLevelScheme(vocab, fields.merges(vocab), pre),
         tokens,
         types,
@@ -226,9 +87,9 @@ def _spm(fields: "_Fields") -> Tokenizer:
     if add_bos and bos_id is None:
         raise fields.refusal("tokenizer.ggml.bos_token_id", "missing", "an id, as bos is to be added")
     # Special texts are no result of merging: text never becomes a control token by itself.
-    made = _ids_of(types, NORMAL, USER_DEFINED)
+    made = ids_of(types, NORMAL, USER_DEFINED)
     scheme = SpmScheme(tokens, vocab, fields.scores(len(tokens)), made, fields.byte_ids(vocab, types), adds_space)
-    return GgufTokenizer(
+    return VocabularyTokenizer(
         scheme,
         tokens,
         types,
@@ -300,7 +161,7 @@ class _Fields:
         for type_ in set(types):
             if not NORMAL <= type_ <= BYTE:
                 raise ModelFileError(self._file, f"{key}[{types.index(type_)}]", type_, f"{NORMAL} to {BYTE}")
-        for id_ in _ids_of(types, BYTE):
+        for id_ in ids_of(types, BYTE):
             if not _BYTE_TOKEN.fullmatch(tokens[id_]):
                 raise ModelFileError(
                     self._file, f"tokenizer.ggml.tokens[{id_}]", repr(tokens[id_]), "<0x00> to <0xFF> for a byte token"
@@ -370,28 +231,10 @@ class _Fields:
         return value
 
 
-def _ids_of(types: list[int], *wanted: int) -> list[int]:
-    return np.flatnonzero(np.isin(types, wanted)).tolist()
-
-
 def _end_ids(fields: _Fields, vocab: Mapping[str, int], types: list[int]) -> tuple[int, ...]:
-    """The file's eos, eot and eom, then the control tokens with an end text. A token of that text that is no control token
-    is ordinary: `</s>` in a vocabulary for code closes an HTML element."""
+    """The file's eos, eot and eom, then those that their texts tell."""
     named = [fields.token_id(f"tokenizer.ggml.{name}_token_id", len(types)) for name in ("eos", "eot", "eom")]
-    by_text = [vocab[text] for text in _END_TEXTS if text in vocab and types[vocab[text]] == CONTROL]
-    return tuple(dict.fromkeys([*(id_ for id_ in named if id_ is not None), *by_text]))
-
-
-def _check_unicode(text: str) -> None:
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InvalidValue(
-            f"the text holds a lone surrogate, U+{ord(text[error.start]):04X}, at character {error.start}; "
-            "allowed: Unicode text that has a UTF-8 form"
-        ) from None
+    return end_ids(named, vocab, types)
 
 
 def _shown(value: object) -> str:

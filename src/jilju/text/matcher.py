@@ -11,7 +11,7 @@ import time
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-from jilju.text.gguf_tokenizer import TokenTable
+from jilju.text.tokenizer import TokenTable
 
 SPECIAL_MARK = b"\xff"  # in front of a control token's name: no UTF-8 text has that byte
 MAX_ERROR_CHARS = 200

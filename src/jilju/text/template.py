@@ -202,7 +202,9 @@ def chat_pieces(
 
 def encode_piece(tokenizer: Tokenizer, index: int, piece: str) -> list[int]:
     """Ids of one of a conversation's pieces: each second one is a control token."""
-    return [tokenizer.special_texts[piece]] if index % 2 == 1 else tokenizer.encode(piece)
+    if index % 2 == 1:
+        return [tokenizer.special_texts[piece]]
+    return tokenizer.encode(piece, after_special=index > 0)
 
 
 def encode_chat(

@@ -45,9 +45,13 @@ class TimedTokenizer:
         self.token_bytes, self.token_text, self.decode = tokenizer.token_bytes, tokenizer.token_text, tokenizer.decode
         self.encode_ns = 0
 
-    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False, after_special: bool = False
+    ) -> list[int]:
         begin_ns = self._clock.now_ns()
-        ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens, parse_special=parse_special)
+        ids = self._tokenizer.encode(
+            text, add_special_tokens=add_special_tokens, parse_special=parse_special, after_special=after_special
+        )
         self.encode_ns += self._clock.now_ns() - begin_ns
         return ids
 

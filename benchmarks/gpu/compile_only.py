@@ -1,0 +1,79 @@
+"""A stand-in for the GPU's driver: kernels that are launched are compiled for sm_90 and kept, and nothing runs.
+
+Needs no GPU. Made active before the first launch, it lets the very functions that serve fill Triton's cache from many processes,
+and shows what ptxas made of them. TRITON_INTERPRET must not be set.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import triton
+from triton.backends.compiler import GPUTarget
+
+MAX_SHARED_BYTES = 232448  # of a block on sm_90
+
+
+class Compiled(msgspec.Struct):
+    name: str
+    shared_bytes: int
+    cubin: bytes
+
+
+class CompileOnly:
+    """Triton's driver as far as a launch asks it."""
+
+    def __init__(self) -> None:
+        self.compiled: list[Compiled] = []
+        self.utils = SimpleNamespace(load_binary=self._load, get_device_properties=self._properties)
+
+    def activate(self) -> "CompileOnly":
+        triton.runtime.driver.set_active(self)
+        return self
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, source, metadata):
+        return lambda *arguments: None
+
+    def _properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": MAX_SHARED_BYTES}
+
+    def _load(self, name, cubin, shared_bytes, device):
+        self.compiled.append(Compiled(name, shared_bytes, cubin))
+        return None, None, 0, 0, 1024  # module, function, registers, spills, most threads
+
+
+class Machine(msgspec.Struct):
+    """What a kernel's machine code shows."""
+
+    registers: int
+    stack_bytes: int  # spills lie there
+    instructions: dict[str, int]
+
+    def count(self, pattern: str) -> int:
+        return sum(number for name, number in self.instructions.items() if re.fullmatch(pattern, name))
+
+
+def disassemble(cubin: bytes) -> Machine:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(cubin)
+        usage, code = (
+            subprocess.run([tools / "cuobjdump", option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    found = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]+)", code))
+    registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    return Machine(registers, stack, dict(found))

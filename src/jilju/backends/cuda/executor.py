@@ -1,0 +1,442 @@
+"""CudaExecutor: the Executor protocol on one NVIDIA GPU.
+
+Steps in which every row decodes are replayed as a CUDA graph, one per bucket of rows; others run kernel by kernel. After a
+step the expected next one is queued at once (see run_ahead), so that the device computes while the host commits, decides and
+packs. Owns what is on the device. Knows nothing of sequences or requests.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from jilju.backends.cuda import memory, run_ahead, weights
+from jilju.backends.cuda.device import kernel_set
+from jilju.backends.cuda.forward import SPLIT_TILES, Forward, StepInputs
+from jilju.backends.cuda.kernels.inputs import expand
+from jilju.backends.cuda.kernels.kv import copy_slots
+from jilju.backends.cuda.lowering import Decoder, lower
+from jilju.backends.cuda.memory import BUCKETS, MAX_LOGITS, PARTIAL_TOKENS, bucket_of
+from jilju.backends.cuda.sampling import Download, Sampler
+from jilju.backends.cuda.tuning import Mode
+from jilju.backends.cuda.uploads import Uploads
+from jilju.backends.cuda.weights import Progress
+from jilju.errors import StartupError
+from jilju.plan import Batch, KvDtype, Limits, Plan, StepResult, WeightDtype, WeightTensor
+from jilju.plan.batch import MAX_TOP
+from jilju.plan.cost import Roofs
+
+logger = logging.getLogger(__name__)
+
+COMPILED_TOKENS = (16, 32, 64, 128, 256, 512, 2048)  # of prompts: kernels differ by size up to the largest
+PROBE_BYTES, PROBE_WIDTH = 1 << 30, 4096  # read, and width of the square matrices multiplied, by the probes of roofs()
+
+
+def no_progress(done_bytes: int, total_bytes: int, text: str) -> None:
+    """For callers without anyone to tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One run of the model for some rows of a batch, under way: its results, and whose they are."""
+
+    download: Download
+    taken: np.ndarray  # rows of the pass's own logits that are wanted
+    logits: np.ndarray  # logit rows of the batch that they are
+
+
+@dataclass(slots=True)
+class Ahead:
+    """The expected next step, under way."""
+
+    expected: Batch
+    sources: np.ndarray  # of each of its rows the logit row of the step before that sampled its token
+    download: Download
+    token_ids: np.ndarray | None = None  # of its rows, once the step before is waited for
+
+
+class CudaExecutor:
+    name = "cuda"
+
+    def __init__(
+        self,
+        weight_dtype: WeightDtype = "bf16",
+        fast: bool = False,
+        progress: Progress = no_progress,
+        *,
+        device: str = "cuda",
+        runs_ahead: bool = True,
+    ):
+        """`device` "cpu" is for tests in Triton's interpreter: no graphs there."""
+        self._dtype: WeightDtype = weight_dtype
+        self._mode: Mode = "fast" if fast else "invariant"
+        self.invariant = not fast
+        self._progress = progress
+        self._device = torch.device(device)
+        self._runs_ahead = runs_ahead
+        self._gpu_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+        self.kernel_set = kernel_set(torch.cuda.get_device_capability() if device == "cuda" else (0, 0), fast)
+        self.num_rows_ahead = 0  # that had run when their step came
+        self.num_rows_moved = 0  # of them, those that had been written to a spare block
+        self._batch: Batch | None = None
+        self._ahead: Ahead | None = None
+        self._passes: list[Pass] = []
+
+    def weight_bytes(self, plan: Plan) -> int:
+        return memory.weight_bytes(plan, self._dtype)
+
+    def kv_bytes_per_token(self, plan: Plan, kv_dtype: KvDtype = "bf16") -> int:
+        return memory.kv_bytes_per_token(plan, kv_dtype)
+
+    def workspace_bytes(self, plan: Plan, limits: Limits) -> int:
+        return memory.workspace_bytes(plan, limits, self._dtype)
+
+    def load(self, plan: Plan, weights_: Mapping[str, WeightTensor], limits: Limits) -> None:
+        """Raises StartupError for a plan that the kernels do not run, or if the device's memory does not suffice."""
+        source = weights.FileSource(weights_, self._device, plan.weight_bytes, self._progress)
+        self._load(plan, source, limits)
+
+    def load_dummy(self, plan: Plan, limits: Limits, seed: int = 0) -> None:
+        """Random weights, made on the device."""
+        self._load(plan, weights.DummySource(self._device, seed), limits)
+
+    def _load(self, plan: Plan, source: weights.Source, limits: Limits) -> None:
+        self._plan, self._limits = plan, limits
+        self._decoder: Decoder = lower(plan)
+        half = weights.HALF[self._dtype]
+        try:
+            self._weights = weights.load(self._decoder, source, self._dtype, self._device)
+            self._buffers = {
+                name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=self._device)
+                for name, spec in memory.buffers(plan, limits, self._dtype).items()
+            }
+            self._uploads = Uploads(self._device, memory.upload_bytes(limits))
+            self._sampler = Sampler(plan.vocab_size, MAX_LOGITS, self._device)
+        except torch.OutOfMemoryError as error:
+            raise StartupError(
+                f"the GPU's memory does not suffice: {error}; give a smaller --kv-memory, --step-tokens or model, "
+                "or free what others hold on it"
+            ) from error
+        self._buffers["decode_rows"].copy_(torch.arange(len(self._buffers["decode_rows"])))
+        self._fill_angles()
+        self._forward = Forward(
+            self._decoder, self._weights, self._buffers, limits, self._mode, self._gpu_name, half
+        )  # fmt: skip
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._seen: set[tuple[int, int]] = set()  # buckets that ran once, so that their kernels are compiled
+        self._graph_pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+        self._sampled_ids = self._buffers["sampled_ids"]  # int32 [rows], of the last step, at their logit rows
+        if self._device.type == "cuda":
+            self._compile()
+
+    def _compile(self) -> None:
+        """Every kernel once, in the sizes that serving takes, on rows that do nothing: what is compiled is kept on disk for the
+        next start, and nobody who waits for an answer waits for a compiler."""
+        sizes = [b for b in BUCKETS if b <= len(self._buffers["decode_rows"])]
+        prompts = [n for n in COMPILED_TOKENS if n <= self._limits.max_tokens]
+        for done, size in enumerate(sizes):
+            self._progress(done, len(sizes) + len(prompts), "compiling kernels, once for a GPU and model")
+            for num_splits in (1, 2):
+                inputs = self._decode_inputs(size, num_splits)
+                inputs.slots.fill_(-1)
+                inputs.tile_rows.fill_(-1)
+                self._forward.run(inputs)
+            self._forward.logits(self._buffers["decode_rows"][:size])
+        for done, size in enumerate(prompts, len(sizes)):
+            self._progress(done, len(sizes) + len(prompts), "compiling kernels, once for a GPU and model")
+            zeros, nothing = np.zeros(size, np.int32), np.full(size, -1, np.int32)
+            arrays = (zeros, zeros, nothing, zeros[:1], zeros[:1], zeros[:1], zeros[:1, None], nothing[:1], zeros[:1])
+            for num_splits in (1, 2) if size <= PARTIAL_TOKENS else (1,):
+                self._forward.run(self._put_inputs(arrays, num_splits))
+        torch.cuda.synchronize()
+
+    def _fill_angles(self) -> None:
+        """Tables of cos and sin, from angles in float64: [max_context, head_dim / 2] for each theta"""
+        half = self._decoder.layers[0].rope.head_dim // 2
+        positions = torch.arange(self._limits.max_context, dtype=torch.float64)
+        for index, theta in enumerate(self._decoder.thetas):
+            angles = positions[:, None] / theta ** (torch.arange(half, dtype=torch.float64) / half)
+            self._buffers[f"cos {index}"].copy_(angles.cos())
+            self._buffers[f"sin {index}"].copy_(angles.sin())
+
+    def launch(self, batch: Batch) -> None:
+        """Queue the step on the device, and behind it the one that is expected next."""
+        assert self._batch is None, "launch before wait of the step before"
+        _check(batch, self._limits)
+        ahead, self._ahead = self._ahead, None
+        self._passes = []
+        self._batch = batch
+        try:
+            rest = np.arange(batch.num_rows)
+            if ahead is not None and ahead.token_ids is not None:
+                rest = self._take(ahead, batch)
+            if len(rest) == batch.num_rows:
+                self._run(batch, np.arange(batch.num_logits))
+            elif len(rest):
+                self._run(*run_ahead.part_of(batch, rest))
+            if self._runs_ahead:
+                self._ahead = self._run_ahead(batch)
+        except BaseException:
+            self._batch = None
+            raise
+
+    def wait(self) -> StepResult:
+        """The results of the launched step; what was queued behind it goes on."""
+        batch, self._batch = self._batch, None
+        assert batch is not None, "wait before launch"
+        try:
+            result = _gather(batch, self._passes)
+        except BaseException:
+            self._ahead = None
+            raise
+        if self._ahead is not None:
+            self._ahead.token_ids = result.token_ids[self._ahead.sources]
+        return result
+
+    def free(self) -> None:
+        self._batch = self._ahead = None
+        self._passes = []
+        self._graphs.clear()
+        for name in ("_forward", "_buffers", "_weights", "_sampler", "_uploads", "_sampled_ids"):
+            if hasattr(self, name):
+                delattr(self, name)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def roofs(self) -> Roofs:
+        """A short probe of each: reading memory, and a product of half matrices."""
+        data = torch.ones(PROBE_BYTES // 4, dtype=torch.float32, device=self._device)
+        square = torch.randn(PROBE_WIDTH, PROBE_WIDTH, dtype=weights.HALF[self._dtype], device=self._device)
+        read_s, product_s = _seconds(lambda: data.sum()), _seconds(lambda: square @ square)
+        return Roofs(PROBE_BYTES / read_s, 2 * PROBE_WIDTH**3 / product_s)
+
+    def decode_seconds(self, batch: Batch, num_steps: int) -> float:
+        """Of a step in which every row decodes, on the device alone, sampling included: the mean of so many, for benchmarks."""
+        sources = np.full(batch.num_rows, -1, np.int32)
+        for _ in range(3):  # compiled, captured, replayed
+            self._decode(batch, sources).result()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(num_steps):
+            last = self._decode(batch, sources)
+        end.record()
+        last.result()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / num_steps
+
+    # A batch, run whole or in parts.
+
+    def _take(self, ahead: Ahead, batch: Batch) -> np.ndarray:
+        """What of the batch has run already; returns the rows that have not."""
+        assert ahead.token_ids is not None, "checked"
+        block_size = self._limits.block_size
+        found = run_ahead.match(ahead.expected, ahead.token_ids, batch, block_size)
+        rows = np.flatnonzero(found >= 0)
+        if not len(rows):
+            return np.arange(batch.num_rows)
+        taken = found[rows]
+        logits = run_ahead.logit_of_rows(batch)[rows]
+        self.num_rows_ahead += len(rows)
+        self._passes.append(Pass(ahead.download, taken, logits))
+        # what was written to a spare block goes where it belongs, before anything reads it
+        wrote = run_ahead.written_slots(ahead.expected, block_size)[taken]
+        part, _ = run_ahead.part_of(batch, rows)
+        belongs = run_ahead.written_slots(part, block_size)
+        moved = wrote != belongs
+        if moved.any():
+            sources, targets = self._uploads.put([wrote[moved], belongs[moved]])
+            self.num_rows_moved += len(sources)
+            copy_slots(self._buffers["kv"], self._buffers.get("kv_scales"), sources, targets)
+        if np.array_equal(taken, logits) and taken[-1] + 1 == len(taken):
+            self._sampled_ids[: len(taken)].copy_(ahead.download.token_ids[: len(taken)])
+        else:
+            sources, targets = self._uploads.put([taken.astype(np.int64), logits.astype(np.int64)])
+            self._sampled_ids[targets] = ahead.download.token_ids[sources]
+        return np.flatnonzero(found < 0)
+
+    def _run(self, batch: Batch, logits: np.ndarray) -> None:
+        """`logits`: which logit rows of the whole batch this one's are."""
+        firsts = run_ahead.first_tokens(batch)
+        decodes = batch.num_logits == batch.num_rows == batch.num_tokens and (batch.logit_tokens == firsts).all()
+        if decodes:
+            download = self._decode(batch, np.full(batch.num_rows, -1, np.int32))
+            self._keep_ids(download, logits)
+            self._passes.append(Pass(download, np.arange(batch.num_rows), logits))
+            return
+        self._forward.run(self._mixed_inputs(batch, firsts))
+        for first in range(0, batch.num_logits, MAX_LOGITS):
+            some = np.arange(first, min(first + MAX_LOGITS, batch.num_logits))
+            part = batch if len(some) == batch.num_logits else run_ahead.logits_between(batch, first, first + len(some))
+            (rows,) = self._uploads.put([part.logit_tokens])
+            download = self._sample(self._forward.logits(rows), part)
+            self._keep_ids(download, logits[some])
+            self._passes.append(Pass(download, np.arange(len(some)), logits[some]))
+
+    def _keep_ids(self, download: Download, logits: np.ndarray) -> None:
+        """The ids stay on the device, at their logit rows of the batch, for the step that runs ahead."""
+        if len(logits) and logits[-1] < len(self._sampled_ids):
+            if logits[-1] - logits[0] + 1 == len(logits):
+                self._sampled_ids[logits[0] : logits[-1] + 1].copy_(download.token_ids)
+            else:
+                (places,) = self._uploads.put([logits.astype(np.int64)])
+                self._sampled_ids[places] = download.token_ids
+
+    def _run_ahead(self, batch: Batch) -> Ahead | None:
+        limits = self._limits
+        if batch.num_logits != batch.num_rows:
+            return None
+        found = run_ahead.expect(batch, limits.block_size, limits.max_context, spare_block=limits.num_blocks)
+        if found is None:
+            return None
+        expected, sources = found
+        return Ahead(expected, sources, self._decode(expected, sources.astype(np.int32)))
+
+    def _decode(self, batch: Batch, sources: np.ndarray) -> Download:
+        """A batch of rows of one token, each sampled; `sources` int32 [num_rows]: where its id is on the device, or -1."""
+        num_rows = batch.num_rows
+        bucket = bucket_of(num_rows)
+        heads = np.concatenate([sources, batch.token_ids, batch.starts])
+        width = -(-(int(batch.starts.max()) + 1) // self._limits.block_size)
+        given = self._uploads.put([heads, np.ascontiguousarray(batch.block_tables[:, :width])])
+        inputs = self._decode_inputs(bucket, self._num_splits(bucket, batch))
+        expand(
+            given[0], given[1], self._sampled_ids, inputs.token_ids, inputs.positions, inputs.slots, inputs.counts,
+            inputs.tile_rows, inputs.tables, self._limits.block_size, self._plan.vocab_size,
+        )  # fmt: skip
+        logits = self._replay(bucket, inputs)
+        return self._sample(logits[:num_rows], batch)
+
+    def _sample(self, logits: torch.Tensor, batch: Batch) -> Download:
+        inputs = self._sampler.upload(batch)
+        batch.wait_for_masks()
+        self._sampler.upload_masks(inputs, batch)
+        return self._sampler.begin_download(self._sampler.sample(logits, inputs))
+
+    # Graphs.
+
+    def _replay(self, bucket: int, inputs: StepInputs) -> torch.Tensor:
+        """Logits of a decode step, float32 [bucket, vocab]. A bucket's first step runs kernel by kernel, which compiles them;
+        its second is captured."""
+        key = (bucket, inputs.num_splits)
+        rows = self._buffers["decode_rows"][:bucket]
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.replay()
+            return self._buffers["logits"][:bucket]
+        if self._device.type == "cuda" and key in self._seen:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._graph_pool):
+                self._forward.run(inputs)
+                self._forward.logits(rows)
+            self._graphs[key] = graph
+            logger.debug("captured a step of %d rows and %d splits", *key)
+            graph.replay()
+            return self._buffers["logits"][:bucket]
+        self._seen.add(key)
+        self._forward.run(inputs)
+        return self._forward.logits(rows)
+
+    def _decode_inputs(self, bucket: int, num_splits: int) -> StepInputs:
+        """The arrays that graphs read, of which expand() fills all but two."""
+        b = self._buffers
+        return StepInputs(
+            token_ids=b["token_ids"][:bucket], positions=b["positions"][:bucket], slots=b["slots"][:bucket],
+            starts=b["positions"][:bucket], counts=b["counts"][:bucket], first_tokens=b["decode_rows"][:bucket],
+            tables=b["tables"][:bucket], tile_rows=b["tile_rows"][:bucket], tile_tokens=b["tile_tokens"][:bucket],
+            num_splits=num_splits, is_prefill=False,
+        )  # fmt: skip
+
+    def _num_splits(self, num_tiles: int, batch: Batch, is_prefill: bool = False) -> int:
+        """Programs over which the keys of a row are split: a power of two, 1 where the tiles alone fill the device."""
+        config = self._forward.attention_config(num_tiles, is_prefill)
+        op = self._decoder.layers[0].attention
+        if num_tiles * op.num_kv_heads >= SPLIT_TILES or batch.num_tokens > PARTIAL_TOKENS:
+            return 1
+        longest = int((batch.starts + batch.counts).max())
+        wanted = 1 << (config.num_splits(longest) - 1).bit_length()
+        stats = len(self._buffers["attention_stats"]) // (2 * num_tiles * op.num_heads)
+        return wanted if wanted <= stats else 1
+
+    # Inputs of steps that are not all decode.
+
+    def _mixed_inputs(self, batch: Batch, firsts: np.ndarray) -> StepInputs:
+        op, block_size = self._decoder.layers[0].attention, self._limits.block_size
+        config = self._forward.attention_config(batch.num_rows, is_prefill=True)
+        per_tile = config.tokens_per_tile(op.num_heads // op.num_kv_heads)
+        rows = np.repeat(np.arange(batch.num_rows), batch.counts)
+        positions = np.arange(batch.num_tokens) - firsts[rows] + batch.starts[rows]
+        slots = batch.block_tables[rows, positions // block_size] * block_size + positions % block_size
+        num_tiles = -(-batch.counts // per_tile)
+        tile_rows = np.repeat(np.arange(batch.num_rows), num_tiles)
+        tile_tokens = (np.arange(len(tile_rows)) - (np.cumsum(num_tiles) - num_tiles)[tile_rows]) * per_tile
+        arrays = (
+            batch.token_ids, positions, slots, batch.starts, batch.counts, firsts, batch.block_tables, tile_rows, tile_tokens,
+        )  # fmt: skip
+        num_splits = 1
+        if batch.num_tokens <= PARTIAL_TOKENS:
+            num_splits = self._num_splits(len(tile_rows), batch, is_prefill=True)
+            if num_splits * batch.num_tokens * op.num_heads * 2 > len(self._buffers["attention_stats"]):
+                num_splits = 1
+        return self._put_inputs([a.astype(np.int32) for a in arrays], num_splits)
+
+    def _put_inputs(self, arrays: Sequence[np.ndarray], num_splits: int) -> StepInputs:
+        """In the order of StepInputs' fields."""
+        token_ids, positions, slots, starts, counts, first_tokens, tables, tile_rows, tile_tokens = self._uploads.put(
+            arrays
+        )
+        return StepInputs(
+            token_ids, positions, slots, starts, counts, first_tokens, tables, tile_rows, tile_tokens, num_splits, True
+        )
+
+
+def _check(batch: Batch, limits: Limits) -> None:
+    """Raises ValueError, before anything is queued: the device would not say what was wrong."""
+    if not 1 <= batch.num_tokens <= limits.max_tokens or batch.num_rows > limits.max_rows:
+        raise ValueError(
+            f"{batch.num_tokens} tokens in {batch.num_rows} rows; limits are {limits.max_tokens} and {limits.max_rows}"
+        )
+    ends = batch.starts + batch.counts
+    if batch.counts.min() < 1 or batch.counts.sum() != batch.num_tokens or batch.starts.min() < 0:
+        raise ValueError(f"rows hold {batch.counts.sum()} of {batch.num_tokens} tokens")
+    if ends.max() > limits.max_context:
+        raise ValueError(f"a row ends at {ends.max()}, the context is {limits.max_context}")
+    places = np.arange(batch.block_tables.shape[1])
+    used = places < -(-ends // limits.block_size)[:, None]
+    tables = batch.block_tables[used]
+    if used.sum() != (-(-ends // limits.block_size)).sum() or tables.min() < 0 or tables.max() >= limits.num_blocks:
+        raise ValueError(f"a block table does not cover its row with blocks below {limits.num_blocks}")
+
+
+def _gather(batch: Batch, passes: list[Pass]) -> StepResult:
+    """Results of the passes, in the order of the batch's logit rows."""
+    n = batch.num_logits
+    out = StepResult(
+        token_ids=np.zeros(n, np.int32), logprobs=np.zeros(n, np.float32), top_ids=np.full((n, MAX_TOP), -1, np.int32),
+        top_logprobs=np.zeros((n, MAX_TOP), np.float32), wanted_logprobs=np.zeros(len(batch.wanted_ids), np.float32),
+        finite=np.zeros(n, np.bool_),
+    )  # fmt: skip
+    for of in passes:
+        result = of.download.result()
+        for name in ("token_ids", "logprobs", "top_ids", "top_logprobs", "finite"):
+            getattr(out, name)[of.logits] = getattr(result, name)[of.taken]
+        if len(result.wanted_logprobs):
+            wanted = [np.arange(batch.wanted_starts[i], batch.wanted_starts[i + 1]) for i in of.logits]
+            out.wanted_logprobs[np.concatenate(wanted)] = result.wanted_logprobs
+    return out
+
+
+def _seconds(work: object) -> float:
+    """The best of a few runs on the device."""
+    assert callable(work)
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    best = float("inf")
+    for _ in range(4):
+        begin.record()
+        work()
+        end.record()
+        end.synchronize()
+        best = min(best, begin.elapsed_time(end) / 1e3)
+    return best

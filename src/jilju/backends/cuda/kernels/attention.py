@@ -1,0 +1,430 @@
+"""Attention over the paged cache: rows of any start and count, decode and prefill in one kernel, and the merge of splits.
+
+A program holds one tile of a row's queries, block_m of (token, head) for one KV head, and walks the row's keys in tiles of
+block_n. Keys fall into splits at fixed absolute positions. Each split has a softmax of its own, merged in ascending order:
+inside the program, or by a second kernel when every split has its own program. Both run `merged`, so the bits are equal,
+and a token's bits depend on its keys and the config alone: not on the other tokens of its tile, nor on the number of splits.
+So that the compiler cannot make a difference either, products and sums are fused where `tl.fma` stands, nowhere else.
+Knows nothing of how the cache was filled.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from jilju.backends.cuda.attention_configs import AttentionConfig
+from jilju.backends.cuda.kernels.kv import KvLayer
+
+# A float8 cache is multiplied as float16, the type it converts to in one instruction. Probabilities times value scales would
+# be small there and lose bits, so they are lifted. A value scale is max|v| / 448: float16 values never overflow, bfloat16 ones
+# from 1.8 million on.
+LIFT_FLOAT16 = tl.constexpr(256.0)
+LIFT_BFLOAT16 = tl.constexpr(16.0)
+MERGED_AT_ONCE = 8  # splits of which the merge kernel has loads in flight
+
+
+@triton.jit
+def merged(m_a, total_a, acc_a, m_b, total_b, acc_b):
+    """Two softmaxes over different keys as one: m [rows] maxima in base 2, total [rows] sums, acc [rows, d] weighted values."""
+    m = tl.maximum(m_a, m_b)
+    finite = tl.where(m == float("-inf"), 0.0, m)
+    a = tl.exp2(m_a - finite)
+    b = tl.exp2(m_b - finite)
+    total = tl.fma(total_a, a, total_b * b)
+    acc = tl.fma(acc_a, tl.broadcast_to(a[:, None], acc_a.shape), acc_b * b[:, None])
+    return m, total, acc
+
+
+@triton.jit
+def quotient(total, acc, out, FP8: tl.constexpr):
+    if FP8:
+        total = total * (LIFT_FLOAT16 if out.dtype.element_ty == tl.float16 else LIFT_BFLOAT16)
+    return (acc / total[:, None]).to(out.dtype.element_ty)
+
+
+@triton.jit
+def tile_of(tile, starts, counts, tile_rows, tile_tokens, window, TOKENS: tl.constexpr, WINDOWED: tl.constexpr):
+    """(row, first token within the row, number of tokens, position of the first, first key of any token, end of keys)"""
+    row = tl.load(tile_rows + tile)
+    first = tl.load(tile_tokens + tile)
+    start = tl.load(starts + tl.maximum(row, 0))
+    count = tl.load(counts + tl.maximum(row, 0))
+    num_tokens = tl.where(row < 0, 0, tl.minimum(count - first, TOKENS))
+    position = start + first
+    low = tl.maximum(position - window + 1, 0) if WINDOWED else 0
+    return row, first, num_tokens, position, low, position + num_tokens
+
+
+@triton.jit
+def walk(
+    q,
+    m,
+    total,
+    acc,
+    begin,
+    end,
+    position,
+    low,
+    last,
+    window,
+    scale,  # [rows]
+    lift,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    table,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    FP8: tl.constexpr,
+    LARGE: tl.constexpr,
+):
+    """Online softmax over keys [begin, end), begin a multiple of BLOCK_N; keys outside [low, last] are read as the nearest in it."""
+    column = tl.arange(0, DIM_PAD)
+    in_tile = tl.arange(0, BLOCK_N)
+    key = tl.maximum(tl.minimum(begin + in_tile, last), low)
+    block = tl.load(table + key // BLOCK_SIZE)
+    for tile_begin in tl.range(begin, end, BLOCK_N):
+        if LARGE:
+            block = block.to(tl.int64)
+        kv_row = (block * KV_HEADS + kv_head) * BLOCK_SIZE + key % BLOCK_SIZE
+        at = kv_row[:, None] * DIM + column[None, :]
+        # the next tile's blocks are asked for one round ahead: their addresses are needed as soon as that round begins
+        key = tl.maximum(tl.minimum(tile_begin + BLOCK_N + in_tile, last), low)
+        block = tl.load(table + key // BLOCK_SIZE)
+        k = tl.load(keys + at) if DIM == DIM_PAD else tl.load(keys + at, mask=column[None, :] < DIM, other=0.0)
+        s = tl.dot(q, tl.trans(k.to(q.dtype)))
+        if FP8:
+            s = s * tl.load(key_scales + kv_row)[None, :]
+        if MASKED:
+            here = tile_begin + in_tile
+            seen = here[None, :] <= position[:, None]
+            if WINDOWED:
+                seen = seen & (here[None, :] > position[:, None] - window)
+            s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, axis=1) * scale)
+        finite = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2(tl.fma(s, tl.broadcast_to(scale[:, None], s.shape), tl.broadcast_to(-finite[:, None], s.shape)))
+        alpha = tl.exp2(m - finite)
+        total = tl.fma(total, alpha, tl.sum(p, axis=1))
+        m = m_new
+        acc = acc * alpha[:, None]
+        if FP8:
+            p = p * (tl.load(value_scales + kv_row) * lift)[None, :]
+        v = tl.load(values + at) if DIM == DIM_PAD else tl.load(values + at, mask=column[None, :] < DIM, other=0.0)
+        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc)
+    return m, total, acc
+
+
+@triton.jit(
+    do_not_specialize=["table_width", "num_tokens", "window"],
+    do_not_specialize_on_alignment=["tables", "starts", "first_tokens", "counts", "tile_rows", "tile_tokens"],
+)
+def attention_kernel(
+    q,
+    keys,
+    values,
+    key_scales,
+    value_scales,
+    tables,
+    starts,
+    first_tokens,
+    counts,
+    tile_rows,
+    tile_tokens,
+    out,
+    part_acc,
+    part_stats,
+    scale,  # times log2(e)
+    table_width,
+    num_tokens,
+    window,
+    NUM_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,  # 0: one split
+    INLINE: tl.constexpr,
+    DECODE: tl.constexpr,  # one token a row: a tile's keys are one loop. Else those that every token sees come first, without a mask
+    WINDOWED: tl.constexpr,
+    FP8: tl.constexpr,
+    LARGE: tl.constexpr,  # offsets in a layer need 64 bits
+    PDL: tl.constexpr,
+):
+    GROUP: tl.constexpr = NUM_HEADS // KV_HEADS
+    TOKENS: tl.constexpr = BLOCK_M // GROUP
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tokens have most keys: they go first
+    kv_head = tl.program_id(1)
+    row, first, tile_count, tile_position, low, end = tile_of(
+        tile, starts, counts, tile_rows, tile_tokens, window, TOKENS, WINDOWED
+    )
+    if tile_count <= 0:
+        return
+    begin = low // BLOCK_N * BLOCK_N
+    if SPLIT_KEYS > 0:
+        split = low // SPLIT_KEYS
+        end_split = tl.cdiv(end, SPLIT_KEYS)
+        if not INLINE:
+            split += tl.program_id(2)
+            if split >= end_split:
+                return
+            end_split = split + 1
+
+    in_tile = tl.arange(0, BLOCK_M)
+    column = tl.arange(0, DIM_PAD)
+    token = in_tile // GROUP
+    head = kv_head * GROUP + in_tile % GROUP
+    real = token < tile_count  # the others have zeros for a query, and the keys of the last
+    position = tile_position + tl.minimum(token, tile_count - 1)
+    if BLOCK_M % GROUP != 0:
+        real = real & (token < TOKENS)
+    q_row = (tl.load(first_tokens + row) + first + token).to(tl.int64) * NUM_HEADS + head
+    q_at = q_row[:, None] * DIM + column[None, :]
+    mask = real[:, None] & (column < DIM)[None, :]
+    query = tl.load(q + q_at, mask=mask, other=0)
+    row_scale = tl.full([BLOCK_M], 0.0, tl.float32) + scale
+    lift = LIFT_FLOAT16 if q.dtype.element_ty == tl.float16 else LIFT_BFLOAT16
+    if FP8:  # as float16, whatever their size: divided by the power of two of the row's largest
+        exact = query.to(tl.float32)
+        binade = tl.max(tl.abs(exact), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
+        power = tl.maximum(binade, 0x00800000).to(tl.float32, bitcast=True)
+        query = (exact / power[:, None]).to(tl.float16)
+        row_scale = row_scale * power
+
+    table = tables + row.to(tl.int64) * table_width
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, DIM_PAD], tl.float32)
+    # keys [clear_begin, clear_end) are seen by every token of the tile
+    clear_begin = tl.cdiv(tl.maximum(end - window, 0), BLOCK_N) * BLOCK_N if WINDOWED else 0
+    clear_end = (tile_position + 1) // BLOCK_N * BLOCK_N
+    if SPLIT_KEYS == 0:
+        m, total, acc = walk_all(
+            query, m, total, acc, begin, end, clear_begin, clear_end, position, low, end - 1, window, row_scale, lift,
+            keys, values, key_scales, value_scales, table, kv_head,
+            KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, DECODE, WINDOWED, FP8, LARGE,
+        )  # fmt: skip
+    elif INLINE:
+        for s in tl.range(split, end_split):
+            s_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+            s_total = tl.zeros([BLOCK_M], tl.float32)
+            s_acc = tl.zeros([BLOCK_M, DIM_PAD], tl.float32)
+            s_m, s_total, s_acc = walk_all(
+                query, s_m, s_total, s_acc, tl.maximum(begin, s * SPLIT_KEYS), tl.minimum(end, (s + 1) * SPLIT_KEYS),
+                clear_begin, clear_end, position, low, end - 1, window, row_scale, lift,
+                keys, values, key_scales, value_scales, table, kv_head,
+                KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, DECODE, WINDOWED, FP8, LARGE,
+            )  # fmt: skip
+            m, total, acc = merged(m, total, acc, s_m, s_total, s_acc)
+    else:
+        m, total, acc = walk_all(
+            query, m, total, acc, tl.maximum(begin, split * SPLIT_KEYS), tl.minimum(end, (split + 1) * SPLIT_KEYS),
+            clear_begin, clear_end, position, low, end - 1, window, row_scale, lift,
+            keys, values, key_scales, value_scales, table, kv_head,
+            KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, DECODE, WINDOWED, FP8, LARGE,
+        )  # fmt: skip
+
+    # from the number of the first token anew: addresses held over the loops would cost them registers
+    q_row = (tl.load(first_tokens + row, volatile=True) + first + token).to(tl.int64) * NUM_HEADS + head
+    q_at = q_row[:, None] * DIM + column[None, :]
+    if INLINE:
+        tl.store(out + q_at, quotient(total, acc, out, FP8), mask=mask)
+    else:
+        part = tl.program_id(2).to(tl.int64) * num_tokens * NUM_HEADS
+        tl.store(part_acc + part * DIM + q_at, acc, mask=mask)
+        tl.store(part_stats + (part + q_row) * 2, m, mask=real)
+        tl.store(part_stats + (part + q_row) * 2 + 1, total, mask=real)
+
+
+@triton.jit
+def walk_all(
+    query, m, total, acc, begin, end, clear_begin, clear_end, position, low, last, window, scale, lift,
+    keys, values, key_scales, value_scales, table, kv_head,
+    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+    DECODE: tl.constexpr, WINDOWED: tl.constexpr, FP8: tl.constexpr, LARGE: tl.constexpr,
+):  # fmt: skip
+    """`walk` over [begin, end), with masks where they are needed."""
+    if not DECODE:
+        if WINDOWED:
+            middle = tl.minimum(tl.maximum(clear_begin, begin), end)
+            m, total, acc = walk(
+                query, m, total, acc, begin, middle, position, low, last, window, scale, lift,
+                keys, values, key_scales, value_scales, table, kv_head,
+                KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, True, True, FP8, LARGE,
+            )  # fmt: skip
+            begin = middle
+        middle = tl.maximum(tl.minimum(clear_end, end), begin)
+        m, total, acc = walk(
+            query, m, total, acc, begin, middle, position, low, last, window, scale, lift,
+            keys, values, key_scales, value_scales, table, kv_head,
+            KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, False, WINDOWED, FP8, LARGE,
+        )  # fmt: skip
+        begin = middle
+    m, total, acc = walk(
+        query, m, total, acc, begin, end, position, low, last, window, scale, lift,
+        keys, values, key_scales, value_scales, table, kv_head,
+        KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, True, WINDOWED, FP8, LARGE,
+    )  # fmt: skip
+    return m, total, acc
+
+
+@triton.jit(
+    do_not_specialize=["num_tokens", "window"],
+    do_not_specialize_on_alignment=["starts", "first_tokens", "counts", "tile_rows", "tile_tokens"],
+)
+def merge_kernel(
+    part_acc,
+    part_stats,
+    out,
+    starts,
+    first_tokens,
+    counts,
+    tile_rows,
+    tile_tokens,
+    num_tokens,
+    window,
+    NUM_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    SPLIT_KEYS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    FP8: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    head = tl.program_id(1)
+    row, first, tile_count, _, low, end = tile_of(
+        tl.program_id(0), starts, counts, tile_rows, tile_tokens, window, TOKENS, WINDOWED
+    )
+    if tile_count <= 0:
+        return
+    num_splits = tl.cdiv(end, SPLIT_KEYS) - low // SPLIT_KEYS
+    column = tl.arange(0, DIM_PAD)[None, :]
+    one = tl.arange(0, 1)
+    for token in tl.range(0, tile_count):
+        at = (tl.load(first_tokens + row) + first + token).to(tl.int64) * NUM_HEADS + head
+        m = tl.full([1], float("-inf"), tl.float32)
+        total = tl.zeros([1], tl.float32)
+        acc = tl.zeros([1, DIM_PAD], tl.float32)
+        for some in tl.range(0, num_splits, AT_ONCE):
+            for i in tl.static_range(AT_ONCE):
+                split = some + i
+                part = split.to(tl.int64) * num_tokens * NUM_HEADS + at + one
+                is_one = split + one < num_splits
+                s_m = tl.load(part_stats + part * 2, mask=is_one, other=float("-inf"))
+                s_total = tl.load(part_stats + part * 2 + 1, mask=is_one, other=0)
+                s_acc = tl.load(part_acc + part[:, None] * DIM + column, mask=is_one[:, None] & (column < DIM), other=0)
+                m, total, acc = merged(m, total, acc, s_m, s_total, s_acc)
+        o = quotient(total, acc, out, FP8)
+        tl.store(out + (at + one)[:, None] * DIM + column, o, mask=column < DIM)
+
+
+def attention(
+    q: torch.Tensor,
+    layer: KvLayer,
+    block_tables: torch.Tensor,
+    starts: torch.Tensor,
+    first_tokens: torch.Tensor,
+    counts: torch.Tensor,
+    tile_rows: torch.Tensor,
+    tile_tokens: torch.Tensor,
+    out: torch.Tensor,
+    config: AttentionConfig,
+    *,
+    scale: float,
+    window: int,
+    num_splits: int,
+    partials: tuple[torch.Tensor, torch.Tensor] | None = None,
+    pdl: bool = False,
+) -> None:
+    """out = softmax(scale * q K^T) V, causal by position, of every tile's tokens; K and V of the step are in the cache already.
+
+    q, out [T, H, d] half; block_tables int32 [R, W]; starts, first_tokens, counts int32 [R]: row r computes positions
+    [starts, starts + counts), its first token is q[first_tokens]. Tile i holds the row's tokens from tile_tokens[i] on,
+    config.tokens_per_tile(group) of them, of row tile_rows[i]; -1: nothing. window > 0: keys (position - window, position].
+    num_splits 1: each program walks all keys. Else program s does the s-th split of the tile's keys, and num_splits is at
+    least config.num_splits() of every tile; partials are float32 [num_splits, T, H, d] and [num_splits, T, H, 2].
+    """
+    num_tokens, num_heads, dim = q.shape
+    _, num_kv_heads, block_size, _ = layer.keys.shape
+    fp8 = layer.key_scales is not None
+    inline = num_splits == 1
+    assert inline or (partials is not None and config.split_keys), "splits need a size and a place for their parts"
+    acc, stats = partials if partials is not None else (out, out)
+    common = {
+        "NUM_HEADS": num_heads,
+        "DIM": dim,
+        "DIM_PAD": max(16, triton.next_power_of_2(dim)),
+        "SPLIT_KEYS": config.split_keys,
+        "WINDOWED": window > 0,
+        "FP8": fp8,
+        "PDL": pdl,
+        "launch_pdl": pdl,
+        "enable_fp_fusion": False,
+    }
+    attention_kernel[(len(tile_rows), num_kv_heads, num_splits)](
+        q,
+        layer.keys,
+        layer.values,
+        layer.key_scales if fp8 else q,
+        layer.value_scales if fp8 else q,
+        block_tables,
+        starts,
+        first_tokens,
+        counts,
+        tile_rows,
+        tile_tokens,
+        out,
+        acc,
+        stats,
+        scale * math.log2(math.e),
+        block_tables.shape[1],
+        num_tokens,
+        window,
+        KV_HEADS=num_kv_heads,
+        BLOCK_SIZE=block_size,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        INLINE=inline,
+        DECODE=num_tokens == len(starts),
+        LARGE=layer.keys.numel() >= 2**31,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        **common,
+    )
+    if inline:
+        return
+    merge_kernel[(len(tile_rows), num_heads)](
+        acc,
+        stats,
+        out,
+        starts,
+        first_tokens,
+        counts,
+        tile_rows,
+        tile_tokens,
+        num_tokens,
+        window,
+        TOKENS=config.tokens_per_tile(num_heads // num_kv_heads),
+        AT_ONCE=MERGED_AT_ONCE,
+        num_warps=1 if dim <= 128 else 2,
+        **common,
+    )

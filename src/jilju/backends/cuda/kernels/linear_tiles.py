@@ -1,0 +1,175 @@
+"""A matrix times tokens by tensor cores, operands swapped: the weights' rows are the product's rows, tokens its columns.
+
+Owns the tiled kernels, for any number of tokens. Knows nothing of who sums the parts.
+K is cut into NUM_SPLITS fixed runs of blocks. Each is summed apart, from zero; then the sums are added in ascending order,
+here (INLINE) or by whoever reads the parts: the bits are the same. Rows and tokens beyond the end repeat the last one and are
+not stored, so that only a K that is no multiple of BLOCK_K needs masks.
+"""
+
+import triton
+import triton.language as tl
+
+from jilju.backends.cuda.kernels.glu import activate
+
+GROUP = 8  # blocks of rows that take turns over the same tokens: both stay in the L2 cache
+
+
+@triton.jit
+def place(num_rows, num_tokens, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GROUP: tl.constexpr):
+    """Which block of rows and which block of tokens this program takes."""
+    num_n, num_t = tl.cdiv(num_rows, BLOCK_N), tl.cdiv(num_tokens, BLOCK_T)
+    group = tl.program_id(0) // (GROUP * num_t)
+    size = tl.minimum(num_n - group * GROUP, GROUP)
+    within = tl.program_id(0) % (GROUP * num_t)
+    return group * GROUP + within % size, within // size
+
+
+@triton.jit
+def load_block(pointers, start, num_columns, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+    if EVEN_K:
+        return tl.load(pointers + start)
+    return tl.load(pointers + start, mask=(start + tl.arange(0, BLOCK_K) < num_columns)[None, :], other=0.0)
+
+
+@triton.jit
+def fetch(rows, first, num_columns, BYTES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Asks the L2 cache for four blocks of weights from column `first` on, a sector of 32 bytes at a time, and does not wait."""
+    SECTOR: tl.constexpr = 32 // BYTES
+    columns = tl.minimum(first + tl.arange(0, 4 * BLOCK_K // SECTOR) * SECTOR, num_columns - 1)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [rows[:, None] + columns[None, :]],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def sum_run(
+    w_block, x_block, split, length, num_columns,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """[BLOCK_N, BLOCK_T]: the products over one split's columns."""
+    total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    for start in tl.range(split * length, tl.minimum((split + 1) * length, num_columns), BLOCK_K):
+        weights = load_block(w_block, start, num_columns, BLOCK_K, EVEN_K)
+        values = load_block(x_block, start, num_columns, BLOCK_K, EVEN_K)
+        total = tl.dot(weights.to(values.dtype), tl.trans(values), total)
+    return total
+
+
+@triton.jit
+def sum_runs(
+    gate_block, up_block, x_block, split, length, num_columns,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """`sum_run` of gates and of ups over the same values."""
+    gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    up = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    for start in tl.range(split * length, tl.minimum((split + 1) * length, num_columns), BLOCK_K):
+        gate_weights = load_block(gate_block, start, num_columns, BLOCK_K, EVEN_K)
+        up_weights = load_block(up_block, start, num_columns, BLOCK_K, EVEN_K)
+        values = load_block(x_block, start, num_columns, BLOCK_K, EVEN_K)
+        gate = tl.dot(gate_weights.to(values.dtype), tl.trans(values), gate)
+        up = tl.dot(up_weights.to(values.dtype), tl.trans(values), up)
+    return gate, up
+
+
+@triton.jit(do_not_specialize=["num_tokens"])  # or 1 and multiples of 16 would be compiled apart
+def tiles_kernel(
+    x,  # [num_tokens, num_columns]
+    w,  # [num_rows, num_columns]
+    scale,  # [num_rows] if HAS_SCALE
+    out,  # [1 if INLINE else NUM_SPLITS, num_tokens, num_rows] float32
+    num_tokens,
+    num_rows,
+    num_columns,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    INLINE: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    block_n, block_t = place(num_rows, num_tokens, BLOCK_N, BLOCK_T, GROUP)
+    rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = block_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = tl.arange(0, BLOCK_K)[None, :]
+    taken = tl.minimum(rows, num_rows - 1)
+    w_rows = w + taken.to(tl.int64) * num_columns
+    w_block = w_rows[:, None] + columns
+    x_block = x + tl.minimum(tokens, num_tokens - 1).to(tl.int64)[:, None] * num_columns + columns
+    length = tl.cdiv(tl.cdiv(num_columns, BLOCK_K), NUM_SPLITS) * BLOCK_K
+    factor = tl.full((BLOCK_N, 1), 1.0, tl.float32)
+    if HAS_SCALE:
+        factor = tl.load(scale + taken)[:, None]
+    split = tl.program_id(1)  # 0 if INLINE
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        fetch(w_rows, split * length, num_columns, w.dtype.element_ty.primitive_bitwidth // 8, BLOCK_K)
+        tl.extra.cuda.gdc_wait()
+    total = sum_run(w_block, x_block, split, length, num_columns, BLOCK_N, BLOCK_K, BLOCK_T, EVEN_K) * factor
+    if INLINE:
+        for later in tl.range(1, NUM_SPLITS):
+            part = sum_run(w_block, x_block, later, length, num_columns, BLOCK_N, BLOCK_K, BLOCK_T, EVEN_K)
+            total += part * factor
+    out += split.to(tl.int64) * num_tokens * num_rows
+    places = out + tokens.to(tl.int64)[None, :] * num_rows + rows[:, None]
+    tl.store(places, total, mask=(rows < num_rows)[:, None] & (tokens < num_tokens)[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens"])  # or 1 and multiples of 16 would be compiled apart
+def tiles_glu_kernel(
+    x,  # [num_tokens, num_columns]
+    w,  # [2 * width, num_columns]: gate, then up
+    scale,  # [2 * width] if HAS_SCALE
+    out,  # [num_tokens, width]
+    num_tokens,
+    width,
+    num_columns,
+    ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A program multiplies BLOCK_N gates and their ups."""
+    block_n, block_t = place(width, num_tokens, BLOCK_N, BLOCK_T, GROUP)
+    rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    tokens = block_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    columns = tl.arange(0, BLOCK_K)[None, :]
+    taken = tl.minimum(rows, width - 1)
+    gate_rows = w + taken.to(tl.int64) * num_columns
+    up_rows = gate_rows + width.to(tl.int64) * num_columns
+    gate_block, up_block = gate_rows[:, None] + columns, up_rows[:, None] + columns
+    x_block = x + tl.minimum(tokens, num_tokens - 1).to(tl.int64)[:, None] * num_columns + columns
+    length = tl.cdiv(tl.cdiv(num_columns, BLOCK_K), NUM_SPLITS) * BLOCK_K
+    gate_factor = tl.full((BLOCK_N, 1), 1.0, tl.float32)
+    up_factor = gate_factor
+    if HAS_SCALE:
+        gate_factor, up_factor = tl.load(scale + taken)[:, None], tl.load(scale + width + taken)[:, None]
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        fetch(gate_rows, 0, num_columns, w.dtype.element_ty.primitive_bitwidth // 8, BLOCK_K)
+        fetch(up_rows, 0, num_columns, w.dtype.element_ty.primitive_bitwidth // 8, BLOCK_K)
+        tl.extra.cuda.gdc_wait()
+    gate, up = sum_runs(gate_block, up_block, x_block, 0, length, num_columns, BLOCK_N, BLOCK_K, BLOCK_T, EVEN_K)
+    gate, up = gate * gate_factor, up * up_factor
+    for split in tl.range(1, NUM_SPLITS):
+        gate_part, up_part = sum_runs(
+            gate_block, up_block, x_block, split, length, num_columns, BLOCK_N, BLOCK_K, BLOCK_T, EVEN_K
+        )
+        gate += gate_part * gate_factor
+        up += up_part * up_factor
+    product = activate(gate, up, ACTIVATION).to(out.dtype.element_ty)
+    places = out + tokens.to(tl.int64)[None, :] * width + rows[:, None]
+    tl.store(places, product, mask=(rows < width)[:, None] & (tokens < num_tokens)[None, :])
