@@ -107,7 +107,7 @@ class Step:
         self.num_layers = max(1, min(64, -(-fresh_bytes // layer_bytes)))
         g = torch.Generator(device).manual_seed(1)
         size = (self.num_layers, 2, num_blocks, KV_HEADS, BLOCK_SIZE, DIM)
-        # two real layers, copied: random numbers of gigabytes take longer than what is measured
+        # one layer, copied: random numbers for all of them take longer than what is measured
         cache = torch.randn((1, *size[1:]), generator=g, device=device, dtype=torch.float32).to(half)
         self.scales = None
         if shape.fp8:
@@ -246,9 +246,10 @@ class Tuner:
             self.futures[key] = self.pool.submit(compiled, *key, self.half)
 
     def wait(self, config: AttentionConfig, split: bool, decode: bool, fp8: bool) -> None:
+        """A worker's failure is left to the launch, which compiles for itself and then says more."""
         future = self.futures.get((config, split, decode, fp8))
         if future is not None:
-            future.result(timeout=max(0.1, self.left_s))
+            future.exception(timeout=max(0.1, self.left_s))
 
     def say(self, kind: str, line: str, **record: Any) -> None:
         print(f"{kind:9} {line}", flush=True)

@@ -130,7 +130,7 @@ def tiles_candidates(case: Case) -> list[LinearConfig]:
             (256, 128, 8, 200),
         ]
     found = []
-    for block_n, block_t, num_warps, kib in shapes:
+    for index, (block_n, block_t, num_warps, kib) in enumerate(shapes):
         for block_k, num_splits in reductions(case):
             accumulators = block_n * block_t * (1 + is_glu) * (1 + (num_splits > 1)) // (32 * num_warps)
             stage = block_k * (block_n * (1 + is_glu) * weight_bytes + 2 * block_t)
@@ -139,7 +139,9 @@ def tiles_candidates(case: Case) -> list[LinearConfig]:
                 num_splits > 1 and block_k == 128
             ) or case.dtype == "fp8"  # more is live at once: 128 would spill
             if accumulators <= (96 if is_wide else 128) and num_stages >= 2:
-                found.append(LinearConfig("tiles", block_n, block_k, block_t, num_splits, num_warps, num_stages))
+                engines = (True, False) if index < 2 else (True,)
+                tile = block_n, block_k, block_t, num_splits, num_warps, num_stages
+                found += [LinearConfig("tiles", *tile, tma=tma) for tma in engines]
     return list(dict.fromkeys(found))
 
 
@@ -317,7 +319,8 @@ def table(gpu_name: str, timings: list[Timed], read: float) -> Tuning:
     for (dtype, matrix), some in by_matrix.items():
         for mode, choose in zip(MODES, (of_fast_mode, of_invariant_mode), strict=True):
             best = tuple(Measured(t, round(v.us, 2), v.config) for t, v in sorted(choose(some).items()))
-            linears.append(TunedLinear(mode, dtype, matrix.num_rows, matrix.num_columns, matrix.glu, best))
+            if best:
+                linears.append(TunedLinear(mode, dtype, matrix.num_rows, matrix.num_columns, matrix.glu, best))
     return Tuning(gpu_name, tuple(linears), round(read, 1))
 
 
@@ -325,7 +328,8 @@ def shown(config: LinearConfig) -> str:
     if config.kind == "matmul":
         return "matmul"
     split = f"t{config.block_t} s{config.num_splits} " if config.kind == "tiles" else ""
-    return f"{config.kind} n{config.block_n} k{config.block_k} {split}w{config.num_warps} st{config.num_stages}"
+    engine = " tma" if config.tma else ""
+    return f"{config.kind} n{config.block_n} k{config.block_k} {split}w{config.num_warps} st{config.num_stages}{engine}"
 
 
 class Run:

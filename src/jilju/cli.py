@@ -128,7 +128,7 @@ _model = click.option(
     "-m",
     default=DEFAULT_MODEL,
     show_default=True,
-    help="A name of `jilju models`, or the path of a GGUF file.",
+    help="A name of `jilju models`, or the path of a GGUF file or a model folder.",
 )
 _temperature = click.option(
     "--temperature", type=click.FloatRange(0, 2), default=None, help="0 is greedy. Default: the model's own."
@@ -142,7 +142,7 @@ _temperature = click.option(
 def serve(model: str | None, accept_licence: str | None, **flags: Any) -> None:
     """Serve MODEL over an OpenAI-compatible API, with a chat page at the address that is printed.
 
-    MODEL is a name of `jilju models` or the path of a GGUF file.
+    MODEL is a name of `jilju models`, or the path of a GGUF file or a model folder.
 
     \b
     Examples:
@@ -523,7 +523,9 @@ def models() -> None:
             click.echo(f"    terms: {entry.terms.licence.url}, {told}")
         filters = f"top_p {d.top_p:g}, top_k {d.top_k}, repetition_penalty {d.repetition_penalty:g}"
         click.echo(f"    samples with temperature {d.temperature:g}, {filters} ({d.source})")
-    click.echo(f"cache: {sources.cache_dir()}  (JILJU_CACHE names another)\nAny other GGUF file is given by its path.")
+    click.echo(
+        f"cache: {sources.cache_dir()}  (JILJU_CACHE names another)\nAny other GGUF file or model folder is given by its path."
+    )
 
 
 @commands.command()

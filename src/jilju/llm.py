@@ -95,7 +95,7 @@ class _Run:
 
 
 class LLM:
-    """A model with an engine of its own. `model` is a name of `jilju models` or the path of a GGUF file.
+    """A model with an engine of its own. `model` is a name of `jilju models`, or the path of a GGUF file or a model folder.
 
     `device` "cuda" computes on an NVIDIA GPU, whose settings are `fast` and `weight_dtype`; `load_format` "dummy" makes up
     weights for a folder with a config.json.

@@ -202,12 +202,12 @@ def test_small_values_of_a_float8_cache_keep_their_bits_in_float16(device: str) 
 
 @pytest.mark.parametrize("window, fp8", [(0, False), (40, False), (0, True)])
 def test_splits_merged_apart_have_the_bits_of_those_merged_inline(device: str, window: int, fp8: bool) -> None:
-    case = make(device, [*MIXED, (150, 5)], 4, 2, 32, window=window, fp8=fp8)
+    case = make(device, [(37, 1), (0, 6), (70, 3), (130, 5)], 4, 1, 32, window=window, fp8=fp8)
     inline = run(case, SMALL)
     check(case, inline)
     most = most_splits(case, SMALL)
     assert most > 1
-    for num_splits in (most, 16):
+    for num_splits in (most, 8):
         assert torch.equal(inline, run(case, SMALL, num_splits)), f"{num_splits} splits"
 
 
@@ -222,7 +222,7 @@ def one_by_one(case: Case, config: AttentionConfig, num_splits: int) -> Any:
 
 @pytest.mark.parametrize("window, fp8", [(0, False), (40, False), (0, True)])
 def test_decode_has_the_bits_of_prefill(device: str, window: int, fp8: bool) -> None:
-    case = make(device, [(41, 30)], 4, 2, 32, window=window, fp8=fp8)
+    case = make(device, [(57, 10)], 4, 1, 32, window=window, fp8=fp8)
     together = run(case, SMALL)
     assert torch.equal(together, one_by_one(case, SMALL, 1))
     assert torch.equal(together, one_by_one(case, SMALL, 4))
@@ -236,7 +236,7 @@ def test_the_invariant_config_gives_a_token_the_same_bits_however_it_comes(
     config = attention_config("invariant", head_dim, group, 1, True, kv_dtype)
     for num_rows in (1, 64, 256):
         assert attention_config("invariant", head_dim, group, num_rows, False, kv_dtype) == config
-    case = make(device, [(0, 2), (config.split_keys - 5, 18)], group, 1, head_dim)
+    case = make(device, [(0, 2), (config.split_keys - 3, 8)], group, 1, head_dim)
     together = run(case, config)
     check(case, together)
     assert torch.equal(together, one_by_one(case, config, 2))

@@ -71,6 +71,7 @@ def in_order(parts):
 
 GEMV = LinearConfig("gemv", block_n=8, block_k=512, num_warps=1, num_stages=1)
 TILES = LinearConfig("tiles", block_n=64, block_k=64, block_t=16, num_splits=3, num_warps=4, num_stages=3)
+TMA = LinearConfig("tiles", 64, 64, 16, num_splits=3, num_warps=4, num_stages=3, tma=True)
 SHAPES = [(1, 40, 96), (2, 64, 1024), (3, 70, 1100), (4, 72, 512)]  # T, N, K: multiples of the blocks and not
 
 
@@ -106,6 +107,23 @@ def test_splits_inline_have_the_bits_of_the_parts_summed(num_splits, dtype, devi
     config = LinearConfig("tiles", 64, 64, 16, num_splits, num_warps=4, num_stages=3)
     parts = parts_of(x, weight, scale, config, num_splits, device)
     assert torch.equal(in_order(parts), parts_of(x, weight, scale, config, 1, device)[0])
+
+
+@pytest.mark.parametrize("dtype", ["half", "fp8"])
+@pytest.mark.parametrize(
+    "shape", [(20, 130, 7 * 64 - 16), (3, 70, 1100)], ids=str
+)  # the second's fp8 rows are not of 16 bytes
+def test_the_copy_engine_brings_the_same_tiles(shape, dtype, device):
+    num_tokens, num_rows, num_columns = shape
+    weight, scale, _ = matrix(num_rows, num_columns, dtype, torch.bfloat16, device)
+    x = tokens(num_tokens, num_columns, torch.bfloat16)
+    for num in (1, 3):
+        by_pointers = parts_of(x, weight, scale, TILES, num, device)
+        assert torch.equal(parts_of(x, weight, scale, TMA, num, device), by_pointers)
+    by_pointers, by_engine = (torch.empty(num_tokens, num_rows // 2, dtype=x.dtype, device=device) for _ in range(2))
+    linear_glu(x.to(device), weight, scale, by_pointers, TILES, "silu")
+    linear_glu(x.to(device), weight, scale, by_engine, TMA, "silu")
+    assert torch.equal(by_engine, by_pointers)
 
 
 @pytest.mark.parametrize("dtype", ["half", "fp8"])

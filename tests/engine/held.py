@@ -6,8 +6,8 @@ import msgspec
 from llguidance import LLMatcher
 
 from jilju.engine.request import Request
-from jilju.text.gguf_tokenizer import TokenTable
 from jilju.text.matcher import GrammarSource
+from jilju.text.tokenizer import TokenTable
 from tests.engine.fakes import VOCAB, request
 
 PIECES = [*'{}[]":, abcxyz0125.-_', '{"', '":', '",', '"}', ": ", "ab", "abc", "xyz", "true", "false", "null", "12", "no", "noa"]  # fmt: skip

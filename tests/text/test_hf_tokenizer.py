@@ -336,7 +336,13 @@ def setting(**values: Any) -> Any:
     return lambda parsed: parsed.update(values)
 
 
-SPECIAL_HE = {"id": 650, "content": "he", "special": True}
+def special_by_merging(parsed: dict[str, Any]) -> None:
+    text = "".join(parsed["model"]["merges"][0])
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    token = {"id": parsed["model"]["vocab"][text], "content": text, "special": True} | flags
+    parsed["added_tokens"].insert(0, token)
+
+
 TWO_BEFORE = {
     "type": "TemplateProcessing",
     "single": [{"SpecialToken": {"id": BOS, "type_id": 0}}] * 2 + [{"Sequence": {"id": "A", "type_id": 0}}],
@@ -358,10 +364,7 @@ TWO_BEFORE = {
         (setting(added_tokens=[{"id": 1, "content": ""}]), "is empty"),
         (lambda parsed: parsed["model"]["vocab"].update(z9=-1), r"model\.vocab\['z9'\] is -1"),
         (lambda parsed: parsed["model"]["merges"].append(["z9", "z8"]), "text is "),
-        (
-            lambda parsed: (parsed["model"]["vocab"].update({"he": 650}), parsed["added_tokens"].append(SPECIAL_HE)),
-            "'he' is made from plain text",
-        ),
+        (special_by_merging, "is made from plain text"),
         (added(EOS, rstrip=True), "special with lstrip, rstrip or single_word"),
         (
             lambda parsed: (

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLParserLimits
 
 from jilju.text import matcher as matcher_module
-from jilju.text.gguf_tokenizer import TokenTable, load_token_table, load_tokenizer
+from jilju.text.gguf_tokenizer import load_token_table, load_tokenizer
 from jilju.text.matcher import FREE_NS, MAX_ERROR_CHARS, TOKEN_NS, GrammarMatcher, GrammarSource
+from jilju.text.tokenizer import TokenTable
 from tests.text.conftest import make_metadata
 from tests.text.test_spm import make as spm_metadata
 

@@ -150,6 +150,7 @@ class CudaExecutor:
             arrays = (zeros, zeros, nothing, zeros[:1], zeros[:1], zeros[:1], zeros[:1, None], nothing[:1], zeros[:1])
             for num_splits in (1, 2) if size <= PARTIAL_TOKENS else (1,):
                 self._forward.run(self._put_inputs(arrays, num_splits))
+        self._sampler.warm_up()
         torch.cuda.synchronize()
 
     def _fill_angles(self) -> None:

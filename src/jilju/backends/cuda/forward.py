@@ -14,7 +14,7 @@ from jilju.backends.cuda.kernels.attention import attention
 from jilju.backends.cuda.kernels.embed import embed
 from jilju.backends.cuda.kernels.glu import glu
 from jilju.backends.cuda.kernels.kv import kv_layer
-from jilju.backends.cuda.kernels.linear import linear, linear_glu
+from jilju.backends.cuda.kernels.linear import Quantized, linear, linear_glu
 from jilju.backends.cuda.kernels.norm import add_norm, rms_norm
 from jilju.backends.cuda.kernels.rope import rope_and_write
 from jilju.backends.cuda.lowering import Decoder, Layer, Matrix
@@ -157,7 +157,15 @@ class Forward:
         config = self._config(layer.gate_up, matrix, True, len(hidden), self._mode)
         if config.kind == "matmul":
             parts = self._parts(1, len(hidden), layer.gate_up.num_outputs, self._half)
-            linear(hidden, matrix.weight, matrix.scale, parts, config, pdl=self._pdl)
+            linear(
+                hidden,
+                matrix.weight,
+                matrix.scale,
+                parts,
+                config,
+                pdl=self._pdl,
+                quantized=self._quantized(hidden, matrix),
+            )
             glu(parts, gated, layer.activation, pdl=self._pdl)
         else:
             linear_glu(hidden, matrix.weight, matrix.scale, gated, config, layer.activation, pdl=self._pdl)
@@ -173,12 +181,23 @@ class Forward:
             if num_splits * num_tokens * matrix.num_outputs > len(self._buffers["parts"]):
                 num_splits = 1  # the kernel sums itself: the same bits
             parts = self._parts(num_splits, num_tokens, matrix.num_outputs, torch.float32)
-        linear(x, weight.weight, weight.scale, parts, config, pdl=self._pdl)
+        quantized = self._quantized(x, weight) if config.kind == "matmul" else None
+        linear(x, weight.weight, weight.scale, parts, config, pdl=self._pdl, quantized=quantized)
         return parts
 
     def _parts(self, num_splits: int, num_tokens: int, width: int, dtype: torch.dtype) -> torch.Tensor:
         flat = self._buffers["parts"].view(dtype)
         return flat[: num_splits * num_tokens * width].view(num_splits, num_tokens, width)
+
+    def _quantized(self, x: torch.Tensor, weight: DeviceMatrix) -> Quantized | None:
+        """Room for x in fp8 beside its product, in the other half of the parts: half products take no more than one."""
+        if weight.scale is None:
+            return None
+        num_tokens, width = x.shape
+        room = self._buffers["parts"].view(torch.uint8)[2 * len(self._buffers["parts"]) :]
+        values = room[: num_tokens * width].view(torch.float8_e4m3fn).view(num_tokens, width)
+        first = -(-num_tokens * width // 16) * 16
+        return Quantized(values, room[first : first + 4 * num_tokens].view(torch.float32))
 
     def _config(self, matrix: Matrix, weight: DeviceMatrix, is_glu: bool, num_tokens: int, mode: Mode) -> LinearConfig:
         key = (matrix.num_outputs, matrix.num_inputs, is_glu, num_tokens)

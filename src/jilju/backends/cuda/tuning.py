@@ -36,6 +36,7 @@ class LinearConfig(msgspec.Struct, frozen=True, omit_defaults=True):
     num_splits: int = 1  # of tiles
     num_warps: int = 0
     num_stages: int = 0
+    tma: bool = False  # tiles by the copy engine
 
 
 class Measured(msgspec.Struct, frozen=True):

@@ -26,8 +26,20 @@ MERGED_AT_ONCE = 8  # splits of which the merge kernel has loads in flight
 
 
 @triton.jit
-def merged(m_a, total_a, acc_a, m_b, total_b, acc_b):
-    """Two softmaxes over different keys as one: m [rows] maxima in base 2, total [rows] sums, acc [rows, d] weighted values."""
+def nothing(ROWS: tl.constexpr, DIM_PAD: tl.constexpr):
+    """A softmax over no keys: m [rows] maxima in base 2, total [rows] sums, acc [rows, d] weighted values."""
+    return (
+        tl.full([ROWS], float("-inf"), tl.float32),
+        tl.zeros([ROWS], tl.float32),
+        tl.zeros([ROWS, DIM_PAD], tl.float32),
+    )
+
+
+@triton.jit
+def merged(one, other):
+    """Two softmaxes over different keys as one. Over no keys in `other`, it is `one`, bit by bit."""
+    m_a, total_a, acc_a = one
+    m_b, total_b, acc_b = other
     m = tl.maximum(m_a, m_b)
     finite = tl.where(m == float("-inf"), 0.0, m)
     a = tl.exp2(m_a - finite)
@@ -38,7 +50,8 @@ def merged(m_a, total_a, acc_a, m_b, total_b, acc_b):
 
 
 @triton.jit
-def quotient(total, acc, out, FP8: tl.constexpr):
+def quotient(softmax, out, FP8: tl.constexpr):
+    _, total, acc = softmax
     if FP8:
         total = total * (LIFT_FLOAT16 if out.dtype.element_ty == tl.float16 else LIFT_BFLOAT16)
     return (acc / total[:, None]).to(out.dtype.element_ty)
@@ -59,24 +72,13 @@ def tile_of(tile, starts, counts, tile_rows, tile_tokens, window, TOKENS: tl.con
 
 @triton.jit
 def walk(
-    q,
-    m,
-    total,
-    acc,
+    query,
+    softmax,
     begin,
     end,
-    position,
-    low,
-    last,
-    window,
-    scale,  # [rows]
-    lift,
-    keys,
-    values,
-    key_scales,
-    value_scales,
-    table,
-    kv_head,
+    bounds,  # position [rows], low, last, window: keys outside [low, last] are read as the nearest in it
+    scaling,  # what makes a product a score in base 2 [rows], and the lift of float8 values
+    cache,  # keys, values, key_scales, value_scales, the row's block table, kv_head
     KV_HEADS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     DIM: tl.constexpr,
@@ -87,7 +89,11 @@ def walk(
     FP8: tl.constexpr,
     LARGE: tl.constexpr,
 ):
-    """Online softmax over keys [begin, end), begin a multiple of BLOCK_N; keys outside [low, last] are read as the nearest in it."""
+    """The softmax goes on over keys [begin, end), begin a multiple of BLOCK_N."""
+    m, total, acc = softmax
+    position, low, last, window = bounds
+    scale, lift = scaling
+    keys, values, key_scales, value_scales, table, kv_head = cache
     column = tl.arange(0, DIM_PAD)
     in_tile = tl.arange(0, BLOCK_N)
     key = tl.maximum(tl.minimum(begin + in_tile, last), low)
@@ -101,7 +107,7 @@ def walk(
         key = tl.maximum(tl.minimum(tile_begin + BLOCK_N + in_tile, last), low)
         block = tl.load(table + key // BLOCK_SIZE)
         k = tl.load(keys + at) if DIM == DIM_PAD else tl.load(keys + at, mask=column[None, :] < DIM, other=0.0)
-        s = tl.dot(q, tl.trans(k.to(q.dtype)))
+        s = tl.dot(query, tl.trans(k.to(query.dtype)))
         if FP8:
             s = s * tl.load(key_scales + kv_row)[None, :]
         if MASKED:
@@ -120,8 +126,50 @@ def walk(
         if FP8:
             p = p * (tl.load(value_scales + kv_row) * lift)[None, :]
         v = tl.load(values + at) if DIM == DIM_PAD else tl.load(values + at, mask=column[None, :] < DIM, other=0.0)
-        acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc)
+        acc = tl.dot(p.to(query.dtype), v.to(query.dtype), acc)
     return m, total, acc
+
+
+@triton.jit
+def walk_all(
+    query,
+    softmax,
+    begin,
+    end,
+    clear,  # [begin, end) of the keys that every token of the tile sees
+    bounds,
+    scaling,
+    cache,
+    KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    DECODE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    FP8: tl.constexpr,
+    LARGE: tl.constexpr,
+):
+    """`walk` over [begin, end): with a mask, unless it can do without for a part that is worth a loop of its own."""
+    if not DECODE:
+        clear_begin, clear_end = clear
+        if WINDOWED:
+            middle = tl.minimum(tl.maximum(clear_begin, begin), end)
+            softmax = walk(
+                query, softmax, begin, middle, bounds, scaling, cache,
+                KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, True, WINDOWED, FP8, LARGE,
+            )  # fmt: skip
+            begin = middle
+        middle = tl.maximum(tl.minimum(clear_end, end), begin)
+        softmax = walk(
+            query, softmax, begin, middle, bounds, scaling, cache,
+            KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, False, WINDOWED, FP8, LARGE,
+        )  # fmt: skip
+        begin = middle
+    return walk(
+        query, softmax, begin, end, bounds, scaling, cache,
+        KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, True, WINDOWED, FP8, LARGE,
+    )  # fmt: skip
 
 
 @triton.jit(
@@ -156,7 +204,7 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,  # 0: one split
     INLINE: tl.constexpr,
-    DECODE: tl.constexpr,  # one token a row: a tile's keys are one loop. Else those that every token sees come first, without a mask
+    DECODE: tl.constexpr,  # one token a row: one loop over a tile's keys, all with a mask
     WINDOWED: tl.constexpr,
     FP8: tl.constexpr,
     LARGE: tl.constexpr,  # offsets in a layer need 64 bits
@@ -174,15 +222,19 @@ def attention_kernel(
     )
     if tile_count <= 0:
         return
+    last = end - 1
+    clear_begin = tl.cdiv(tl.maximum(end - window, 0), BLOCK_N) * BLOCK_N if WINDOWED else 0
+    clear = (clear_begin, (tile_position + 1) // BLOCK_N * BLOCK_N)
     begin = low // BLOCK_N * BLOCK_N
     if SPLIT_KEYS > 0:
-        split = low // SPLIT_KEYS
+        first_split = low // SPLIT_KEYS
         end_split = tl.cdiv(end, SPLIT_KEYS)
         if not INLINE:
-            split += tl.program_id(2)
+            split = first_split + tl.program_id(2)
             if split >= end_split:
                 return
-            end_split = split + 1
+            begin = tl.maximum(begin, split * SPLIT_KEYS)
+            end = tl.minimum(end, (split + 1) * SPLIT_KEYS)
 
     in_tile = tl.arange(0, BLOCK_M)
     column = tl.arange(0, DIM_PAD)
@@ -190,14 +242,10 @@ def attention_kernel(
     head = kv_head * GROUP + in_tile % GROUP
     real = token < tile_count  # the others have zeros for a query, and the keys of the last
     position = tile_position + tl.minimum(token, tile_count - 1)
-    if BLOCK_M % GROUP != 0:
-        real = real & (token < TOKENS)
-    q_row = (tl.load(first_tokens + row) + first + token).to(tl.int64) * NUM_HEADS + head
-    q_at = q_row[:, None] * DIM + column[None, :]
     mask = real[:, None] & (column < DIM)[None, :]
-    query = tl.load(q + q_at, mask=mask, other=0)
+    q_row = (tl.load(first_tokens + row) + first + token).to(tl.int64) * NUM_HEADS + head
+    query = tl.load(q + q_row[:, None] * DIM + column[None, :], mask=mask, other=0)
     row_scale = tl.full([BLOCK_M], 0.0, tl.float32) + scale
-    lift = LIFT_FLOAT16 if q.dtype.element_ty == tl.float16 else LIFT_BFLOAT16
     if FP8:  # as float16, whatever their size: divided by the power of two of the row's largest
         exact = query.to(tl.float32)
         binade = tl.max(tl.abs(exact), axis=1).to(tl.int32, bitcast=True) & 0x7F800000
@@ -205,36 +253,21 @@ def attention_kernel(
         query = (exact / power[:, None]).to(tl.float16)
         row_scale = row_scale * power
 
-    table = tables + row.to(tl.int64) * table_width
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, DIM_PAD], tl.float32)
-    # keys [clear_begin, clear_end) are seen by every token of the tile
-    clear_begin = tl.cdiv(tl.maximum(end - window, 0), BLOCK_N) * BLOCK_N if WINDOWED else 0
-    clear_end = (tile_position + 1) // BLOCK_N * BLOCK_N
-    if SPLIT_KEYS == 0:
-        m, total, acc = walk_all(
-            query, m, total, acc, begin, end, clear_begin, clear_end, position, low, end - 1, window, row_scale, lift,
-            keys, values, key_scales, value_scales, table, kv_head,
-            KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, DECODE, WINDOWED, FP8, LARGE,
-        )  # fmt: skip
-    elif INLINE:
-        for s in tl.range(split, end_split):
-            s_m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-            s_total = tl.zeros([BLOCK_M], tl.float32)
-            s_acc = tl.zeros([BLOCK_M, DIM_PAD], tl.float32)
-            s_m, s_total, s_acc = walk_all(
-                query, s_m, s_total, s_acc, tl.maximum(begin, s * SPLIT_KEYS), tl.minimum(end, (s + 1) * SPLIT_KEYS),
-                clear_begin, clear_end, position, low, end - 1, window, row_scale, lift,
-                keys, values, key_scales, value_scales, table, kv_head,
+    bounds = (position, low, last, window)
+    scaling = (row_scale, LIFT_FLOAT16 if q.dtype.element_ty == tl.float16 else LIFT_BFLOAT16)
+    cache = (keys, values, key_scales, value_scales, tables + row.to(tl.int64) * table_width, kv_head)
+    softmax = nothing(BLOCK_M, DIM_PAD)
+    if INLINE and SPLIT_KEYS > 0:
+        for s in tl.range(first_split, end_split):
+            of_split = walk_all(
+                query, nothing(BLOCK_M, DIM_PAD), tl.maximum(begin, s * SPLIT_KEYS), tl.minimum(end, (s + 1) * SPLIT_KEYS),
+                clear, bounds, scaling, cache,
                 KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, DECODE, WINDOWED, FP8, LARGE,
             )  # fmt: skip
-            m, total, acc = merged(m, total, acc, s_m, s_total, s_acc)
+            softmax = merged(softmax, of_split)
     else:
-        m, total, acc = walk_all(
-            query, m, total, acc, tl.maximum(begin, split * SPLIT_KEYS), tl.minimum(end, (split + 1) * SPLIT_KEYS),
-            clear_begin, clear_end, position, low, end - 1, window, row_scale, lift,
-            keys, values, key_scales, value_scales, table, kv_head,
+        softmax = walk_all(
+            query, softmax, begin, end, clear, bounds, scaling, cache,
             KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, DECODE, WINDOWED, FP8, LARGE,
         )  # fmt: skip
 
@@ -242,44 +275,13 @@ def attention_kernel(
     q_row = (tl.load(first_tokens + row, volatile=True) + first + token).to(tl.int64) * NUM_HEADS + head
     q_at = q_row[:, None] * DIM + column[None, :]
     if INLINE:
-        tl.store(out + q_at, quotient(total, acc, out, FP8), mask=mask)
+        tl.store(out + q_at, quotient(softmax, out, FP8), mask=mask)
     else:
+        m, total, acc = softmax
         part = tl.program_id(2).to(tl.int64) * num_tokens * NUM_HEADS
         tl.store(part_acc + part * DIM + q_at, acc, mask=mask)
         tl.store(part_stats + (part + q_row) * 2, m, mask=real)
         tl.store(part_stats + (part + q_row) * 2 + 1, total, mask=real)
-
-
-@triton.jit
-def walk_all(
-    query, m, total, acc, begin, end, clear_begin, clear_end, position, low, last, window, scale, lift,
-    keys, values, key_scales, value_scales, table, kv_head,
-    KV_HEADS: tl.constexpr, BLOCK_SIZE: tl.constexpr, DIM: tl.constexpr, DIM_PAD: tl.constexpr, BLOCK_N: tl.constexpr,
-    DECODE: tl.constexpr, WINDOWED: tl.constexpr, FP8: tl.constexpr, LARGE: tl.constexpr,
-):  # fmt: skip
-    """`walk` over [begin, end), with masks where they are needed."""
-    if not DECODE:
-        if WINDOWED:
-            middle = tl.minimum(tl.maximum(clear_begin, begin), end)
-            m, total, acc = walk(
-                query, m, total, acc, begin, middle, position, low, last, window, scale, lift,
-                keys, values, key_scales, value_scales, table, kv_head,
-                KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, True, True, FP8, LARGE,
-            )  # fmt: skip
-            begin = middle
-        middle = tl.maximum(tl.minimum(clear_end, end), begin)
-        m, total, acc = walk(
-            query, m, total, acc, begin, middle, position, low, last, window, scale, lift,
-            keys, values, key_scales, value_scales, table, kv_head,
-            KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, False, WINDOWED, FP8, LARGE,
-        )  # fmt: skip
-        begin = middle
-    m, total, acc = walk(
-        query, m, total, acc, begin, end, position, low, last, window, scale, lift,
-        keys, values, key_scales, value_scales, table, kv_head,
-        KV_HEADS, BLOCK_SIZE, DIM, DIM_PAD, BLOCK_N, True, WINDOWED, FP8, LARGE,
-    )  # fmt: skip
-    return m, total, acc
 
 
 @triton.jit(
@@ -321,20 +323,17 @@ def merge_kernel(
     one = tl.arange(0, 1)
     for token in tl.range(0, tile_count):
         at = (tl.load(first_tokens + row) + first + token).to(tl.int64) * NUM_HEADS + head
-        m = tl.full([1], float("-inf"), tl.float32)
-        total = tl.zeros([1], tl.float32)
-        acc = tl.zeros([1, DIM_PAD], tl.float32)
+        softmax = nothing(1, DIM_PAD)
         for some in tl.range(0, num_splits, AT_ONCE):
             for i in tl.static_range(AT_ONCE):
                 split = some + i
                 part = split.to(tl.int64) * num_tokens * NUM_HEADS + at + one
                 is_one = split + one < num_splits
-                s_m = tl.load(part_stats + part * 2, mask=is_one, other=float("-inf"))
-                s_total = tl.load(part_stats + part * 2 + 1, mask=is_one, other=0)
-                s_acc = tl.load(part_acc + part[:, None] * DIM + column, mask=is_one[:, None] & (column < DIM), other=0)
-                m, total, acc = merged(m, total, acc, s_m, s_total, s_acc)
-        o = quotient(total, acc, out, FP8)
-        tl.store(out + (at + one)[:, None] * DIM + column, o, mask=column < DIM)
+                m = tl.load(part_stats + part * 2, mask=is_one, other=float("-inf"))
+                total = tl.load(part_stats + part * 2 + 1, mask=is_one, other=0)
+                acc = tl.load(part_acc + part[:, None] * DIM + column, mask=is_one[:, None] & (column < DIM), other=0)
+                softmax = merged(softmax, (m, total, acc))
+        tl.store(out + (at + one)[:, None] * DIM + column, quotient(softmax, out, FP8), mask=column < DIM)
 
 
 def attention(

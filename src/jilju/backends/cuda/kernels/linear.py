@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from jilju.backends.cuda.kernels.linear_gemv import MAX_TOKENS, gemv_glu_kernel, gemv_kernel
 from jilju.backends.cuda.kernels.linear_tiles import GROUP, tiles_glu_kernel, tiles_kernel
@@ -54,7 +55,7 @@ def linear(
         assert num_parts in (1, config.num_splits), f"{num_parts} parts of {config.num_splits} splits"
         num_tiles = triton.cdiv(num_rows, config.block_n) * triton.cdiv(num_tokens, config.block_t)
         tiles_kernel[(num_tiles, num_parts)](
-            x, weight, scale, out, num_tokens, num_rows, num_columns,
+            x, weight, *_tiles(x, weight, config), scale, out, num_tokens, num_rows, num_columns,
             INLINE=num_parts == 1 and config.num_splits > 1, **_tiles_options(weight, config, pdl),
         )  # fmt: skip
 
@@ -82,7 +83,7 @@ def linear_glu(
     else:
         assert config.kind == "tiles", f"linear_glu by {config.kind}; use gemv or tiles"
         tiles_glu_kernel[(triton.cdiv(width, config.block_n) * triton.cdiv(num_tokens, config.block_t),)](
-            x, weight, scale, out, num_tokens, width, num_columns,
+            x, weight, *_tiles(x, weight, config), scale, out, num_tokens, width, num_columns,
             ACTIVATION=activation, **_tiles_options(weight, config, pdl),
         )  # fmt: skip
 
@@ -123,6 +124,16 @@ def _tiles_options(weight: torch.Tensor, config: LinearConfig, pdl: bool) -> dic
         "enable_fp_fusion": False,  # a part times its scale is rounded before it is added, wherever that happens
         **({"launch_pdl": True} if pdl else {}),
     }
+
+
+def _tiles(x: torch.Tensor, weight: torch.Tensor, config: LinearConfig) -> tuple[object, object]:
+    """Descriptors for the copy engine, which wants rows of whole 16 bytes; None where pointers do."""
+    if not config.tma or weight.shape[1] * weight.element_size() % 16 or x.shape[1] * x.element_size() % 16:
+        return None, None
+    return (
+        TensorDescriptor.from_tensor(x, [config.block_t, config.block_k]),
+        TensorDescriptor.from_tensor(weight, [config.block_n, config.block_k]),
+    )
 
 
 def _matmul(

@@ -2,8 +2,9 @@
 
 Owns the tiled kernels, for any number of tokens. Knows nothing of who sums the parts.
 K is cut into NUM_SPLITS fixed runs of blocks. Each is summed apart, from zero; then the sums are added in ascending order,
-here (INLINE) or by whoever reads the parts: the bits are the same. Rows and tokens beyond the end repeat the last one and are
-not stored, so that only a K that is no multiple of BLOCK_K needs masks.
+here (INLINE) or by whoever reads the parts: the bits are the same. Tiles come by the copy engine (TMA) or by pointers: the same
+bits too. Rows and tokens beyond the end are not stored; pointers repeat the last one, so that only a K that is no multiple of
+BLOCK_K needs masks.
 """
 
 import triton
@@ -25,7 +26,10 @@ def place(num_rows, num_tokens, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, GR
 
 
 @triton.jit
-def load_block(pointers, start, num_columns, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+def load_block(tiles, first, pointers, start, num_columns, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
+    """[rows, BLOCK_K] from column `start` on: from row `first` by the copy engine if there are tiles, else by pointers."""
+    if tiles is not None:
+        return tiles.load([first, start])  # zeros beyond the end
     if EVEN_K:
         return tl.load(pointers + start)
     return tl.load(pointers + start, mask=(start + tl.arange(0, BLOCK_K) < num_columns)[None, :], other=0.0)
@@ -48,30 +52,30 @@ def fetch(rows, first, num_columns, BYTES: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def sum_run(
-    w_block, x_block, split, length, num_columns,
+    w_tiles, w_first, w_block, x_tiles, x_first, x_block, split, length, num_columns,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_N, BLOCK_T]: the products over one split's columns."""
     total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for start in tl.range(split * length, tl.minimum((split + 1) * length, num_columns), BLOCK_K):
-        weights = load_block(w_block, start, num_columns, BLOCK_K, EVEN_K)
-        values = load_block(x_block, start, num_columns, BLOCK_K, EVEN_K)
+        weights = load_block(w_tiles, w_first, w_block, start, num_columns, BLOCK_K, EVEN_K)
+        values = load_block(x_tiles, x_first, x_block, start, num_columns, BLOCK_K, EVEN_K)
         total = tl.dot(weights.to(values.dtype), tl.trans(values), total)
     return total
 
 
 @triton.jit
 def sum_runs(
-    gate_block, up_block, x_block, split, length, num_columns,
+    w_tiles, gate_first, gate_block, up_first, up_block, x_tiles, x_first, x_block, split, length, num_columns,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_T: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """`sum_run` of gates and of ups over the same values."""
     gate = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     up = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for start in tl.range(split * length, tl.minimum((split + 1) * length, num_columns), BLOCK_K):
-        gate_weights = load_block(gate_block, start, num_columns, BLOCK_K, EVEN_K)
-        up_weights = load_block(up_block, start, num_columns, BLOCK_K, EVEN_K)
-        values = load_block(x_block, start, num_columns, BLOCK_K, EVEN_K)
+        gate_weights = load_block(w_tiles, gate_first, gate_block, start, num_columns, BLOCK_K, EVEN_K)
+        up_weights = load_block(w_tiles, up_first, up_block, start, num_columns, BLOCK_K, EVEN_K)
+        values = load_block(x_tiles, x_first, x_block, start, num_columns, BLOCK_K, EVEN_K)
         gate = tl.dot(gate_weights.to(values.dtype), tl.trans(values), gate)
         up = tl.dot(up_weights.to(values.dtype), tl.trans(values), up)
     return gate, up
@@ -81,6 +85,8 @@ def sum_runs(
 def tiles_kernel(
     x,  # [num_tokens, num_columns]
     w,  # [num_rows, num_columns]
+    x_tiles,  # descriptors of both for the copy engine, or None
+    w_tiles,
     scale,  # [num_rows] if HAS_SCALE
     out,  # [1 if INLINE else NUM_SPLITS, num_tokens, num_rows] float32
     num_tokens,
@@ -97,8 +103,9 @@ def tiles_kernel(
     PDL: tl.constexpr,
 ):
     block_n, block_t = place(num_rows, num_tokens, BLOCK_N, BLOCK_T, GROUP)
-    rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = block_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    first_row, first_token = block_n * BLOCK_N, block_t * BLOCK_T
+    rows = first_row + tl.arange(0, BLOCK_N)
+    tokens = first_token + tl.arange(0, BLOCK_T)
     columns = tl.arange(0, BLOCK_K)[None, :]
     taken = tl.minimum(rows, num_rows - 1)
     w_rows = w + taken.to(tl.int64) * num_columns
@@ -113,10 +120,16 @@ def tiles_kernel(
         tl.extra.cuda.gdc_launch_dependents()
         fetch(w_rows, split * length, num_columns, w.dtype.element_ty.primitive_bitwidth // 8, BLOCK_K)
         tl.extra.cuda.gdc_wait()
-    total = sum_run(w_block, x_block, split, length, num_columns, BLOCK_N, BLOCK_K, BLOCK_T, EVEN_K) * factor
+    total = sum_run(
+        w_tiles, first_row, w_block, x_tiles, first_token, x_block, split, length, num_columns,
+        BLOCK_N, BLOCK_K, BLOCK_T, EVEN_K,
+    ) * factor  # fmt: skip
     if INLINE:
         for later in tl.range(1, NUM_SPLITS):
-            part = sum_run(w_block, x_block, later, length, num_columns, BLOCK_N, BLOCK_K, BLOCK_T, EVEN_K)
+            part = sum_run(
+                w_tiles, first_row, w_block, x_tiles, first_token, x_block, later, length, num_columns,
+                BLOCK_N, BLOCK_K, BLOCK_T, EVEN_K,
+            )  # fmt: skip
             total += part * factor
     out += split.to(tl.int64) * num_tokens * num_rows
     places = out + tokens.to(tl.int64)[None, :] * num_rows + rows[:, None]
@@ -127,6 +140,8 @@ def tiles_kernel(
 def tiles_glu_kernel(
     x,  # [num_tokens, num_columns]
     w,  # [2 * width, num_columns]: gate, then up
+    x_tiles,  # descriptors of both for the copy engine, or None
+    w_tiles,
     scale,  # [2 * width] if HAS_SCALE
     out,  # [num_tokens, width]
     num_tokens,
@@ -144,8 +159,9 @@ def tiles_glu_kernel(
 ):
     """A program multiplies BLOCK_N gates and their ups."""
     block_n, block_t = place(width, num_tokens, BLOCK_N, BLOCK_T, GROUP)
-    rows = block_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    tokens = block_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    first_row, first_token = block_n * BLOCK_N, block_t * BLOCK_T
+    rows = first_row + tl.arange(0, BLOCK_N)
+    tokens = first_token + tl.arange(0, BLOCK_T)
     columns = tl.arange(0, BLOCK_K)[None, :]
     taken = tl.minimum(rows, width - 1)
     gate_rows = w + taken.to(tl.int64) * num_columns
@@ -162,12 +178,16 @@ def tiles_glu_kernel(
         fetch(gate_rows, 0, num_columns, w.dtype.element_ty.primitive_bitwidth // 8, BLOCK_K)
         fetch(up_rows, 0, num_columns, w.dtype.element_ty.primitive_bitwidth // 8, BLOCK_K)
         tl.extra.cuda.gdc_wait()
-    gate, up = sum_runs(gate_block, up_block, x_block, 0, length, num_columns, BLOCK_N, BLOCK_K, BLOCK_T, EVEN_K)
+    gate, up = sum_runs(
+        w_tiles, first_row, gate_block, width + first_row, up_block, x_tiles, first_token, x_block, 0, length, num_columns,
+        BLOCK_N, BLOCK_K, BLOCK_T, EVEN_K,
+    )  # fmt: skip
     gate, up = gate * gate_factor, up * up_factor
     for split in tl.range(1, NUM_SPLITS):
         gate_part, up_part = sum_runs(
-            gate_block, up_block, x_block, split, length, num_columns, BLOCK_N, BLOCK_K, BLOCK_T, EVEN_K
-        )
+            w_tiles, first_row, gate_block, width + first_row, up_block, x_tiles, first_token, x_block, split, length,
+            num_columns, BLOCK_N, BLOCK_K, BLOCK_T, EVEN_K,
+        )  # fmt: skip
         gate += gate_part * gate_factor
         up += up_part * up_factor
     product = activate(gate, up, ACTIVATION).to(out.dtype.element_ty)

@@ -14,6 +14,50 @@ HEADS_PER_PROGRAM = 8  # for every shape: the norm's order of summing follows fr
 NUM_WARPS = 4
 
 
+@triton.jit
+def pairs_at(x, rows, present, HALF: tl.constexpr, HALF_PAD: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The pairs that rope turns, float32 [rows, HALF_PAD] twice, of the vectors at offsets `rows` of x."""
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * HALF_PAD)
+        mask = present[:, None] & (column < 2 * HALF)[None, :]
+        both = tl.load(x + rows[:, None] + column[None, :], mask=mask, other=0).to(tl.float32)
+        a, b = tl.split(tl.reshape(both, [rows.shape[0], HALF_PAD, 2]))
+    else:
+        column = tl.arange(0, HALF_PAD)
+        mask = present[:, None] & (column < HALF)[None, :]
+        at = x + rows[:, None] + column[None, :]
+        a = tl.load(at, mask=mask, other=0).to(tl.float32)
+        b = tl.load(at + HALF, mask=mask, other=0).to(tl.float32)
+    return a, b
+
+
+@triton.jit
+def put_pairs(out, rows, a, b, present, HALF: tl.constexpr, HALF_PAD: tl.constexpr, INTERLEAVED: tl.constexpr):
+    a = a.to(out.dtype.element_ty)
+    b = b.to(out.dtype.element_ty)
+    if INTERLEAVED:
+        column = tl.arange(0, 2 * HALF_PAD)
+        mask = present[:, None] & (column < 2 * HALF)[None, :]
+        tl.store(out + rows[:, None] + column[None, :], tl.interleave(a, b), mask=mask)
+    else:
+        column = tl.arange(0, HALF_PAD)
+        mask = present[:, None] & (column < HALF)[None, :]
+        at = out + rows[:, None] + column[None, :]
+        tl.store(at, a, mask=mask)
+        tl.store(at + HALF, b, mask=mask)
+
+
+@triton.jit
+def normed(a, b, weight, eps, chosen, HALF: tl.constexpr, HALF_PAD: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The chosen heads' pairs (a, b) over the root of their mean square, times weight; the others as they are."""
+    mean_square = tl.sum(tl.fma(a, a, b * b), axis=1) / (2 * HALF)
+    rstd = tl.math.div_rn(tl.full(mean_square.shape, 1.0, tl.float32), tl.math.sqrt_rn(mean_square + eps))[:, None]
+    nowhere = tl.arange(0, 1) * 0
+    weight_a, weight_b = pairs_at(weight, nowhere, nowhere == 0, HALF, HALF_PAD, INTERLEAVED)  # [1, HALF_PAD]
+    chosen = chosen[:, None]
+    return tl.where(chosen, a * rstd * weight_a, a), tl.where(chosen, b * rstd * weight_b, b)
+
+
 @triton.jit(do_not_specialize=["num_tokens"], do_not_specialize_on_alignment=["positions", "slots"])
 def rope_and_write_kernel(
     parts,  # [NUM_PARTS, num_tokens, WIDTH]
@@ -53,31 +97,28 @@ def rope_and_write_kernel(
     token = tl.program_id(0)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)  # query heads, then K's, then V's
     pair = tl.arange(0, HALF_PAD)
-    step: tl.constexpr = 2 if INTERLEAVED else 1
-    first = pair * step
-    second = first + (1 if INTERLEAVED else HALF)
     real = pair < HALF
-    mask = (head < NUM_HEADS + 2 * KV_HEADS)[:, None] & real[None, :]
+    present = head < NUM_HEADS + 2 * KV_HEADS
 
-    row = head[:, None] * DIM
-    x = parts + token.to(tl.int64) * WIDTH + row
-    a = tl.load(x + first[None, :], mask=mask, other=0).to(tl.float32)
-    b = tl.load(x + second[None, :], mask=mask, other=0).to(tl.float32)
+    row = head * DIM
+    x = parts + token.to(tl.int64) * WIDTH
+    a, b = pairs_at(x, row, present, HALF, HALF_PAD, INTERLEAVED)
     for part in tl.static_range(1, NUM_PARTS):
-        y = x + part * num_tokens.to(tl.int64) * WIDTH
-        a += tl.load(y + first[None, :], mask=mask, other=0)
-        b += tl.load(y + second[None, :], mask=mask, other=0)
+        more_a, more_b = pairs_at(x + part * num_tokens.to(tl.int64) * WIDTH, row, present, HALF, HALF_PAD, INTERLEAVED)
+        a += more_a
+        b += more_b
     if HAS_BIAS:
-        a += tl.load(bias + row + first[None, :], mask=mask, other=0)
-        b += tl.load(bias + row + second[None, :], mask=mask, other=0)
+        bias_a, bias_b = pairs_at(bias, row, present, HALF, HALF_PAD, INTERLEAVED)
+        a += bias_a
+        b += bias_b
 
     is_q = head < NUM_HEADS
     is_k = (head >= NUM_HEADS) & (head < NUM_HEADS + KV_HEADS)
     is_v = (head >= NUM_HEADS + KV_HEADS) & (head < NUM_HEADS + 2 * KV_HEADS)
     if HAS_Q_NORM:
-        a, b = normed(a, b, q_norm, eps, is_q, first, second, real, DIM)
+        a, b = normed(a, b, q_norm, eps, is_q, HALF, HALF_PAD, INTERLEAVED)
     if HAS_K_NORM:
-        a, b = normed(a, b, k_norm, eps, is_k, first, second, real, DIM)
+        a, b = normed(a, b, k_norm, eps, is_k, HALF, HALF_PAD, INTERLEAVED)
 
     position = tl.load(positions + token)
     c = tl.load(cos + position * HALF + pair, mask=real, other=0)[None, :]
@@ -87,10 +128,8 @@ def rope_and_write_kernel(
     b = tl.where(turns, tl.fma(b, c, a * s), b)
     a = turned_a
 
-    q_row = q_out + (token.to(tl.int64) * NUM_HEADS + head[:, None]) * DIM
-    q_mask = is_q[:, None] & real[None, :]
-    tl.store(q_row + first[None, :], a.to(q_out.dtype.element_ty), mask=q_mask)
-    tl.store(q_row + second[None, :], b.to(q_out.dtype.element_ty), mask=q_mask)
+    q_row = (token.to(tl.int64) * NUM_HEADS + head) * DIM
+    put_pairs(q_out, q_row, a, b, is_q, HALF, HALF_PAD, INTERLEAVED)
 
     slot = tl.load(slots + token)
     is_k = is_k & (slot >= 0)
@@ -108,26 +147,8 @@ def rope_and_write_kernel(
         b = on_fp8_grid(tl.math.div_rn(b, divisor))
         tl.store(key_scales + kv_row, scale, mask=is_k)
         tl.store(value_scales + kv_row, scale, mask=is_v)
-    a = a.to(keys.dtype.element_ty)
-    b = b.to(keys.dtype.element_ty)
-    k_mask = is_k[:, None] & real[None, :]
-    v_mask = is_v[:, None] & real[None, :]
-    kv_at = kv_row[:, None] * DIM
-    tl.store(keys + kv_at + first[None, :], a, mask=k_mask)
-    tl.store(keys + kv_at + second[None, :], b, mask=k_mask)
-    tl.store(values + kv_at + first[None, :], a, mask=v_mask)
-    tl.store(values + kv_at + second[None, :], b, mask=v_mask)
-
-
-@triton.jit
-def normed(a, b, weight, eps, chosen, first, second, real, DIM: tl.constexpr):
-    """The chosen heads' pairs (a, b) over the root of their mean square, times weight; the others as they are."""
-    mean_square = tl.sum(tl.fma(a, a, b * b), axis=1) / DIM
-    rstd = tl.math.div_rn(tl.full(mean_square.shape, 1.0, tl.float32), tl.math.sqrt_rn(mean_square + eps))[:, None]
-    weight_a = tl.load(weight + first, mask=real, other=0)[None, :]
-    weight_b = tl.load(weight + second, mask=real, other=0)[None, :]
-    chosen = chosen[:, None]
-    return tl.where(chosen, a * rstd * weight_a, a), tl.where(chosen, b * rstd * weight_b, b)
+    put_pairs(keys, kv_row * DIM, a, b, is_k, HALF, HALF_PAD, INTERLEAVED)
+    put_pairs(values, kv_row * DIM, a, b, is_v, HALF, HALF_PAD, INTERLEAVED)
 
 
 def rope_and_write(
