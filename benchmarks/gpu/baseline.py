@@ -111,7 +111,7 @@ def by_transformers() -> dict[str, Any]:
     with torch.no_grad():
         for rows in (1, 64):
             cache = None
-            for first in range(
+            for _ in range(
                 0, CONTEXT, 128 if rows > 1 else CONTEXT
             ):  # a prompt in parts, for its logits take memory
                 count = 128 if rows > 1 else CONTEXT

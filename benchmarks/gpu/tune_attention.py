@@ -48,18 +48,19 @@ DECODE_FAST = (  # the best guess first
     C(16, 32, 128, 2, 4),
     C(16, 128, 0, 8, 3),
 )
-DECODE_FLOAT8 = (  # with 64 rows, most of them idle, the tensor cores take K and V from shared memory, converted in bulk
-    C(16, 64, 256, 4, 3),
-    C(64, 64, 256, 4, 3),
+DECODE_FLOAT8 = (  # of 64 rows most are idle, but then K and V are converted in bulk, through shared memory
     C(16, 128, 256, 4, 3),
-    C(16, 64, 512, 4, 4),
-    C(64, 64, 512, 4, 3),
-    C(64, 64, 128, 4, 3),
-    C(16, 64, 0, 4, 3),
+    C(16, 128, 512, 4, 3),
+    C(16, 128, 128, 4, 3),
+    C(16, 128, 0, 4, 3),
+    C(64, 128, 256, 4, 2),
+    C(16, 64, 256, 4, 3),
+    C(64, 128, 512, 4, 2),
+    C(64, 64, 256, 4, 3),
+    C(16, 128, 512, 4, 4),
     C(16, 64, 128, 4, 3),
     C(16, 128, 512, 8, 3),
-    C(64, 128, 256, 4, 2),
-    C(32, 64, 256, 4, 3),
+    C(16, 64, 512, 2, 4),
 )
 INVARIANT = (  # one of them for decode and prefill
     C(64, 64, 256, 4, 3),

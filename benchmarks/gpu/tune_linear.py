@@ -139,7 +139,8 @@ def tiles_candidates(case: Case) -> list[LinearConfig]:
                 num_splits > 1 and block_k == 128
             ) or case.dtype == "fp8"  # more is live at once: 128 would spill
             if accumulators <= (96 if is_wide else 128) and num_stages >= 2:
-                engines = (True, False) if index < 2 else (True,)
+                # not of fp8: on an H200 some of those products came out wrong, now and then
+                engines = (False,) if case.dtype == "fp8" else (True, False) if index < 2 else (True,)
                 tile = block_n, block_k, block_t, num_splits, num_warps, num_stages
                 found += [LinearConfig("tiles", *tile, tma=tma) for tma in engines]
     return list(dict.fromkeys(found))
@@ -270,7 +271,7 @@ def read_kernel(x, out, num_rounds, BLOCK: tl.constexpr):
 
 def read_gb_per_s(timer: Timer) -> float:
     """What a kernel that only adds up 4 GiB reaches: the roof for all that follows."""
-    x = torch.zeros(1 << 30, dtype=torch.float32, device=DEVICE)
+    x = torch.randn(1 << 30, dtype=torch.float32, device=DEVICE)
     out = torch.empty(1 << 16, device=DEVICE)
     best = 0.0
     for block, programs in ((4096, 132 * 8), (8192, 132 * 4), (4096, 1 << 14), (8192, 1 << 14)):

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
 from jilju.backends import reference
-from jilju.backends.cuda.attention_configs import AttentionConfig, attention_config
+from jilju.backends.cuda.attention_configs import AttentionConfig, Mode, attention_config
 from jilju.backends.cuda.kernels.attention import attention
 from jilju.backends.cuda.kernels.kv import copy_slots, kv_layer
 
@@ -256,6 +256,16 @@ def test_a_rows_bits_are_its_own(device: str) -> None:
         )
         assert torch.equal(run(alone, SMALL), together[first : first + count]), f"row {row}"
         first += count
+
+
+@pytest.mark.parametrize("mode", ["invariant", "fast"])
+@pytest.mark.parametrize("group", [1, 3, 7, 16, 48, 71])
+def test_every_config_holds_a_token_and_splits_at_tiles(mode: Mode, group: int) -> None:
+    for head_dim in (20, 64, 128, 256):
+        for num_rows, is_prefill in ((1, False), (64, False), (1, True)):
+            config = attention_config(mode, head_dim, group, num_rows, is_prefill, "half")
+            assert config.tokens_per_tile(group) >= 1
+            assert config.split_keys % config.block_n == 0
 
 
 @pytest.mark.parametrize(

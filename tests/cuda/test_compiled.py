@@ -13,7 +13,9 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_linears_of_a_decode_step_compile_well():
+def test_the_linears_of_a_decode_step_compile_well(device):
+    if device == "cuda":
+        pytest.skip("what the compiler makes is looked at where no GPU runs it")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "benchmarks.gpu.check_linear", "--tokens", "1"]

@@ -1,4 +1,4 @@
-"""Folders that `transformers` saved, from files to logits, against the model that it saved, in float32; its tokenizer too."""
+"""Folders that `transformers` saved, from files to logits, against the model that it saved, in float32."""
 
 import json
 from pathlib import Path

@@ -122,7 +122,8 @@ class CudaExecutor:
         self._buffers["decode_rows"].copy_(torch.arange(len(self._buffers["decode_rows"])))
         self._fill_angles()
         self._forward = Forward(
-            self._decoder, self._weights, self._buffers, limits, self._mode, self._gpu_name, half
+            self._decoder, self._weights, self._buffers, limits, self._mode, self._gpu_name, half,
+            pdl=not self.invariant and self._device.type == "cuda",
         )  # fmt: skip
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._seen: set[tuple[int, int]] = set()  # buckets that ran once, so that their kernels are compiled
@@ -138,7 +139,8 @@ class CudaExecutor:
         prompts = [n for n in COMPILED_TOKENS if n <= self._limits.max_tokens]
         for done, size in enumerate(sizes):
             self._progress(done, len(sizes) + len(prompts), "compiling kernels, once for a GPU and model")
-            for num_splits in (1, 2):
+            can_split = self._forward.attention_config(size, is_prefill=False).split_keys > 0
+            for num_splits in (1, 2) if can_split else (1,):
                 inputs = self._decode_inputs(size, num_splits)
                 inputs.slots.fill_(-1)
                 inputs.tile_rows.fill_(-1)
@@ -148,7 +150,8 @@ class CudaExecutor:
             self._progress(done, len(sizes) + len(prompts), "compiling kernels, once for a GPU and model")
             zeros, nothing = np.zeros(size, np.int32), np.full(size, -1, np.int32)
             arrays = (zeros, zeros, nothing, zeros[:1], zeros[:1], zeros[:1], zeros[:1, None], nothing[:1], zeros[:1])
-            for num_splits in (1, 2) if size <= PARTIAL_TOKENS else (1,):
+            can_split = self._forward.attention_config(1, is_prefill=True).split_keys > 0 and size <= PARTIAL_TOKENS
+            for num_splits in (1, 2) if can_split else (1,):
                 self._forward.run(self._put_inputs(arrays, num_splits))
         self._sampler.warm_up()
         torch.cuda.synchronize()

@@ -60,9 +60,10 @@ class Forward:
         half: torch.dtype,
         pdl: bool = False,
     ):
-        """`pdl`: a kernel's launch overlaps the end of the one before it, as far as it says that it may."""
+        """`pdl`: in steps of few tokens a kernel is launched, and asks for its first weights, before the one ahead of it ends."""
         self._decoder, self._weights, self._buffers = decoder, weights, buffers
-        self._limits, self._mode, self._half, self._pdl = limits, mode, half, pdl
+        self._limits, self._mode, self._half, self._allows_pdl = limits, mode, half, pdl
+        self._pdl = False
         self._tuning = load_tuning(gpu_name)
         self._configs: dict[tuple[int, int, bool, int], LinearConfig] = {}
         cache, scales = buffers["kv"], buffers.get("kv_scales")
@@ -81,6 +82,8 @@ class Forward:
         """Writes K and V of all tokens and leaves the residual stream behind, of which `logits` takes rows."""
         num_tokens = inputs.num_tokens
         decoder, weights = self._decoder, self._weights
+        qkv = self._config(decoder.layers[0].qkv, weights.layers[0].qkv, False, num_tokens, self._mode)
+        self._pdl = self._allows_pdl and qkv.kind == "gemv"  # others gain nothing by it
         residual = self._buffers["residual"][:num_tokens]
         hidden = self._buffers["hidden"][:num_tokens]
         embed(weights.table, inputs.token_ids, decoder.embed.scale, residual, pdl=self._pdl)
@@ -195,7 +198,7 @@ class Forward:
             return None
         num_tokens, width = x.shape
         room = self._buffers["parts"].view(torch.uint8)[2 * len(self._buffers["parts"]) :]
-        values = room[: num_tokens * width].view(torch.float8_e4m3fn).view(num_tokens, width)
+        values = room[: num_tokens * width].view(torch.float8_e4m3fn)
         first = -(-num_tokens * width // 16) * 16
         return Quantized(values, room[first : first + 4 * num_tokens].view(torch.float32))
 
