@@ -111,9 +111,7 @@ def by_transformers() -> dict[str, Any]:
     with torch.no_grad():
         for rows in (1, 64):
             cache = None
-            for _ in range(
-                0, CONTEXT, 128 if rows > 1 else CONTEXT
-            ):  # a prompt in parts, for its logits take memory
+            for _ in range(0, CONTEXT, 128 if rows > 1 else CONTEXT):  # a prompt in parts, for its logits take memory
                 count = 128 if rows > 1 else CONTEXT
                 ids = torch.randint(0, 1000, (rows, count), device="cuda")
                 out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)

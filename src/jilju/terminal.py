@@ -74,6 +74,9 @@ def fetching() -> Iterator[Callable[[int, int, str], None]]:
 
     def show(done_bytes: int, total_bytes: int, text: str) -> None:
         nonlocal bar, told_s
+        if not total_bytes:  # of something that has no size
+            click.echo(text, err=True)
+            return
         is_done = done_bytes == total_bytes
         if bar is None:
             bar = Progress(*columns, console=console, disable=not console.is_terminal)

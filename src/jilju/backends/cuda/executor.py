@@ -31,6 +31,7 @@ from jilju.plan.cost import Roofs
 logger = logging.getLogger(__name__)
 
 COMPILED_TOKENS = (16, 32, 64, 128, 256, 512, 2048)  # of prompts: kernels differ by size up to the largest
+PDL_TOKENS = 2  # of steps in which kernels overlap
 PROBE_BYTES, PROBE_WIDTH = 1 << 30, 4096  # read, and width of the square matrices multiplied, by the probes of roofs()
 
 
@@ -123,7 +124,7 @@ class CudaExecutor:
         self._fill_angles()
         self._forward = Forward(
             self._decoder, self._weights, self._buffers, limits, self._mode, self._gpu_name, half,
-            pdl=not self.invariant and self._device.type == "cuda",
+            pdl_tokens=PDL_TOKENS if self._device.type == "cuda" else 0,
         )  # fmt: skip
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._seen: set[tuple[int, int]] = set()  # buckets that ran once, so that their kernels are compiled
@@ -137,8 +138,8 @@ class CudaExecutor:
         next start, and nobody who waits for an answer waits for a compiler."""
         sizes = [b for b in BUCKETS if b <= len(self._buffers["decode_rows"])]
         prompts = [n for n in COMPILED_TOKENS if n <= self._limits.max_tokens]
-        for done, size in enumerate(sizes):
-            self._progress(done, len(sizes) + len(prompts), "compiling kernels, once for a GPU and model")
+        self._progress(0, 0, "loading kernels; those that are new to this GPU and model are compiled, which takes a minute")
+        for size in sizes:
             can_split = self._forward.attention_config(size, is_prefill=False).split_keys > 0
             for num_splits in (1, 2) if can_split else (1,):
                 inputs = self._decode_inputs(size, num_splits)
@@ -146,8 +147,7 @@ class CudaExecutor:
                 inputs.tile_rows.fill_(-1)
                 self._forward.run(inputs)
             self._forward.logits(self._buffers["decode_rows"][:size])
-        for done, size in enumerate(prompts, len(sizes)):
-            self._progress(done, len(sizes) + len(prompts), "compiling kernels, once for a GPU and model")
+        for size in prompts:
             zeros, nothing = np.zeros(size, np.int32), np.full(size, -1, np.int32)
             arrays = (zeros, zeros, nothing, zeros[:1], zeros[:1], zeros[:1], zeros[:1, None], nothing[:1], zeros[:1])
             can_split = self._forward.attention_config(1, is_prefill=True).split_keys > 0 and size <= PARTIAL_TOKENS

@@ -58,11 +58,12 @@ class Forward:
         mode: Mode,
         gpu_name: str,
         half: torch.dtype,
-        pdl: bool = False,
+        pdl_tokens: int = 0,
     ):
-        """`pdl`: in steps of few tokens a kernel is launched, and asks for its first weights, before the one ahead of it ends."""
+        """In steps of up to `pdl_tokens` a kernel is launched, and asks for its first weights, before the one ahead of it ends."""
         self._decoder, self._weights, self._buffers = decoder, weights, buffers
-        self._limits, self._mode, self._half, self._allows_pdl = limits, mode, half, pdl
+        self._limits, self._mode, self._half = limits, mode, half
+        self.pdl_tokens = pdl_tokens
         self._pdl = False
         self._tuning = load_tuning(gpu_name)
         self._configs: dict[tuple[int, int, bool, int], LinearConfig] = {}
@@ -82,8 +83,7 @@ class Forward:
         """Writes K and V of all tokens and leaves the residual stream behind, of which `logits` takes rows."""
         num_tokens = inputs.num_tokens
         decoder, weights = self._decoder, self._weights
-        qkv = self._config(decoder.layers[0].qkv, weights.layers[0].qkv, False, num_tokens, self._mode)
-        self._pdl = self._allows_pdl and qkv.kind == "gemv"  # others gain nothing by it
+        self._pdl = num_tokens <= self.pdl_tokens
         residual = self._buffers["residual"][:num_tokens]
         hidden = self._buffers["hidden"][:num_tokens]
         embed(weights.table, inputs.token_ids, decoder.embed.scale, residual, pdl=self._pdl)

@@ -88,6 +88,8 @@ def row_products(
         sum0, sum1, sum2, sum3 = add_block(
             sum0, sum1, sum2, sum3, weights, x, start, num_columns, NUM_TOKENS, BLOCK_N, BLOCK_K, VECTOR, EVEN_K
         )
+    if PDL:  # not sooner, or programs that only wait would take room from those that still read
+        tl.extra.cuda.gdc_launch_dependents()
     return tl.sum(sum0, axis=1), tl.sum(sum1, axis=1), tl.sum(sum2, axis=1), tl.sum(sum3, axis=1)
 
 
@@ -111,8 +113,6 @@ def gemv_kernel(
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = rows < num_rows
     taken = tl.minimum(rows, num_rows - 1)  # the last row again, rather than a mask on every load
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     y0, y1, y2, y3 = row_products(
         x, w, taken, num_columns, NUM_TOKENS, BLOCK_N, BLOCK_K, VECTOR, NUM_STAGES, EVEN_K, PDL
     )
@@ -151,8 +151,6 @@ def gemv_glu_kernel(
     columns = tl.program_id(0) * HALF + tl.arange(0, HALF)
     both = tl.arange(0, BLOCK_N)
     rows = tl.minimum(tl.program_id(0) * HALF + both // 2, width - 1) + (both % 2) * width
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     y0, y1, y2, y3 = row_products(
         x, w, rows, num_columns, NUM_TOKENS, BLOCK_N, BLOCK_K, VECTOR, NUM_STAGES, EVEN_K, PDL
     )

@@ -117,7 +117,6 @@ def tiles_kernel(
         factor = tl.load(scale + taken)[:, None]
     split = tl.program_id(1)  # 0 if INLINE
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         fetch(w_rows, split * length, num_columns, w.dtype.element_ty.primitive_bitwidth // 8, BLOCK_K)
         tl.extra.cuda.gdc_wait()
     total = sum_run(
@@ -131,6 +130,8 @@ def tiles_kernel(
                 BLOCK_N, BLOCK_K, BLOCK_T, EVEN_K,
             )  # fmt: skip
             total += part * factor
+    if PDL:  # not sooner, or programs that only wait would take room from those that still read
+        tl.extra.cuda.gdc_launch_dependents()
     out += split.to(tl.int64) * num_tokens * num_rows
     places = out + tokens.to(tl.int64)[None, :] * num_rows + rows[:, None]
     tl.store(places, total, mask=(rows < num_rows)[:, None] & (tokens < num_tokens)[None, :])
@@ -174,7 +175,6 @@ def tiles_glu_kernel(
     if HAS_SCALE:
         gate_factor, up_factor = tl.load(scale + taken)[:, None], tl.load(scale + width + taken)[:, None]
     if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
         fetch(gate_rows, 0, num_columns, w.dtype.element_ty.primitive_bitwidth // 8, BLOCK_K)
         fetch(up_rows, 0, num_columns, w.dtype.element_ty.primitive_bitwidth // 8, BLOCK_K)
         tl.extra.cuda.gdc_wait()
@@ -190,6 +190,8 @@ def tiles_glu_kernel(
         )  # fmt: skip
         gate += gate_part * gate_factor
         up += up_part * up_factor
+    if PDL:  # not sooner, or programs that only wait would take room from those that still read
+        tl.extra.cuda.gdc_launch_dependents()
     product = activate(gate, up, ACTIVATION).to(out.dtype.element_ty)
     places = out + tokens.to(tl.int64)[None, :] * width + rows[:, None]
     tl.store(places, product, mask=(rows < width)[:, None] & (tokens < num_tokens)[None, :])
