@@ -10,7 +10,7 @@
 namespace jilju {
 namespace {
 
-constexpr int64_t kVersion = 2;
+constexpr int64_t kVersion = 3;
 
 class Reader {
 public:
@@ -192,7 +192,7 @@ Status decode_program(std::span<const int64_t> ints, std::span<const double> rea
         if (id < 0 || id >= num_weights || p.weights[id].num_outputs != 1) {
             if (status.ok()) status = Status::invalid("a vector of weights does not fit its op");
         } else if (!shapes_only && p.vectors[id].empty() && !unpack_vector(p.weights[id], &p.vectors[id]) && status.ok()) {
-            status = Status::unsupported("a norm weight or bias is quantized; F32, F16 and BF16 are supported");
+            status = Status::unsupported("a vector of weights is quantized; F32, F16 and BF16 are supported");
         }
         return static_cast<int>(id);
     };
@@ -246,14 +246,28 @@ Status decode_program(std::span<const int64_t> ints, std::span<const double> rea
             case 3: {
                 RopeOp op{in.value(), in.next(), in.next() != 0, 0};
                 const double theta = in.real();
+                const int64_t factors = in.next();
                 check_value(op.x);
                 if (op.head_dim < 2 || op.head_dim % 2 || op.x.width % op.head_dim || op.x.logits || !(theta > 0)) return Status::invalid("rope: bad head size or theta");
-                RopeTable table{op.head_dim, {}};
-                for (int64_t j = 0; j < op.head_dim / 2; ++j)
-                    table.frequencies.push_back(std::pow(theta, -2.0 * static_cast<double>(j) / static_cast<double>(op.head_dim)));
-                const auto same = std::find_if(p.rope_tables.begin(), p.rope_tables.end(), [&](const RopeTable& t) { return t.frequencies == table.frequencies; });
+                if (factors >= 0) {
+                    vector(factors);
+                    if (status.ok() && p.weights[factors].num_inputs != op.head_dim / 2) status = Status::invalid("rope: the factors do not match the head size");
+                    if (!status.ok()) break;
+                }
+                // by theta and weight, not by value: sizes are asked for before weights are there, and must be the same then
+                const auto same = std::find_if(p.rope_tables.begin(), p.rope_tables.end(), [&](const RopeTable& t) {
+                    return t.head_dim == op.head_dim && t.theta == theta && t.factors == factors;
+                });
                 op.table = static_cast<int>(same - p.rope_tables.begin());
-                if (same == p.rope_tables.end()) p.rope_tables.push_back(table);
+                if (same == p.rope_tables.end()) {
+                    RopeTable table{op.head_dim, theta, static_cast<int>(factors), {}};
+                    for (int64_t j = 0; j < op.head_dim / 2; ++j) {
+                        const double factor = factors >= 0 && !shapes_only ? p.vectors[factors][j] : 1.0;
+                        if (!(factor > 0)) return Status::invalid("rope: a factor that is not positive");
+                        table.frequencies.push_back(std::pow(theta, -2.0 * static_cast<double>(j) / static_cast<double>(op.head_dim)) / factor);
+                    }
+                    p.rope_tables.push_back(table);
+                }
                 p.ops.push_back(op);
                 break;
             }

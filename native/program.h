@@ -124,6 +124,8 @@ inline constexpr int kNumOpKinds = std::variant_size_v<Op>;
 
 struct RopeTable {
     int64_t head_dim;
+    double theta;
+    int factors;                      // weight by which the frequencies are divided, or -1
     std::vector<double> frequencies;  // [head_dim / 2]
 };
 
@@ -134,7 +136,7 @@ struct Program {
     int group = 1;  // most query heads that share a KV head
     std::vector<Buffer> buffers;
     std::vector<Weight> weights;
-    std::vector<std::vector<float>> vectors;  // by weight id: norm weights and biases as float32; empty for matrices
+    std::vector<std::vector<float>> vectors;  // by weight id: norm weights, biases and rope factors as float32; empty for matrices
     std::vector<Op> ops;
     size_t first_logit_op;  // the take_rows: ops from here on run on logit rows
     std::vector<RopeTable> rope_tables;

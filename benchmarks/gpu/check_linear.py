@@ -1,7 +1,8 @@
 """What sm_90's compiler makes of the linears' kernels, without a GPU: python -m benchmarks.gpu.check_linear [--gpu NAME] [--tokens 1 64]
 
 Takes the configuration of each matrix of Llama 3.1 8B in each mode, with and without programmatic launches. Fails where a kernel
-spills, has more shared memory than an SM, multiplies tiles other than by wgmma, or reads weights less than 16 bytes at a time.
+spills, has more shared memory than an SM, multiplies tiles other than by wgmma, overwrites what a product in flight still reads,
+or reads weights less than 16 bytes at a time.
 """
 
 import argparse
@@ -23,8 +24,10 @@ def faults(config: LinearConfig, machine: Machine, shared_bytes: int) -> list[st
         found.append(f"{shared_bytes} bytes of shared memory")
     if config.kind == "tiles" and not machine.count("HGMMA.*"):
         found.append("no wgmma")
+    if machine.num_overwritten:
+        found.append(f"{machine.num_overwritten} writes to what a product in flight reads")
     # Through shared memory, unpacked there, fp8 weights come 8 bytes at a time
-    if not machine.count(r"LDG\.E\.EF\.128|LDGSTS\.E(\.BYPASS)?(\.LTC128B)?\.128(\.\w+)?"):
+    if not machine.count(r"LDG\.E\.EF\.128|LDGSTS\.E(\.BYPASS)?(\.LTC128B)?\.128(\.\w+)?|UTMALDG.*"):
         found.append("no loads of 16 bytes")
     return found
 

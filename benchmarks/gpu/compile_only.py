@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,6 +62,7 @@ class Machine(msgspec.Struct):
     registers: int
     stack_bytes: int  # spills lie there
     instructions: dict[str, int]
+    num_overwritten: int  # writes to registers that a product in flight still reads
 
     def count(self, pattern: str) -> int:
         return sum(number for name, number in self.instructions.items() if re.fullmatch(pattern, name))
@@ -74,6 +76,43 @@ def disassemble(cubin: bytes) -> Machine:
             subprocess.run([tools / "cuobjdump", option, file.name], check=True, capture_output=True, text=True).stdout
             for option in ("-res-usage", "-sass")
         )
-    found = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]+)", code))
+    places = [
+        (int(place, 16), text)
+        for place, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z].*?) *;", code)
+    ]
+    found = Counter(text.split()[0] for _, text in places)
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-    return Machine(registers, stack, dict(found))
+    overwritten = sum(num_overwritten(body) for body in loops(places))
+    return Machine(registers, stack, dict(found), overwritten)
+
+
+def loops(places: list[tuple[int, str]]) -> Iterator[list[str]]:
+    """What lies between a branch back and where it goes."""
+    for place, text in places:
+        target = re.search(r"^BRA\b.*\b0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < place:
+            yield [text for other, text in places if int(target[1], 16) <= other <= place]
+
+
+def num_overwritten(body: list[str]) -> int:
+    """Writes of a loop, gone through twice, to registers with a matrix of a wgmma that nothing waited for yet.
+
+    The assembler owes it that there are none, and ptxas 12.8 gets it wrong where products stay in flight.
+    """
+    flying: list[set[int]] = []  # registers of each group of products, the oldest first
+    group: set[int] = set()
+    found = 0
+    for text in body * 2:
+        if product := re.match(r"HGMMA\S* R\d+, (?:R(\d+), )?", text):
+            if product[1]:
+                group |= set(range(int(product[1]), int(product[1]) + 4))
+            if "gsb0" in text:  # ends the group
+                flying.append(group)
+                group = set()
+        elif wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d+)", text):
+            flying = flying[max(0, len(flying) - int(wait[1])) :]
+        elif write := re.match(r"(\S+) R(\d+)\b", text):
+            num = 4 if ".128" in write[1] else 2 if re.search(r"\.64|WIDE|^CS2R$", write[1]) else 1
+            written = set(range(int(write[2]), int(write[2]) + num))
+            found += any(written & registers for registers in [*flying, group])
+    return found

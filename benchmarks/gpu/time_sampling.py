@@ -64,8 +64,26 @@ CASES: dict[str, Callable[[int], Batch]] = {
 }
 
 
-def random_logits(num_rows: int, scale: float = 3.0) -> np.ndarray:
-    return (scale * np.random.default_rng(1).standard_normal((num_rows, VOCAB))).astype(np.float32)
+def normal_logits(num_rows: int, scale: float) -> np.ndarray:
+    return (scale * np.random.default_rng(1).standard_normal((num_rows, VOCAB), np.float32)).astype(np.float32)
+
+
+def model_logits(num_rows: int) -> np.ndarray:
+    """As models give them: a few ids far above, the rest low, more of them far below than above."""
+    rng = np.random.default_rng(2)
+    logits = normal_logits(num_rows, 2.5) - rng.standard_exponential((num_rows, VOCAB), np.float32)
+    ids = rng.integers(0, VOCAB, (num_rows, 30))
+    np.put_along_axis(logits, ids, (10 + 2 * rng.standard_exponential(ids.shape)).astype(np.float32), axis=1)
+    return logits
+
+
+LOGITS: dict[str, Callable[[int], np.ndarray]] = {
+    "normal, 3.0": lambda n: normal_logits(n, 3.0),
+    "as of a model": model_logits,
+    "normal, 1.0": lambda n: normal_logits(n, 1.0),  # flat: top-p keeps most ids
+    "normal, 0.01": lambda n: normal_logits(n, 0.01),
+}
+TIMED_LOGITS = ("normal, 3.0", "as of a model", "normal, 1.0")
 
 
 def device_us(call: Callable[[], object]) -> float:
@@ -90,8 +108,8 @@ def device_us(call: Callable[[], object]) -> float:
 def check(sampler: Sampler) -> dict[str, Any]:
     """Rows of each case at the whole vocabulary: ids as the reference has them, logprobs within rounding."""
     differences = {}
-    for (name, case), scale in itertools.product(CASES.items(), (3.0, 0.01)):
-        batch, logits = case(4), random_logits(4, scale)
+    for (name, case), (shape, make) in itertools.product(CASES.items(), LOGITS.items()):
+        batch, logits = case(4), make(4)
         inputs = sampler.upload(batch)
         got = sampler.begin_download(sampler.sample(torch.from_numpy(logits).to(DEVICE), inputs)).result()
         want = reference.sample(logits, batch)
@@ -101,13 +119,13 @@ def check(sampler: Sampler) -> dict[str, Any]:
             bool((got.top_ids == want.top_ids).all()) and float(abs(got.top_logprobs - want.top_logprobs).max()) < 4e-6
         )
         if not same.all() or worst > 4e-6 or not top or not got.finite.all():
-            differences[f"{name}, logits of {scale}"] = [got.token_ids.tolist(), want.token_ids.tolist(), worst, top]
-    return {"cases": 2 * len(CASES), "different": differences}
+            differences[f"{name}; {shape}"] = [got.token_ids.tolist(), want.token_ids.tolist(), worst, top]
+    return {"cases": len(LOGITS) * len(CASES), "different": differences}
 
 
 def check_rows_alone(sampler: Sampler) -> dict[str, Any]:
     """The bits of each row alone, and among 64."""
-    different, logits = [], torch.from_numpy(random_logits(64)).to(DEVICE)
+    different, logits = [], torch.from_numpy(normal_logits(64, 3.0)).to(DEVICE)
     for name, case in CASES.items():
         batch = case(64)
         together = sampler.begin_download(sampler.sample(logits, sampler.upload(batch))).result()
@@ -143,16 +161,24 @@ def time_norms(num_rows: int, pdl: bool = False) -> dict[str, float]:
     return {name: round(device_us(call), 2) for name, call in calls.items()}
 
 
-def time_sampling(sampler: Sampler, case: Callable[[int], Batch], num_rows: int) -> dict[str, float]:
-    batch, logits = case(num_rows), 3 * torch.randn(num_rows, VOCAB, device=DEVICE)
+def time_sampling(
+    sampler: Sampler, case: Callable[[int], Batch], num_rows: int, given: dict[str, torch.Tensor]
+) -> dict[str, float]:
+    """Device time by the shape of the logits, of rows without chance only the first; the host's does not depend on it."""
+    batch, told = case(num_rows), dict[str, float]()
     inputs = sampler.upload(batch)
-    on_device = device_us(lambda: sampler.sample(logits, inputs))
-    begin = time.perf_counter()
-    for _ in range(CALLS):
-        download = sampler.begin_download(sampler.sample(logits, sampler.upload(batch)))
-    host = 1e6 * (time.perf_counter() - begin) / CALLS
-    download.result()
-    return {"device_us": round(on_device, 1), "host_us": round(host, 1)}
+    for shape, logits in given.items():
+        if inputs.is_drawn or not told:
+            us = device_us(lambda rows=logits[:num_rows]: sampler.sample(rows, inputs))
+            told[f"device_us, {shape}"] = round(us, 1)
+    rows, host = logits[:num_rows], list[float]()
+    for _ in range(CALLS):  # one at a time, so that no queue is waited for
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        download = sampler.begin_download(sampler.sample(rows, sampler.upload(batch)))
+        host.append(time.perf_counter() - begin)
+        download.result()
+    return {**told, "host_us": round(1e6 * sorted(host)[CALLS // 2], 1)}
 
 
 def main() -> None:
@@ -163,11 +189,14 @@ def main() -> None:
     end = time.monotonic() + arguments.budget_s
     results: dict[str, Any] = {"gpu": torch.cuda.get_device_name()}
     sampler = Sampler(VOCAB, max(NUM_ROWS), DEVICE)
+    given = {
+        shape: torch.from_numpy(LOGITS[shape](64)).to(DEVICE).repeat(max(NUM_ROWS) // 64, 1) for shape in TIMED_LOGITS
+    }
     cases: list[tuple[str, Callable[[], dict[str, Any]]]] = [
         ("check", lambda: check(sampler)),
         ("check rows alone", lambda: check_rows_alone(sampler)),
         *((f"norms, {n} rows", lambda n=n: time_norms(n)) for n in NUM_ROWS),
-        *((f"{name}, {n} rows", lambda case=case, n=n: time_sampling(sampler, case, n)) for n in NUM_ROWS for name, case in CASES.items()),
+        *((f"{name}, {n} rows", lambda case=case, n=n: time_sampling(sampler, case, n, given)) for n in NUM_ROWS for name, case in CASES.items()),
         *((f"norms with pdl, {n} rows", lambda n=n: time_norms(n, pdl=True)) for n in NUM_ROWS),
     ]  # fmt: skip
     for name, measure in cases:

@@ -20,7 +20,7 @@ import msgspec
 import torch
 
 from jilju.backends.cuda.attention_configs import AttentionConfig, attention_config
-from jilju.backends.cuda.kernels.attention import attention
+from jilju.backends.cuda.kernels.attention import Partials, attention
 from jilju.backends.cuda.kernels.kv import kv_layer
 from jilju.backends.cuda.kernels.rope import rope_and_write
 
@@ -123,7 +123,7 @@ class Step:
         self.starts = self.ints([shape.start] * shape.num_rows)
         self.counts = self.ints([shape.count] * shape.num_rows)
         self.first_tokens = self.ints(range(0, shape.num_rows * shape.count, shape.count))
-        self.partials: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.partials: dict[int, Partials] = {}
 
     def ints(self, x: Any) -> torch.Tensor:
         x = x if isinstance(x, torch.Tensor) else torch.tensor(list(x))
@@ -139,10 +139,11 @@ class Step:
         partials = None
         if num_splits > 1:
             if num_splits not in self.partials:
-                size = (num_splits, len(self.q), HEADS)
-                self.partials[num_splits] = (
+                size = (len(self.q), HEADS, num_splits)
+                self.partials[num_splits] = Partials(
                     torch.empty((*size, DIM), device=self.device),
                     torch.empty((*size, 2), device=self.device),
+                    torch.zeros(len(self.q) * KV_HEADS, dtype=torch.int32, device=self.device),
                 )
             partials = self.partials[num_splits]
 

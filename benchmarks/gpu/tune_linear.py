@@ -1,9 +1,10 @@
 """Chooses the linears' configurations on this GPU, by measurement, within a budget: python -m benchmarks.gpu.tune_linear --json OUT
 
 Prints one line a case and writes the table that jilju.backends.cuda.tuning ships (OUT), and all that was measured beside it
-(OUT.all.json). Candidates are compiled by processes without the GPU while it works; each is checked against a float32 product
-before it is timed, as a CUDA graph over weights that rotate through more memory than the L2 cache holds. A case that fails is
-told and left out; the most valuable come first.
+(OUT.all.json). With --only fp8-few: the shipped table, with fp8 tiles for up to 128 tokens measured anew; half a minute will
+do. Candidates are compiled by processes without the GPU while it works; each is checked against a float32 product
+before it is timed, as a CUDA graph over weights that rotate through more memory than the L2 cache holds, and tiles against
+their own first bits behind it. A case that fails is told and left out; the most valuable come first.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from benchmarks.gpu.compile_only import CompileOnly
 
 from jilju.backends.cuda.kernels.glu import glu
 from jilju.backends.cuda.kernels.linear import FP8, Quantized, linear, linear_glu
-from jilju.backends.cuda.tuning import Dtype, LinearConfig, Measured, Mode, TunedLinear, Tuning, num_parts
+from jilju.backends.cuda.tuning import Dtype, LinearConfig, Measured, Mode, TunedLinear, Tuning, load_tuning, num_parts
 
 ROTATED_BYTES = 500 << 20  # of weights, many times the 60 MB of an H200's L2 cache
 WEIGHTS = {
@@ -37,6 +38,8 @@ WEIGHTS = {
     256: 2.0,
     2048: 2.0,
 }  # what a number of tokens counts where one choice serves all; else 1
+FEW_TOKENS = (64, 1, 128, 4, 32, 8)  # of --only fp8-few, after 16: the most valuable first
+LEADING = 2  # reductions that are tried there beyond 16 tokens
 CHAINED = (("bf16", 1), ("bf16", 64), ("fp8", 1))
 HALF = torch.bfloat16
 DEVICE = "cuda"
@@ -114,7 +117,9 @@ def reductions(case: Case) -> list[tuple[int, int]]:
 
 
 def tiles_candidates(case: Case) -> list[LinearConfig]:
-    t, is_glu, weight_bytes = case.num_tokens, case.matrix.glu, 1 if case.dtype == "fp8" else 2
+    if case.dtype == "fp8":
+        return fp8_candidates(case)
+    t, is_glu = case.num_tokens, case.matrix.glu
     block_t = max(16, t)
     if t <= 64:
         shapes = [(64, block_t, 4, 100), (64, block_t, 4, 70), (64, block_t, 8, 100), (128, block_t, 8, 200)]
@@ -133,17 +138,48 @@ def tiles_candidates(case: Case) -> list[LinearConfig]:
     for index, (block_n, block_t, num_warps, kib) in enumerate(shapes):
         for block_k, num_splits in reductions(case):
             accumulators = block_n * block_t * (1 + is_glu) * (1 + (num_splits > 1)) // (32 * num_warps)
-            stage = block_k * (block_n * (1 + is_glu) * weight_bytes + 2 * block_t)
+            stage = block_k * 2 * (block_n * (1 + is_glu) + block_t)
             num_stages = min(6, (kib << 10) // stage)
-            is_wide = (
-                num_splits > 1 and block_k == 128
-            ) or case.dtype == "fp8"  # more is live at once: 128 would spill
+            is_wide = num_splits > 1 and block_k == 128  # more is live at once: 128 would spill
             if accumulators <= (96 if is_wide else 128) and num_stages >= 2:
-                # not of fp8: on an H200 some of those products came out wrong, now and then
-                engines = (False,) if case.dtype == "fp8" else (True, False) if index < 2 else (True,)
+                engines = (True, False) if index < 2 else (True,)
                 tile = block_n, block_k, block_t, num_splits, num_warps, num_stages
                 found += [LinearConfig("tiles", *tile, tma=tma) for tma in engines]
     return list(dict.fromkeys(found))
+
+
+def fp8_candidates(case: Case) -> list[LinearConfig]:
+    """Each weight is converted by one warp: 64 rows for each four of them, or two would do the same. Few tokens: two to four
+    programs an SM. Blocks of many rows read the tokens less often, which for many of them is most of the reading."""
+    t, is_glu = case.num_tokens, case.matrix.glu
+    if t <= 16:
+        shapes = [(64, 16, 4, 75), (128, 16, 8, 110)] + (
+            [(64, 16, 4, 110)] if is_glu else [(64, 16, 4, 55), (128, 16, 4, 75)]
+        )
+    elif t <= 64:
+        shapes = [(128, t, 8, 110), (64, t, 4, 110 if is_glu else 75)]
+        shapes += [(128, t, 8, 200)] if is_glu else [(256, 64, 8, 200)] if t > 32 else []
+    else:
+        shapes = [(128, 128, 8, 200), (128, 64, 8, 200), (64, 128, 4, 110)] + ([] if is_glu else [(256, 64, 8, 200)])
+    found = []
+    for block_n, block_t, num_warps, kib in shapes:
+        for block_k, num_splits in fp8_reductions(case):
+            num_stages = min(6, (kib << 10) // (block_k * (block_n * (1 + is_glu) + 2 * block_t)))
+            accumulators = block_n * block_t * (1 + is_glu) // (32 * num_warps)
+            registers = (
+                accumulators + block_n * block_k // (32 * num_warps) // 2
+            )  # of a thread, with the converted weights
+            if num_stages >= 2 and registers <= 160:
+                tile = block_n, block_k, block_t, num_splits, num_warps, num_stages
+                # Pointers take registers too, and would spill
+                found += [LinearConfig("tiles", *tile, tma=tma) for tma in (True, False) if tma or registers < 128]
+    return list(dict.fromkeys(found))
+
+
+def fp8_reductions(case: Case) -> list[tuple[int, int]]:
+    blocks = case.matrix.num_rows // 64
+    splits = (1,) if case.matrix.glu or blocks > 400 else (2, 4)
+    return [(block_k, num_splits) for num_splits in splits for block_k in (128, 256)]
 
 
 def candidates(case: Case) -> list[LinearConfig]:
@@ -259,6 +295,16 @@ def check(case: Case, config: LinearConfig, out: torch.Tensor, workspace: Any, p
         raise ArithmeticError(f"off by {error:.3g}, allowed {tolerance}")
 
 
+def check_steady(runs: list[Callable[[], None]], out: torch.Tensor, first: torch.Tensor) -> None:
+    """The copies of the weights are the same, so the bits must be."""
+    wrong = (out != first).any()
+    for run in runs * 2:
+        run()
+        wrong |= (out != first).any()
+    if wrong.item():
+        raise ArithmeticError("other bits in another launch")
+
+
 @triton.jit
 def read_kernel(x, out, num_rounds, BLOCK: tl.constexpr):
     program = tl.program_id(0)
@@ -325,6 +371,39 @@ def table(gpu_name: str, timings: list[Timed], read: float) -> Tuning:
     return Tuning(gpu_name, tuple(linears), round(read, 1))
 
 
+def merged(shipped: Tuning, timings: list[Timed]) -> Tuning:
+    """The shipped table with newly measured tiles: of the same matrix, mode and dtype, what it has of gemv and matmul goes on to
+    compete; its tiles stay where there are more tokens than now and, in invariant mode, the same reduction."""
+    new = {
+        (e.mode, e.dtype, e.num_rows, e.num_columns, e.glu): e
+        for e in table(shipped.gpu_name, timings, shipped.read_gb_per_s).linears
+    }
+    linears = []
+    for old in shipped.linears:
+        entry = new.pop((old.mode, old.dtype, old.num_rows, old.num_columns, old.glu), None)
+        linears.append(old if entry is None else joined(old, entry))
+    return Tuning(shipped.gpu_name, (*linears, *new.values()), shipped.read_gb_per_s)
+
+
+def joined(old: TunedLinear, new: TunedLinear) -> TunedLinear:
+    matrix = next(m for m in LLAMA_8B if (m.num_rows, m.num_columns, m.glu) == (new.num_rows, new.num_columns, new.glu))
+    last = new.best[-1]
+
+    def stays(measured: Measured) -> bool:
+        if measured.config.kind != "tiles":
+            return True
+        same = measured.config.block_k == last.config.block_k and measured.config.num_splits == last.config.num_splits
+        return measured.num_tokens > last.num_tokens and (same or new.mode == "fast")
+
+    def whole_cost(measured: Measured) -> float:
+        return cost(Timed(Case(new.dtype, matrix, measured.num_tokens), measured.config, measured.us))
+
+    best: dict[int, Measured] = {}
+    for measured in sorted([*filter(stays, old.best), *new.best], key=whole_cost):
+        best.setdefault(measured.num_tokens, measured)
+    return msgspec.structs.replace(new, best=tuple(best[t] for t in sorted(best)))
+
+
 def shown(config: LinearConfig) -> str:
     if config.kind == "matmul":
         return "matmul"
@@ -334,8 +413,8 @@ def shown(config: LinearConfig) -> str:
 
 
 class Run:
-    def __init__(self, path: Path, budget_s: float):
-        self.path, self.end = path, time.monotonic() + budget_s
+    def __init__(self, path: Path, budget_s: float, max_tokens: int = 2048):
+        self.path, self.end, self.max_tokens = path, time.monotonic() + budget_s, max_tokens
         self.timings: list[Timed] = []
         self.read = 0.0
         self.compiling: dict[Any, Future[None]] = {}
@@ -359,16 +438,17 @@ class Run:
         is_even = case.matrix.num_columns % config.block_k == 0
         return case.dtype, case.matrix.glu, config, tokens, parts if not case.matrix.glu else 0, is_even, pdl
 
-    def measure(self, timer: Timer, case: Case) -> None:
+    def measure(self, timer: Timer, case: Case, configs: list[LinearConfig]) -> None:
         key = case.dtype, case.matrix
         if key not in self.weights:
-            self.weights[key] = Weights(case.dtype, case.matrix, 256 if case.matrix.name == "head" else 2048)
+            max_tokens = min(self.max_tokens, 256 if case.matrix.name == "head" else 2048)
+            self.weights[key] = Weights(case.dtype, case.matrix, max_tokens)
         weights = self.weights[key]
         x = weights.x[: case.num_tokens]
         flops = 2 * case.num_tokens * case.matrix.num_rows * case.matrix.num_columns
         expected_us = weights.num_bytes / 4e6 + flops / 6e8
         failures: list[str] = []
-        for config in candidates(case):
+        for config in configs:
             if self.left_s < 1.5:
                 failures.append("budget")
                 break
@@ -383,7 +463,11 @@ class Run:
                     lambda w=w, c=config, o=out, s=workspace: launch(case, c, x, w, weights.scale, o, s)
                     for w in weights.copies
                 ]
-                self.timings.append(Timed(case, config, timer.us(runs, expected_us)))
+                first = out.clone()
+                us = timer.us(runs, expected_us)
+                if config.kind == "tiles":
+                    check_steady(runs, out, first)
+                self.timings.append(Timed(case, config, us))
             except Exception as error:
                 failures.append(f"{shown(config)}: {type(error).__name__} {str(error)[:90]}")
         self.report(case, weights.num_bytes, flops, failures)
@@ -397,8 +481,7 @@ class Run:
                 line += f" | {shown(timed.config)} {timed.us:.1f} us {rate}"
         print(line, *(f"\n    failed {failure}" for failure in failures), flush=True)
 
-    def write(self, gpu_name: str) -> None:
-        done = table(gpu_name, self.timings, self.read)
+    def write(self, done: Tuning) -> None:
         self.path.write_bytes(msgspec.json.format(msgspec.json.encode(done), indent=1))
         Path(f"{self.path}.all.json").write_bytes(msgspec.json.encode(self.timings))
 
@@ -426,44 +509,89 @@ def chained(run: Run, timer: Timer, dtype: Dtype, num_tokens: int, gpu_name: str
             print(f"{dtype} layer t={num_tokens} {mode} pdl={pdl}: {us:.1f} us, {rate:.0f} GB/s", flush=True)
 
 
+def leading(timings: list[Timed], case: Case) -> list[LinearConfig]:
+    """The best configuration for 16 tokens of each of the best reductions."""
+    own = sorted((t for t in timings if (t.case.dtype, t.case.matrix) == (case.dtype, case.matrix)), key=cost)
+    best: dict[tuple[int, int], LinearConfig] = {}
+    for timed in own:
+        if timed.case.num_tokens == 16:
+            best.setdefault((timed.config.block_k, timed.config.num_splits), timed.config)
+    return list(best.values())[:LEADING]
+
+
+def tune_fp8_few(run: Run, pool: ProcessPoolExecutor, gpu_name: Callable[[], str]) -> None:
+    """Tiles of fp8 for 16 tokens; then, of the reductions that led, for fewer and for more."""
+    todo = [(case, fp8_candidates(case)) for case in (Case("fp8", matrix, 16) for matrix in LLAMA_8B)]
+    for case, configs in todo:
+        for config in configs:
+            run.submit(pool, case, config)
+    shipped = load_tuning(gpu_name())
+    if shipped.gpu_name != gpu_name():
+        shipped = Tuning(gpu_name())
+    timer = Timer()
+    later: list[tuple[Case, list[LinearConfig]]] = []
+    for case, configs in todo:
+        run.measure(timer, case, configs)
+        leaders = leading(run.timings, case)
+        for num_tokens in FEW_TOKENS:
+            other, configs = Case("fp8", case.matrix, num_tokens), leaders
+            if num_tokens > 16:
+                reductions = {(config.block_k, config.num_splits) for config in leaders}
+                configs = [c for c in fp8_candidates(other) if (c.block_k, c.num_splits) in reductions]
+            later.append((other, configs))
+            for config in configs:  # while the next matrix is measured
+                run.submit(pool, other, config)
+    for case, configs in sorted(later, key=lambda one: FEW_TOKENS.index(one[0].num_tokens)):
+        if run.left_s < 2:
+            print(f"budget spent before {case.dtype} {case.matrix.name} t={case.num_tokens}")
+            break
+        run.measure(timer, case, configs)
+    run.write(merged(shipped, run.timings))
+
+
+def tune(run: Run, pool: ProcessPoolExecutor, gpu_name: Callable[[], str]) -> None:
+    todo = list(cases())
+    for case in todo:
+        for config in candidates(case):
+            run.submit(pool, case, config)
+    timer = Timer()
+    try:
+        run.read = read_gb_per_s(timer)
+    except Exception:
+        traceback.print_exc()
+    print(f"{gpu_name()}: {run.read:.0f} GB/s read; {len(run.compiling)} kernels to compile", flush=True)
+    for index, case in enumerate(todo):
+        if run.left_s < 2:
+            print(
+                f"budget spent before {case.dtype} {case.matrix.name} t={case.num_tokens}, {len(todo) - index} cases left"
+            )
+            break
+        group = case.dtype, case.num_tokens
+        try:
+            run.measure(timer, case, candidates(case))
+            following = todo[index + 1] if index + 1 < len(todo) else None
+            ends = following is None or (following.dtype, following.num_tokens) != group
+            if ends:
+                run.write(table(gpu_name(), run.timings, run.read))
+            if ends and group in CHAINED and run.left_s > 10:
+                chained(run, timer, case.dtype, case.num_tokens, gpu_name())
+        except Exception:
+            traceback.print_exc()
+    run.write(table(gpu_name(), run.timings, run.read))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--budget-s", type=float, default=100.0)
     parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--only", choices=["fp8-few"])
     arguments = parser.parse_args()
-    run = Run(arguments.json, arguments.budget_s)
-    todo = list(cases())
+    only_few = arguments.only == "fp8-few"
+    run = Run(arguments.json, arguments.budget_s, 128 if only_few else 2048)
     workers = max(1, min(14, (os.cpu_count() or 2) - 2))
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), start_compiler)  # before CUDA is touched
     try:
-        for case in todo:
-            for config in candidates(case):
-                run.submit(pool, case, config)
-        gpu_name = torch.cuda.get_device_name()
-        timer = Timer()
-        try:
-            run.read = read_gb_per_s(timer)
-        except Exception:
-            traceback.print_exc()
-        print(f"{gpu_name}: {run.read:.0f} GB/s read; {len(run.compiling)} kernels to compile", flush=True)
-        for index, case in enumerate(todo):
-            if run.left_s < 2:
-                print(
-                    f"budget spent before {case.dtype} {case.matrix.name} t={case.num_tokens}, {len(todo) - index} cases left"
-                )
-                break
-            group = case.dtype, case.num_tokens
-            try:
-                run.measure(timer, case)
-                following = todo[index + 1] if index + 1 < len(todo) else None
-                ends = following is None or (following.dtype, following.num_tokens) != group
-                if ends:
-                    run.write(gpu_name)
-                if ends and group in CHAINED and run.left_s > 10:
-                    chained(run, timer, case.dtype, case.num_tokens, gpu_name)
-            except Exception:
-                traceback.print_exc()
-        run.write(gpu_name)
+        (tune_fp8_few if only_few else tune)(run, pool, torch.cuda.get_device_name)
         print(f"{len(run.timings)} timings, {run.left_s:.0f} s left", flush=True)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)

@@ -1,4 +1,4 @@
-// rope: rotate pairs of each head by position * theta^(-2i/head_dim), in place        x [tokens, heads * head_dim]
+// rope: rotate pairs of each head by position * theta^(-2i/head_dim) / factors[i], in place        x [tokens, heads * head_dim]
 //
 // The angles of a tile's positions are computed once, in double, for all layers; the rotation is elementwise, so that the
 // order of work changes nothing.

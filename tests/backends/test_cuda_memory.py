@@ -31,7 +31,7 @@ from jilju.formats.ggml import GgmlType
 from jilju.model.decoder import build_plan
 from jilju.model.spec import ModelSpec
 from jilju.plan import Limits, Plan
-from tests.model.tiny import GEMMA3, QWEN2, QWEN3, SPEC
+from tests.model.tiny import GEMMA3, QWEN2, QWEN3, SCALED, SPEC
 
 LLAMA_8B = ModelSpec(
     family="llama", name="llama 3.1 8b", num_layers=32, hidden_width=4096, num_heads=32, num_kv_heads=8, head_dim=128,
@@ -41,7 +41,7 @@ LLAMA_8B = ModelSpec(
 LIMITS = Limits(
     num_blocks=4096, block_size=16, max_rows=256, max_tokens=2048, max_context=8192, num_threads=1, kv_dtype="bf16"
 )
-FAMILIES = [SPEC, QWEN2, QWEN3, GEMMA3]
+FAMILIES = [SPEC, QWEN2, QWEN3, GEMMA3, SCALED]
 
 
 def plan_of(spec: ModelSpec, type_: GgmlType = GgmlType.BF16) -> Plan:
@@ -121,7 +121,7 @@ def test_shapes_of_the_buffers():
 def test_angles_are_those_of_the_lowered_model(spec):
     plan = plan_of(spec)
     names = [name for name in buffers(plan, LIMITS, "bf16") if name.startswith("cos ")]
-    assert names == [f"cos {index}" for index in range(len(lower(plan).thetas))]
+    assert names == [f"cos {index}" for index in range(len(lower(plan).angles))]
 
 
 @given(

@@ -7,7 +7,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jilju.backends.cuda.run_ahead import LISTS, SAMPLED_BY, expect, logit_of_rows, match, part_of, written_slots
+from jilju.backends.cuda.run_ahead import (
+    LISTS,
+    SAMPLED_BY,
+    expect,
+    logit_of_rows,
+    logits_between,
+    match,
+    part_of,
+    written_slots,
+)
 from jilju.backends.reference import sample
 from jilju.plan import Batch
 from tests.model.batches import BatchRow, Logit, make_batch
@@ -70,6 +79,24 @@ def test_a_part_samples_what_the_whole_samples(batch: Batch, data: st.DataObject
     assert own.wanted_logprobs.tolist() == wanted
     for field in fields(Batch):
         assert getattr(part, field.name).dtype == getattr(batch, field.name).dtype, field.name
+
+
+@settings(deadline=None, max_examples=100)
+@given(batches(), st.integers(1, 4))
+def test_logit_rows_in_turns_sample_what_all_sample_at_once(batch: Batch, at_once: int) -> None:
+    values = np.random.default_rng(0).normal(size=(batch.num_logits, VOCAB)).astype(np.float32)
+    whole = sample(values, batch)
+    wanted = list[float]()
+    for first in range(0, batch.num_logits, at_once):
+        end = min(first + at_once, batch.num_logits)
+        part = logits_between(batch, first, end)
+        assert part.logit_tokens.tolist() == batch.logit_tokens[first:end].tolist()
+        assert part.num_rows == batch.num_rows and part.num_tokens == batch.num_tokens
+        own = sample(values[first:end], part)
+        for name in ("token_ids", "logprobs", "top_ids", "top_logprobs", "finite"):
+            assert (getattr(own, name) == getattr(whole, name)[first:end]).all(), name
+        wanted += own.wanted_logprobs.tolist()
+    assert wanted == whole.wanted_logprobs.tolist()
 
 
 def advanced(batch: Batch, token_ids: np.ndarray, free: list[int]) -> Batch:

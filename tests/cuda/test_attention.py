@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from jilju.backends import reference
 from jilju.backends.cuda.attention_configs import AttentionConfig, Mode, attention_config
-from jilju.backends.cuda.kernels.attention import attention
+from jilju.backends.cuda.kernels.attention import Partials, attention
 from jilju.backends.cuda.kernels.kv import copy_slots, kv_layer
 
 BLOCK_SIZE = 16
@@ -101,9 +101,16 @@ def make(
     )
 
 
-def run(case: Case, config: AttentionConfig, num_splits: int = 1) -> Any:
-    device = case.q.device
+def partials_of(case: Case, num_splits: int) -> Partials:
     num_tokens, num_heads, dim = case.q.shape
+    shape, device = (num_tokens, num_heads, num_splits), case.q.device
+    acc, stats = (torch.full((*shape, n), math.nan, device=device) for n in (dim, 2))
+    return Partials(acc, stats, torch.zeros((num_tokens + 2) * num_heads, dtype=torch.int32, device=device))
+
+
+def run(case: Case, config: AttentionConfig, num_splits: int = 1, partials: Partials | None = None) -> Any:
+    """With partials of its own if none are given; however that may be, their counters are zero in the end."""
+    device = case.q.device
     step = config.tokens_per_tile(case.group)
     tiles = [(row, token) for row, count in enumerate(case.counts) for token in range(0, count, step)]
     tiles = [*tiles[1:], (-1, 0), tiles[0], (-1, 0)]  # in any order, some for nothing
@@ -112,9 +119,8 @@ def run(case: Case, config: AttentionConfig, num_splits: int = 1) -> Any:
     def ints(x: Any) -> Any:
         return torch.tensor(np.asarray(x), dtype=torch.int32, device=device)
 
-    partials = None
-    if num_splits > 1:
-        partials = tuple(torch.full((num_splits, num_tokens, num_heads, n), math.nan, device=device) for n in (dim, 2))
+    if num_splits > 1 and partials is None:
+        partials = partials_of(case, num_splits)
     out = torch.full_like(case.q, math.nan)
     attention(
         case.q,
@@ -132,6 +138,7 @@ def run(case: Case, config: AttentionConfig, num_splits: int = 1) -> Any:
         num_splits=num_splits,
         partials=partials,
     )
+    assert partials is None or not partials.counters.any()
     return out
 
 
@@ -209,6 +216,41 @@ def test_splits_merged_apart_have_the_bits_of_those_merged_inline(device: str, w
     assert most > 1
     for num_splits in (most, 8):
         assert torch.equal(inline, run(case, SMALL, num_splits)), f"{num_splits} splits"
+
+
+MANY_SPLITS = [(0, 1), (31, 1), (32, 1), (300, 1), (290, 7), (530, 2), (0, 5), (95, 3)]  # from 1 to 17 for a tile
+
+
+@pytest.mark.parametrize("window, fp8, heads", [(0, False, 4), (70, False, 3), (0, True, 4)])
+def test_the_last_program_of_a_tile_merges_its_splits_launch_after_launch(
+    device: str, window: int, fp8: bool, heads: int
+) -> None:
+    case = make(device, MANY_SPLITS, 2 * heads, 2, 32, window=window, fp8=fp8)
+    inline = run(case, SMALL)
+    check(case, inline)
+    most = most_splits(case, SMALL)
+    assert most > (2 if window else 16), "more than a merge takes at once"
+    partials = partials_of(case, 32)
+    for _ in range(3):
+        assert torch.equal(inline, run(case, SMALL, 32, partials))
+        partials.acc.fill_(math.nan)
+        partials.stats.fill_(math.nan)
+
+
+@pytest.mark.parametrize("window, fp8", [(0, False), (0, True), (300, False)])
+def test_programs_that_run_at_once_lose_no_split(device: str, window: int, fp8: bool) -> None:
+    """Decode, as it is split in production: every launch has the bits of the first, and those of a walk inline."""
+    if device != "cuda":
+        pytest.skip("the interpreter runs one program after another")
+    rows = [(1023 - 37 * (row % 27), 1) for row in range(256)]
+    case = make(device, rows, 8, 2, 128, window=window, fp8=fp8)
+    config = AttentionConfig(block_m=16, block_n=64, split_keys=64, num_warps=4, num_stages=3)
+    inline = run(case, config)
+    check(case, inline)
+    partials = partials_of(case, 16)
+    for repetition in range(50):
+        got = run(case, config, 16, partials)
+        assert torch.equal(inline, got), f"repetition {repetition}: {int((got != inline).sum())} values differ"
 
 
 def one_by_one(case: Case, config: AttentionConfig, num_splits: int) -> Any:

@@ -1,12 +1,17 @@
 """Linears against float64, and the law of invariant mode: a row's bits do not depend on the step around it."""
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from jilju.backends.cuda.kernels.glu import glu
 from jilju.backends.cuda.kernels.linear import FP8, LinearConfig, Quantized, linear, linear_glu, quantize
+from jilju.backends.cuda.kernels.linear_tiles import widened
 from jilju.backends.cuda.tuning import load_tuning, num_parts
 
 HALVES = {"bf16": torch.bfloat16, "f16": torch.float16}
@@ -54,6 +59,35 @@ def assert_within(got, want, bound):
     assert (error <= 0).all(), (
         f"at {worst}: {got[worst].item()}, float64 {want[worst].item()}, bound {bound[worst].item()}"
     )
+
+
+CODES = torch.arange(256, dtype=torch.uint8)
+FINITE = (CODES & 0x7F) != 0x7F
+
+
+def test_the_bits_of_e4m3_move_to_where_bfloat16_has_them():
+    """The arithmetic of `widened`, here on one number at a time."""
+    moved = (CODES.numpy().view(np.int8).astype(np.int16) << 4) & np.int16(-0x7810)  # 0x87f0
+    values = (moved.astype(np.uint16).astype(np.uint32) << 16).view(np.float32) * np.float32(2.0**120)
+    want = CODES.view(FP8).float().numpy()
+    assert np.array_equal(values[FINITE], want[FINITE]) and np.array_equal(np.signbit(values), CODES.numpy() >= 128)
+    assert (abs(values[~FINITE]) == 480).all()
+
+
+@triton.jit
+def widened_kernel(weights, out):
+    places = tl.arange(0, 512)
+    tl.store(out + places, widened(tl.load(weights + places), out.dtype.element_ty))
+
+
+@pytest.mark.parametrize("half", HALVES.values(), ids=HALVES)
+def test_all_of_e4m3_is_widened_exactly(half, device):
+    codes = torch.cat([CODES, CODES.roll(1)])  # each first and second of a pair
+    out = torch.empty(512, dtype=half, device=device)
+    widened_kernel[(1,)](codes.view(FP8).to(device), out)
+    finite = torch.cat([FINITE, FINITE.roll(1)])
+    got, want = out.cpu()[finite], codes.view(FP8).to(half)[finite]
+    assert torch.equal(got.view(torch.int16), want.view(torch.int16))  # the sign of zero too
 
 
 def parts_of(x, weight, scale, config, num, device):

@@ -148,6 +148,35 @@ def test_filters_end_where_the_reference_says(device: str, kind: int) -> None:
     assert_like_reference(run(sampler(vocab, device), logits, batch, device), logits, batch, rows)
 
 
+@pytest.mark.parametrize("capacity", [16, 128])
+def test_filters_end_there_however_little_a_list_holds(device: str, capacity: int) -> None:
+    """All that is kept is in a list, or only where a filter ends, or nothing. With min-p, which a list knows by a key."""
+    vocab, num_kinds = 1003, 9
+    one = Sampler(vocab, num_kinds, device, 512, capacity)
+    for t, k, p, m in [(1.0, 0, 0.6, 0.0), (1.0, 300, 1.0, 0.5), (0.7, 200, 0.8, 0.01), (1.5, 600, 0.5, 0.0)]:
+        logits = random_logits(vocab, num_kinds, 11)
+        rows = [Logit(0, temperature=t, top_k=k, top_p=p, min_p=m, seed=i, position=i) for i in range(num_kinds)]
+        batch = make_batch(ROW, rows)
+        assert_like_reference(run(one, logits, batch, device), logits, batch, rows)
+
+
+def test_top_p_that_ends_elsewhere_than_bins_let_expect(device: str) -> None:
+    """Logits at one side of their bins above, at the other below: far more or less mass than in their middle."""
+    vocab, num_rows = 1003, 12
+    bins = np.random.default_rng(0).integers(0, 24, vocab)
+    logits, rows = np.empty((num_rows, vocab), np.float32), []
+    for i in range(num_rows):
+        top_p = 0.7 + i / 50
+        width = (12.5 - math.log(1 - top_p)) / sampling_memory.NUM_BINS
+        inner = 0.99 if i % 2 else 0.01
+        logits[i] = -width * (bins + np.where(bins < 12, inner, 1 - inner))
+        logits[i, 7], logits[i, 11] = 0, -30
+        rows.append(Logit(0, temperature=1.0, top_p=top_p, seed=i))
+    batch = make_batch(ROW, rows)
+    one = Sampler(vocab, num_rows, device, 512, 64)
+    assert_like_reference(run(one, logits, batch, device), logits, batch, rows)
+
+
 def test_a_row_alone_has_the_bits_that_it_has_among_others(device: str) -> None:
     vocab, rng = 300, np.random.default_rng(7)
     logits = random_logits(vocab, MAX_LOGITS, 7)
@@ -317,17 +346,30 @@ def test_results_that_are_taken_late_are_their_own(device: str) -> None:
     vocab, one = 300, sampler(300, device)
     logits = random_logits(vocab, 12, 4)
     downloads = []
-    for first in (0, 5, 5, 12):
+    order = (0, 5, 5, 12, 3, 4, 7, 1)  # more than there are buffers at first
+    for first in order:
         rows = [Logit(0, num_top=2 if first else 0) for _ in logits[first:]]
         batch = make_batch(ROW, rows)
         downloads.append(one.begin_download(one.sample(torch.from_numpy(logits[first:]).to(device), one.upload(batch))))
     best = logits.argmax(axis=1)
-    for first, download in zip((0, 5, 5, 12), downloads, strict=True):
+    for first, download in zip(order, downloads, strict=True):
         assert download.token_ids.cpu().tolist() == best[first:].tolist()
         result = download.result()
         assert result.token_ids.tolist() == best[first:].tolist()
         assert result.top_ids.shape == result.top_logprobs.shape == (12 - first, MAX_TOP)
         assert (result.top_ids[:, 0] == (best[first:] if first else -1)).all()
+
+
+def test_batches_that_were_prepared_wait_for_their_turn(device: str) -> None:
+    """Uploads in one order, used in another, some never; then their memory again, for longer lists than before."""
+    vocab, one = 300, sampler(300, device)
+    logits = np.zeros((3, vocab), np.float32)
+    for size in (2, 150):
+        batches = [make_batch(ROW, [Logit(0, bias={i + j: 1.0, **dict.fromkeys(range(200, 200 + size // 2), -1.0)}) for j in range(3)]) for i in range(7)]  # fmt: skip
+        inputs = [one.upload(batch) for batch in batches]
+        for i in (4, 0, 6, 2, 3):
+            got = one.begin_download(one.sample(torch.from_numpy(logits).to(device), inputs[i])).result()
+            assert got.token_ids.tolist() == [i, i + 1, i + 2]
 
 
 def test_a_sampler_that_is_warm_samples_as_before(device: str) -> None:

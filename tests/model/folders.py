@@ -11,8 +11,8 @@ import numpy as np
 from jilju.formats.ggml import GgmlType
 from jilju.formats.quants import quantize
 from jilju.model.hf_config import name_in_folder
-from jilju.model.spec import ModelSpec
-from tests.model.tiny import GEMMA3, QWEN2, QWEN3, SPEC
+from jilju.model.spec import ROPE_FACTORS, ModelSpec
+from tests.model.tiny import GEMMA3, QWEN2, QWEN3, SCALED, SPEC
 
 MODEL_TYPES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3": "gemma3_text"}
 ARCHITECTURES = {
@@ -33,7 +33,11 @@ def halves(spec: ModelSpec) -> ModelSpec:
     return msgspec.structs.replace(spec, rope_style="halves")
 
 
-FOLDER_SPECS = tuple(map(halves, (SPEC, QWEN2, QWEN3, GEMMA3)))
+FOLDER_SPECS = tuple(map(halves, (SPEC, QWEN2, QWEN3, GEMMA3, SCALED)))
+LLAMA3_ROPE = {  # of SCALED
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 0.25, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 
 
 def config_of(spec: ModelSpec) -> dict[str, Any]:
@@ -55,6 +59,8 @@ def config_of(spec: ModelSpec) -> dict[str, Any]:
         "transformers_version": "4.51.0",
         "use_cache": True,
     }
+    if spec.rope_factors:
+        config["rope_scaling"] = LLAMA3_ROPE
     if spec.family == "gemma3":
         config |= {
             "query_pre_attn_scalar": spec.head_dim,
@@ -79,6 +85,8 @@ def tensors_of(spec: ModelSpec, type_: GgmlType = GgmlType.F32, seed: int = 0) -
             if type_ is GgmlType.F16
             else (raw.view("<u2").astype(np.uint32) << 16).view(np.float32)
         ).reshape(shape)
+    if spec.rope_factors:
+        tensors[ROPE_FACTORS] = np.float32(spec.rope_factors)
     return tensors
 
 
@@ -86,6 +94,8 @@ def stored(spec: ModelSpec, tensors: Mapping[str, np.ndarray], type_: GgmlType =
     """By the folder's names. Norms of Gemma are written less by 1, in float32, for in half types they would be rounded."""
     found = {}
     for name, x in tensors.items():
+        if name == ROPE_FACTORS:  # config.json says them
+            continue
         kind = type_
         if spec.family == "gemma3" and name.endswith("norm.weight"):
             x, kind = x - np.float32(1), GgmlType.F32

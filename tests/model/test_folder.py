@@ -3,6 +3,7 @@ refused by name; dummy weights have the plan's shapes.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,21 @@ from jilju.model.checkpoint import open_checkpoint, plan_of
 from jilju.model.dummy import BLOCK_ELEMENTS, STANDARD_DEVIATION, dummy_weights
 from jilju.model.folder import ModelFolder
 from jilju.model.generation_config import folder_defaults
-from jilju.model.hf_config import name_in_folder, spec_from_config, weight_type
-from jilju.model.spec import ModelSpec
+from jilju.model.hf_config import LLAMA3_KEYS, llama3_factors, name_in_folder, spec_from_config, weight_type
+from jilju.model.spec import ROPE_FACTORS, ModelSpec
 from jilju.model.weights import load_weights
 from jilju.plan import Limits, RmsNorm
 from tests.model.batches import logits_of
-from tests.model.folders import FOLDER_SPECS, Stored, config_of, safetensors_bytes, stored, tensors_of, write_folder
+from tests.model.folders import (
+    FOLDER_SPECS,
+    LLAMA3_ROPE,
+    Stored,
+    config_of,
+    safetensors_bytes,
+    stored,
+    tensors_of,
+    write_folder,
+)
 from tests.model.tiny import GEMMA3, QWEN2, QWEN3
 
 LLAMA = FOLDER_SPECS[0]
@@ -102,7 +112,45 @@ def test_mistral_is_llama_with_a_window_in_every_layer() -> None:
     assert read(LLAMA, **mistral).window == 4096, "where no key says it"
 
 
-LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
+@pytest.mark.parametrize(
+    ("theta", "factor", "context"), [(500_000.0, 8.0, 8192), (500_000.0, 32.0, 8192), (1e4, 1.0, 300)]
+)
+def test_llama3_factors_are_those_of_its_waves(theta: float, factor: float, context: int) -> None:
+    """Of waves in positions, pair by pair: short ones stay, long ones are stretched, in between frequencies are mixed."""
+    low, high, head_dim = 1.0, 4.0, 64
+    got = llama3_factors(head_dim, theta, factor, low, high, context)
+    assert len(got) == 32 and all(float(np.float32(f)) == f for f in got)
+    kinds = set()
+    for i, found in enumerate(got):
+        frequency = theta ** (-2 * i / head_dim)
+        wave = 2 * math.pi / frequency
+        if wave < context / high:
+            kind, scaled = "short", frequency
+        elif wave > context / low:
+            kind, scaled = "long", frequency / factor
+        else:
+            smooth = (context / wave - low) / (high - low)
+            kind, scaled = "between", (1 - smooth) * frequency / factor + smooth * frequency
+        kinds.add(kind)
+        assert abs(frequency / found - scaled) <= 2.0**-23 * scaled, f"pair {i}, {kind}"
+    assert kinds == {"short", "long", "between"}
+
+
+def test_scaled_frequencies_in_the_ways_of_old_and_new_files() -> None:
+    scaled = FOLDER_SPECS[4]
+    old = {("type" if key == "rope_type" else key): value for key, value in LLAMA3_ROPE.items()}
+    new = NEW_ROPE | {"rope_scaling": None, "rope_parameters": LLAMA3_ROPE | {"rope_theta": scaled.rope_theta}}
+    for changes in ({}, {"rope_scaling": old}, new, {"rope_parameters": LLAMA3_ROPE}):
+        assert read(scaled, **changes) == scaled
+    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+    config = config_of(scaled) | mistral
+    assert spec_from_config(config, file="f", name="tiny") == scaled
+    assert read(scaled, rope_scaling=None).rope_factors == ()
+    assert read(scaled, rope_theta=1e6).rope_factors != scaled.rope_factors, "waves go by theta"
+
+
+def rope_but(**changes: Any) -> dict[str, Any]:
+    return {key: value for key, value in (LLAMA3_ROPE | changes).items() if value is not None}
 
 
 @pytest.mark.parametrize(
@@ -111,9 +159,37 @@ LLAMA3_ROPE = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embe
         (LLAMA, {"model_type": "mixtral"}, "model_type", "llama, mistral, qwen2, qwen3, gemma3_text"),
         (LLAMA, {"model_type": None}, "model_type", "None"),
         (LLAMA, {"architectures": ["LlamaForSequenceClassification"]}, "architectures", "['LlamaForCausalLM']"),
-        (LLAMA, {"rope_scaling": LLAMA3_ROPE}, "rope_scaling", "scaled rotary frequencies (Llama 3.1 and later)"),
-        (LLAMA, {"rope_parameters": LLAMA3_ROPE}, "rope_parameters", "not supported yet"),
-        (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters", "not supported yet"),
+        *(
+            (
+                LLAMA,
+                {"rope_scaling": {"rope_type": kind, "factor": 4.0}},
+                "rope_scaling, type",
+                f"is {kind}; allowed: default or llama3",
+            )
+            for kind in ("linear", "dynamic", "yarn", "longrope", "llama4", ["llama3"])
+        ),
+        (LLAMA, {"rope_scaling": {"type": "default", "factor": 4.0}}, "rope_scaling, keys", "['factor']"),
+        (LLAMA, {"rope_scaling": rope_but(attention_factor=2.0)}, "rope_scaling, keys", "['attention_factor']"),
+        *(
+            (LLAMA, {"rope_scaling": rope_but(**{key: None})}, f"rope_scaling.{key}", "is missing")
+            for key in LLAMA3_KEYS
+        ),
+        *(
+            (LLAMA, {"rope_parameters": rope_but(**{key: value})}, f"rope_parameters.{key}", "a positive number")
+            for key in LLAMA3_KEYS
+            for value in (0, -1.0, "8", True, [8], float("nan"), float("inf"))
+        ),
+        (LLAMA, {"rope_scaling": rope_but(factor=0.5)}, "rope_scaling.factor", "1 or more"),
+        (LLAMA, {"rope_scaling": rope_but(high_freq_factor=0.25)}, "rope_scaling.high_freq_factor", "more than"),
+        (QWEN3, {"rope_scaling": LLAMA3_ROPE}, "rope_scaling, type", "is llama3; allowed: default; other scalings"),
+        (GEMMA3, {"rope_scaling": LLAMA3_ROPE}, "rope_scaling, type", "allowed: default;"),
+        (
+            GEMMA3,
+            {"rope_parameters": {"full_attention": LLAMA3_ROPE}},
+            "rope_parameters.full_attention, type",
+            "allowed: default;",
+        ),
+        (LLAMA, {"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor", "or 1.0"),
         (LLAMA, {"rope_parameters": {"rope_theta": "x"}}, "rope_parameters.rope_theta", "a positive number"),
         (LLAMA, {"rope_parameters": {"full_attention": {}}}, "rope_parameters", "gemma3_text"),
         (LLAMA, {"rope_parameters": {}, "rope_scaling": {"type": "yarn"}}, "rope_scaling", "absent where"),
@@ -354,7 +430,7 @@ def test_dummy_weights_need_a_config_alone(spec: ModelSpec, tmp_path: Path) -> N
     path = dummy_folder(tmp_path / "tiny", spec, torch_dtype="bfloat16")
     checkpoint = open_checkpoint(str(path), "dummy")
     plan = plan_of(checkpoint)
-    weights = dummy_weights(plan)
+    weights = dummy_weights(spec, plan)
     norms = {op.weight.name for op in plan.ops if isinstance(op, RmsNorm)}
     for name, shape in spec.tensor_shapes().items():
         tensor = weights[name]
@@ -363,17 +439,18 @@ def test_dummy_weights_need_a_config_alone(spec: ModelSpec, tmp_path: Path) -> N
             assert (x == 1).all()
         elif name.endswith(".bias"):
             assert (x == 0).all()
+        elif name == ROPE_FACTORS:
+            assert tuple(x.tolist()) == spec.rope_factors, "the model's own"
         else:
             assert tensor.type is GgmlType.BF16
             assert abs(x.mean()) < 6 * STANDARD_DEVIATION / x.size**0.5
             assert abs(x.std() / STANDARD_DEVIATION - 1) < 6 / (2 * x.size) ** 0.5 + 2**-8
             assert len(np.unique(x, axis=0)) == len(x), "no two rows alike"
-    assert {name: w.data.tobytes() for name, w in dummy_weights(plan).items()} == {
+    assert {name: w.data.tobytes() for name, w in dummy_weights(spec, plan).items()} == {
         name: w.data.tobytes() for name, w in weights.items()
     }
-    assert (
-        dummy_weights(plan, seed=1)["token_embd.weight"].data.tobytes() != weights["token_embd.weight"].data.tobytes()
-    )
+    others = dummy_weights(spec, plan, seed=1)
+    assert others["token_embd.weight"].data.tobytes() != weights["token_embd.weight"].data.tobytes()
     options = options_of(path, dummy_weights=True)
     assert greedy(options) == greedy(msgspec.structs.replace(options, backend="reference"))
 
@@ -381,7 +458,7 @@ def test_dummy_weights_need_a_config_alone(spec: ModelSpec, tmp_path: Path) -> N
 def test_a_large_matrix_repeats_the_block_at_other_columns(tmp_path: Path) -> None:
     wide = msgspec.structs.replace(LLAMA, vocab_size=BLOCK_ELEMENTS // 64 + 500)
     plan = plan_of(open_checkpoint(str(dummy_folder(tmp_path / "tiny", wide, torch_dtype="float16")), "dummy"))
-    tensor = dummy_weights(plan)["token_embd.weight"]
+    tensor = dummy_weights(wide, plan)["token_embd.weight"]
     x = tensor.data.view("<f2")
     assert np.array_equal(x[:1000], x[BLOCK_ELEMENTS : BLOCK_ELEMENTS + 1000])
     rows = x.reshape(-1, 64)
@@ -403,7 +480,7 @@ def test_the_number_format_of_dummy_weights(tmp_path: Path) -> None:
 def test_the_reference_computes_finite_logits_on_dummy_weights(tmp_path: Path) -> None:
     plan = plan_of(open_checkpoint(str(dummy_folder(tmp_path / "tiny", LLAMA)), "dummy"))
     executor = ReferenceExecutor()
-    executor.load(plan, dummy_weights(plan), Limits(4, 16, 1, 16, 64, 1))
+    executor.load(plan, dummy_weights(LLAMA, plan), Limits(4, 16, 1, 16, 64, 1))
     logits = logits_of(executor, [1, 2, 3], [(0, 3)], [0])
     assert np.isfinite(logits).all() and logits.std() > 0
 

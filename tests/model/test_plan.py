@@ -27,8 +27,9 @@ from jilju.plan import (
     Value,
     WeightSpec,
 )
+from jilju.plan.cost import PlanCost
 
-from .tiny import GEMMA3, QWEN2, QWEN3, SPEC
+from .tiny import GEMMA3, QWEN2, QWEN3, SCALED, SPEC
 
 SMOLLM2 = ModelSpec(
     family="llama",
@@ -159,6 +160,27 @@ def test_windows_and_bases_go_by_layer() -> None:
     assert windows == [0 if layer in (5, 11) else 5 for layer in range(13)]
     thetas = [op.theta for op in plan.ops if isinstance(op, Rope)]
     assert thetas == [1e6 if layer in (5, 11) else 1e4 for layer in range(13) for _ in "qk"]
+
+
+def test_scaled_frequencies_are_a_vector_of_every_rope() -> None:
+    plan, plain = plan_of(SCALED), plan_of(SPEC)
+    ropes = [op for op in plan.ops if isinstance(op, Rope)]
+    factors = WeightSpec("rope_freqs.weight", GgmlType.F32, 1, 8)
+    assert [op.factors for op in ropes] == [factors] * 2 * SPEC.num_layers
+    assert plan.weights.keys() - plain.weights.keys() == {factors.name}
+    step = StepShape((3, 0), (1, 5), 2)
+    assert plan.flops(step) == plain.flops(step)
+    assert plan.bytes(step, 2) - plain.bytes(step, 2) == len(ropes) * 8 * 4
+    assert PlanCost(plan, 2).totals(step) == (plan.flops(step), plan.bytes(step, 2))
+
+
+def test_factors_that_do_not_fit_the_heads_are_found() -> None:
+    for outputs, inputs in ((1, 16), (1, 4), (2, 8)):
+        b = PlanBuilder(KvSpec(1, 2, 16), 40)
+        x = b.embed(WeightSpec("table", GgmlType.F32, 40, 64))
+        b.rope(x, 16, 1e4, "halves", WeightSpec("factors", GgmlType.F32, outputs, inputs))
+        with pytest.raises(ValueError, match=r"op 1 \(Rope\): factors .* for heads of 16, wanted a vector of 8"):
+            b.build()
 
 
 def test_norms_are_where_the_family_has_them() -> None:

@@ -72,8 +72,9 @@ def test_linear_stays_within_the_rounding_bound(seed: int, num_inputs: int, with
     assert_close(reference.linear(x, parts, biases), want, (num_inputs + 1) * EPSILON * size)
 
 
+@pytest.mark.parametrize("factors", [None, (1.0, 2.5, 8.0)])
 @pytest.mark.parametrize("style", ["halves", "interleaved"])
-def test_rope_is_a_rotation_of_each_pair(style: str) -> None:
+def test_rope_is_a_rotation_of_each_pair(style: str, factors: tuple[float, ...] | None) -> None:
     head_dim, theta, positions = 6, 10_000.0, [0, 1, 50, 8000]
     x = normal(0, len(positions), 2 * head_dim)
     want = np.empty(x.shape)
@@ -82,10 +83,11 @@ def test_rope_is_a_rotation_of_each_pair(style: str) -> None:
             for i in range(head_dim // 2):
                 first, second = (i, i + head_dim // 2) if style == "halves" else (2 * i, 2 * i + 1)
                 a, b = (complex(x[t, head * head_dim + j]) for j in (first, second))
-                angle = position / theta ** (2 * i / head_dim)
+                angle = position / theta ** (2 * i / head_dim) / (1.0 if factors is None else factors[i])
                 want[t, head * head_dim + first] = (a * math.cos(angle) - b * math.sin(angle)).real
                 want[t, head * head_dim + second] = (a * math.sin(angle) + b * math.cos(angle)).real
-    got = reference.rope(x, np.array(positions), head_dim, theta, style)
+    given = None if factors is None else np.float32(factors)
+    got = reference.rope(x, np.array(positions), head_dim, theta, style, given)
     assert_close(got, want, 8 * EPSILON * abs(x).max())
 
 

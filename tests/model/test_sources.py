@@ -440,7 +440,10 @@ def test_resolve_takes_a_path_as_it_is(cache: Path, tmp_path: Path, monkeypatch:
     [
         ("tinny", "no model is called 'tinny'. Did you mean tiny\\? Names: tiny; .*path of a GGUF file"),
         ("", "no model is called ''. Names: tiny"),
-        ("absent.gguf", r"absent\.gguf does not exist; give the path of a GGUF file or of a model folder, or one of the names tiny"),
+        (
+            "absent.gguf",
+            r"absent\.gguf does not exist; give the path of a GGUF file or of a model folder, or one of the names tiny",
+        ),
         ("/", "/ is a folder without config.json"),
     ],
 )

@@ -14,7 +14,7 @@ from jilju.model.decoder import build_plan
 from jilju.model.spec import LayerSpec, ModelSpec, spec_from_gguf
 from jilju.model.weights import load_weights
 
-from .tiny import GEMMA3, QWEN2, QWEN3, SPEC, write
+from .tiny import GEMMA3, QWEN2, QWEN3, SCALED, SPEC, write
 
 BIASED = msgspec.structs.replace(SPEC, attention_bias=True)
 WIDE_HEADS = msgspec.structs.replace(SPEC, head_dim=24, num_kv_heads=1, attention_scale=24**-0.5)
@@ -25,7 +25,7 @@ def read(path: Path) -> ModelSpec:
         return spec_from_gguf(file)
 
 
-@pytest.mark.parametrize("spec", [SPEC, QWEN2, QWEN3, GEMMA3], ids=lambda spec: spec.family)
+@pytest.mark.parametrize("spec", [SPEC, QWEN2, QWEN3, GEMMA3, SCALED], ids=lambda spec: spec.family)
 def test_what_a_file_says_is_what_the_spec_holds(spec: ModelSpec, tmp_path: Path) -> None:
     assert read(write(tmp_path / "m.gguf", spec)) == spec
 
@@ -171,8 +171,8 @@ def extra(shapes: dict[str, tuple[int, ...]]) -> None:
     shapes["blk.0.attn_q_norm.weight"] = (16,)
 
 
-def scaled_rope(shapes: dict[str, tuple[int, ...]]) -> None:
-    shapes["rope_freqs.weight"] = (8,)
+def longer_rope(shapes: dict[str, tuple[int, ...]]) -> None:
+    shapes["rope_freqs.weight"] = (16,)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def scaled_rope(shapes: dict[str, tuple[int, ...]]) -> None:
         (flat_table, "tensor 'token_embd.weight'", "matrix"),
         (transposed, "tensor 'blk.0.ffn_up.weight', shape", r"\(96, 64\)"),
         (extra, "tensor 'blk.0.attn_q_norm.weight'", "the 20 tensors"),
-        (scaled_rope, "tensor 'rope_freqs.weight'", "not supported yet"),
+        (longer_rope, "tensor 'rope_freqs.weight', shape", r"\(16,\); allowed: \(8,\), half the head size"),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(
@@ -193,6 +193,24 @@ def test_tensors_that_do_not_fit_are_refused(
     with pytest.raises(ModelFileError, match=part) as caught:
         read(path)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("factor", [0.0, -0.0, -1.0, float("nan"), float("inf"), float("-inf")])
+def test_rotary_factors_that_are_not_positive_are_refused(factor: float, tmp_path: Path) -> None:
+    spec = msgspec.structs.replace(SCALED, rope_factors=(*SCALED.rope_factors[:5], factor, 8.0, 8.0))
+    with pytest.raises(ModelFileError, match=r"rope_freqs.weight', element 5 is .*; allowed: a positive number"):
+        read(write(tmp_path / "m.gguf", spec))
+
+
+def test_rotary_factors_of_another_type_or_family_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.gguf", SCALED, type_of=lambda name: GgmlType.F16 if "rope" in name else GgmlType.F32)
+    with pytest.raises(ModelFileError, match=r"tensor 'rope_freqs.weight', type is F16; allowed: F32"):
+        read(path)
+    qwen = msgspec.structs.replace(QWEN2, rope_factors=SCALED.rope_factors)
+    with pytest.raises(
+        ModelFileError, match=r"tensor 'rope_freqs.weight' is there; allowed: the 27 tensors of a qwen2"
+    ):
+        read(write(tmp_path / "q.gguf", qwen))
 
 
 def test_weights_are_views_of_the_file(tmp_path: Path) -> None:

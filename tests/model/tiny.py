@@ -10,7 +10,7 @@ import numpy as np
 
 from jilju.formats.ggml import GgmlType
 from jilju.formats.quants import quantize
-from jilju.model.spec import ModelSpec
+from jilju.model.spec import ROPE_FACTORS, ModelSpec
 
 SPEC = ModelSpec(
     family="llama",
@@ -29,6 +29,11 @@ SPEC = ModelSpec(
     tied_head=True,
     attention_bias=False,
     attention_scale=16**-0.5,
+)
+# As rope type llama3 scales by 8, from a context of 64, with low_freq_factor 0.25 and high_freq_factor 4.
+SCALED = msgspec.structs.replace(
+    SPEC,
+    rope_factors=tuple(map(float, np.float32([1.0, 1.222121, 3.2858198, 7.0509453, 8.0, 8.0, 8.0, 8.0]))),
 )
 QWEN2 = msgspec.structs.replace(
     SPEC, family="qwen2", rope_style="halves", attention_bias=True, tied_head=False, num_kv_heads=1, rope_theta=1e6
@@ -84,6 +89,8 @@ def write(
     rng = np.random.default_rng(0)
     for name, shape in shapes.items():
         x = (rng.standard_normal(shape) / shape[-1] ** 0.5).astype(np.float32)
+        if name == ROPE_FACTORS and len(spec.rope_factors) == len(x):
+            x = np.float32(spec.rope_factors)
         type_ = type_of(name)
         raw = quantize(x, type_).reshape(*shape[:-1], -1)
         raw = raw.view(np.float32) if type_ is GgmlType.F32 else raw

@@ -72,6 +72,7 @@ class Shape:
     activation: Activation = "silu"
     window: int = 0  # of every second layer
     theta: float = 10_000.0
+    has_factors: bool = False  # of the rotary frequencies of every second layer
     type: GgmlType = GgmlType.F32
     mixed: tuple[GgmlType, ...] = ()  # formats that the matrices have in turn, instead of `type`
 
@@ -88,6 +89,7 @@ def decoder(shape: Shape, seed: int = 0) -> tuple[Plan, Mapping[str, WeightTenso
             return b.rms_norm(b.linear(h, matrix), w.vector(shape.hidden), 1e-5, add_to=x)
         return b.linear(h, matrix, add_to=x)
 
+    factors = w.vector(shape.head_dim // 2) if shape.has_factors else None
     x = b.embed(w.matrix(shape.vocab, shape.hidden, next(types)), scale=1.5)
     for layer in range(shape.num_layers):
         widths = (q_width, kv_width, kv_width)
@@ -95,7 +97,8 @@ def decoder(shape: Shape, seed: int = 0) -> tuple[Plan, Mapping[str, WeightTenso
         biases = tuple(w.vector(width) for width in widths) if shape.bias else ()
         h = b.linear(b.rms_norm(x, w.vector(shape.hidden), 1e-5), *parts, biases=biases)
         q, k, v = b.split(h, *widths)
-        q, k = (b.rope(part, shape.head_dim, shape.theta, shape.style) for part in (q, k))
+        own = factors if layer % 2 == 0 else None
+        q, k = (b.rope(part, shape.head_dim, shape.theta, shape.style, own) for part in (q, k))
         window = shape.window if layer % 2 == 0 else 0
         h = b.attention(q, k, v, layer, shape.num_heads, shape.head_dim**-0.5, window)
         x = add(h, w.matrix(shape.hidden, q_width, next(types)), x)

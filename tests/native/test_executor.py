@@ -13,6 +13,7 @@ import pytest
 from jilju.backends.native import NativeExecutor
 from jilju.errors import ConfigError, PlatformError, StartupError
 from jilju.formats.ggml import GgmlType
+from jilju.plan import Rope
 from tests.model.batches import BatchRow, Logit, make_batch, run
 from tests.native.plans import LIMITS, Shape, decoder, loaded
 
@@ -128,6 +129,23 @@ def test_memory_needs_are_counted_as_they_are() -> None:
     per_token = sum(4 * buffer.width for buffer in PLAN.buffers if buffer.rows == "tokens")
     assert (large - small) / 240 >= per_token
     assert executor.workspace_bytes(PLAN, replace(LIMITS, max_tokens=512)) == large  # steps run in tiles of 256 tokens
+
+
+def test_layers_of_other_rotary_factors_have_a_table_of_angles_of_their_own() -> None:
+    executor, shape = NativeExecutor(), Shape(num_layers=3, has_factors=True)
+    plain, scaled = (decoder(s)[0] for s in (replace(shape, has_factors=False), shape))
+    needs = [executor.workspace_bytes(plan, replace(LIMITS, max_tokens=256)) for plan in (plain, scaled)]
+    assert needs[1] - needs[0] == 256 * shape.head_dim * 4
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan")])
+def test_rotary_factors_that_are_not_positive_are_refused(factor: float) -> None:
+    plan, weights = decoder(Shape(has_factors=True))
+    name = next(op.factors.name for op in plan.ops if isinstance(op, Rope) and op.factors is not None)
+    data = weights[name].data.copy()
+    data.view(np.float32)[3] = factor
+    with pytest.raises(ValueError, match="rope: a factor that is not positive"):
+        loaded(plan, {**weights, name: replace(weights[name], data=data)})
 
 
 def test_idle_workers_use_no_cpu() -> None:

@@ -14,7 +14,7 @@ PROMPT = (
     np.random.default_rng(1).integers(0, 20, 530).tolist()
 )  # beyond two splits of 256 keys and two tiles of 256 tokens
 OTHERS = np.random.default_rng(2).integers(0, 20, 400).tolist()
-PLAIN = Shape(type=GgmlType.Q4_1)
+PLAIN = Shape(type=GgmlType.Q4_1, has_factors=True)
 WINDOWED = Shape(type=GgmlType.Q4_1, bias=False, post_norms=True, activation="gelu_tanh", window=130)  # as Gemma's
 
 

@@ -64,15 +64,20 @@ def test_linear_of_two_formats_and_biases(type_: GgmlType, num_tokens: int) -> N
     assert_within(got, want, (vocab + 8) * EPSILON * (1 + abs(want)) + 2 * EPSILON * abs(largest))
 
 
+@pytest.mark.parametrize("has_factors", [False, True])
 @pytest.mark.parametrize("style", ["halves", "interleaved"])
 @pytest.mark.parametrize(
     ("head_dim", "num_heads", "num_kv_heads"),
     [(16, 6, 2), (64, 3, 1), (20, 2, 2), (80, 8, 1), (128, 4, 2), (256, 2, 1), (32, 16, 1)],
 )
-def test_a_decoder_stays_near_the_reference(style: str, head_dim: int, num_heads: int, num_kv_heads: int) -> None:
+def test_a_decoder_stays_near_the_reference(
+    style: str, head_dim: int, num_heads: int, num_kv_heads: int, has_factors: bool
+) -> None:
     """Whole models with a prompt beyond a split of 256 keys. Keys and values are rounded to float16, once a layer: each
     moves a logit by at most a few roundings of its size, which is what the tolerance counts."""
-    shape = Shape(head_dim=head_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, style=style)
+    shape = Shape(
+        head_dim=head_dim, num_heads=num_heads, num_kv_heads=num_kv_heads, style=style, has_factors=has_factors
+    )
     plan, weights = decoder(shape, seed=head_dim)
     rng = np.random.default_rng(7)
     tokens = rng.integers(0, shape.vocab, 300).tolist()

@@ -7,12 +7,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
-from tiny_models import MODELS, NUM_TOKENS, VOCAB_SIZE, Tiny, build, logits_by_transformers, token_ids
+from tiny_models import (
+    MODELS,
+    NUM_TOKENS,
+    VOCAB_SIZE,
+    Tiny,
+    build,
+    logits_by_transformers,
+    rope_factors,
+    token_ids,
+)
 from transformers import AutoConfig, MistralConfig, MistralForCausalLM, PreTrainedModel
 
 from jilju.backends.reference import ReferenceExecutor
 from jilju.formats.safetensors import SafetensorsFile
-from jilju.model.checkpoint import open_checkpoint, plan_of
+from jilju.model.checkpoint import open_checkpoint, plan_of, spec_of
 from jilju.model.weights import load_weights
 from jilju.plan import Limits
 from tests.model.batches import chunks_of, logits_of
@@ -78,7 +87,10 @@ def test_mistral(window: int | None, tmp_path: Path) -> None:
     check(tmp_path / "mistral", model, 3)
 
 
-@pytest.mark.parametrize("tiny", MODELS[:4], ids=lambda tiny: tiny.name)
+SCALED = next(tiny for tiny in MODELS if tiny.llama3_context)
+
+
+@pytest.mark.parametrize("tiny", [*MODELS[:4], SCALED], ids=lambda tiny: tiny.name)
 def test_keys_of_older_files(tiny: Tiny, tmp_path: Path) -> None:
     """rope_theta and its like at the top of config.json, which both read as the same model."""
     model, path = build(tiny), tmp_path / tiny.name
@@ -91,7 +103,9 @@ def test_keys_of_older_files(tiny: Tiny, tmp_path: Path) -> None:
         del config["layer_types"]
         config["sliding_window_pattern"] = config.pop("_sliding_window_pattern")
     else:
-        config["rope_theta"] = rope["rope_theta"]
+        config["rope_theta"] = rope.pop("rope_theta")
+        if tiny.llama3_context:
+            config["rope_scaling"] = rope
     config["torch_dtype"] = config.pop("dtype")
     (path / "config.json").write_text(json.dumps(config))
     again = type(model).from_pretrained(path, config=AutoConfig.from_pretrained(path), attn_implementation="eager")
@@ -99,6 +113,13 @@ def test_keys_of_older_files(tiny: Tiny, tmp_path: Path) -> None:
         logits_by_transformers(again.float().eval(), token_ids()) == logits_by_transformers(model, token_ids())
     ).all()
     check(path, model, tiny.num_layers)
+
+
+def test_rotary_factors_are_those_of_transformers(tmp_path: Path) -> None:
+    build(SCALED).save_pretrained(tmp_path / "tiny")
+    got, want = spec_of(open_checkpoint(str(tmp_path / "tiny"))).rope_factors, rope_factors(SCALED)
+    assert abs(np.array(got) / want - 1).max() <= 8 * 2.0**-24, "a few roundings of float32"
+    assert got[0] == 1 and 1 < got[2] < 8 and got[-1] == 8
 
 
 def test_what_the_safetensors_package_writes_is_read_as_it_reads_it(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 NUM_TOKENS = 64
 VOCAB_SIZE = 300
@@ -40,10 +41,20 @@ class Tiny(NamedTuple):
     window: int = 0  # of gemma3
     global_every: int | None = None  # None: no key says so, which is 6
     scaled_width: int | None = None  # None: attention's scale is that of the head size
+    llama3_context: int = 0  # of rope type llama3: the context before its frequencies were scaled; 0: they are not
 
     @property
     def head_size(self) -> int:
         return self.head_dim or self.hidden_width // self.num_heads
+
+    @property
+    def rope_parameters(self) -> dict[str, str | float]:
+        if not self.llama3_context:
+            return {"rope_type": "default", "rope_theta": self.rope_theta}
+        return {
+            "rope_type": "llama3", "rope_theta": self.rope_theta, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": self.llama3_context,
+        }  # fmt: skip
 
 
 GOLDEN = (
@@ -56,6 +67,7 @@ MODELS = (
     *GOLDEN,
     Tiny("llama-untied-wide-heads", "llama", 3, 80, 5, 1, 176, tied=False, rope_theta=100_000.0, head_dim=24),
     Tiny("llama-all-heads", "llama", 2, 72, 6, 6, 100, tied=False, rope_theta=500_000.0),
+    Tiny("llama-scaled-rope", "llama", 3, 96, 4, 2, 100, False, 10_000.0, head_dim=32, llama3_context=40),
     Tiny("qwen2-tied", "qwen2", 3, 126, 9, 3, 130, tied=True, rope_theta=1_000_000.0),
     Tiny("qwen3-untied", "qwen3", 3, 64, 6, 2, 100, tied=False, rope_theta=1_000_000.0, head_dim=32),
     Tiny("gemma3-five-to-one", "gemma3", 13, 64, 4, 2, 80, tied=True, rope_theta=1_000_000.0, head_dim=16, window=9),
@@ -77,7 +89,7 @@ def build(tiny: Tiny, seed: int = 0) -> PreTrainedModel:
         "max_position_embeddings": 512,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": tiny.tied,
-        "rope_parameters": {"rope_type": "default", "rope_theta": tiny.rope_theta},
+        "rope_parameters": tiny.rope_parameters,
         "attn_implementation": "eager",
     }
     model: PreTrainedModel
@@ -174,7 +186,17 @@ def tensors_for_gguf(model: PreTrainedModel, tiny: Tiny) -> dict[str, np.ndarray
             x = interleaved(x, tiny.head_size)
         names = GEMMA_LAYER_NAMES if tiny.family == "gemma3" else LAYER_NAMES
         tensors[f"blk.{layer}.{names[part]}.{kind}"] = x
+    if tiny.llama3_context:
+        tensors["rope_freqs.weight"] = np.float32(rope_factors(tiny))
     return tensors
+
+
+def rope_factors(tiny: Tiny) -> list[float]:
+    """By what the frequencies of `transformers` are less than those without scaling, pair by pair."""
+    config = LlamaConfig(head_dim=tiny.head_size, rope_parameters=tiny.rope_parameters)
+    frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    plain = tiny.rope_theta ** -(np.arange(0, tiny.head_size, 2) / tiny.head_size)
+    return (plain / frequencies.double().numpy()).tolist()
 
 
 def interleaved(x: np.ndarray, head_dim: int) -> np.ndarray:

@@ -29,7 +29,7 @@ from jilju.engine.step_times import StepTimes
 from jilju.formats.gguf import GgufFile
 from jilju.model import sources
 from jilju.model.checkpoint import Checkpoint, LoadFormat, open_checkpoint, plan_of, spec_of
-from jilju.model.dummy import dummy_weights
+from jilju.model.dummy import dummy_weights, given_weights
 from jilju.model.sources import ModelEntry, Progress, no_progress
 from jilju.model.spec import ModelSpec
 from jilju.model.weights import load_weights
@@ -220,7 +220,11 @@ def build_engine(
 def _weights(
     checkpoint: Checkpoint, plan: Plan, *, is_dummy: bool, check_values: bool = True
 ) -> Mapping[str, WeightTensor]:
-    return dummy_weights(plan) if is_dummy else load_weights(checkpoint, plan, check_values=check_values)
+    return (
+        dummy_weights(spec_of(checkpoint), plan)
+        if is_dummy
+        else load_weights(checkpoint, plan, check_values=check_values)
+    )
 
 
 def _matchers_of(checkpoint: Checkpoint, plan: Plan, options: EngineOptions) -> Callable[[], MatcherSource]:
@@ -320,7 +324,7 @@ def load_cuda(
     executor = CudaExecutor(options.weight_dtype, options.fast, progress=progress)
     roofs = executor.roofs()  # before the memory is taken that they need for a moment
     if options.dummy_weights:
-        executor.load_dummy(plan, limits)
+        executor.load_dummy(plan, limits, given=given_weights(spec_of(checkpoint)))
     else:
         executor.load(plan, load_weights(checkpoint, plan, check_values=False), limits)  # it checks them on the GPU
     return executor, roofs

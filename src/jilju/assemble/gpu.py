@@ -1,4 +1,4 @@
-"""The GPU that an engine is planned for: which one, in which number formats, and how much of its memory the KV cache gets.
+"""The GPU that an engine is planned for: which one, and in which number formats.
 
 Owns the settings that only a GPU has. Imports no torch: whoever plans asks the driver, the engine's process alone computes.
 """
@@ -11,8 +11,6 @@ from jilju.config import AUTO, OFF, ServeConfig, check_device, kv_dtypes
 from jilju.errors import ConfigError
 from jilju.plan import KvDtype, Plan, WeightDtype
 
-MAX_ROWS, STEP_TOKENS = 256, 2048  # by default: a step of fewer leaves much of a GPU idle
-KV_PERCENT = 90  # of what weights and workspace leave, at most, goes to the KV cache by default
 UNUSED = "not used on a GPU"
 
 

@@ -57,11 +57,16 @@ def linear(x: Floats, parts: list[Floats], biases: list[Floats]) -> Floats:
     return out + np.concatenate(biases) if biases else out
 
 
-def rope(x: Floats, positions: Ints, head_dim: int, theta: float, style: str) -> Floats:
-    """x [tokens, heads * head_dim], positions [tokens] -> like x. Angles in float64, their sine and cosine in float32"""
+def rope(x: Floats, positions: Ints, head_dim: int, theta: float, style: str, factors: Floats | None = None) -> Floats:
+    """x [tokens, heads * head_dim], positions [tokens], factors [head_dim / 2] -> like x.
+
+    Angles in float64, their sine and cosine in float32
+    """
     half = head_dim // 2
     heads = x.reshape(len(x), x.shape[1] // head_dim, head_dim)
     angles = positions[:, None] / theta ** (np.arange(half) / half)  # [tokens, half]
+    if factors is not None:
+        angles = angles / factors.astype(np.float64)
     cos = np.cos(angles).astype(np.float32)[:, None, :]
     sin = np.sin(angles).astype(np.float32)[:, None, :]
     out = np.empty_like(heads)
@@ -294,7 +299,8 @@ class ReferenceExecutor:
                     out[:] = result if op.add_to is None else out + result
                 case Rope():
                     x = self._view(op.x, batch)
-                    x[:] = rope(x, positions, op.head_dim, op.theta, op.style)
+                    factors = None if op.factors is None else self._weights[op.factors.name]
+                    x[:] = rope(x, positions, op.head_dim, op.theta, op.style, factors)
                 case Attention():
                     self._attend(op, batch)
                 case Glu():

@@ -7,7 +7,7 @@ classes of their own. Weights go by their names in the file. Knows nothing of fi
 from collections.abc import Mapping
 
 from jilju.formats.ggml import GgmlType
-from jilju.model.spec import ModelSpec
+from jilju.model.spec import ROPE_FACTORS, ModelSpec
 from jilju.plan import KvSpec, Plan, PlanBuilder, Value, WeightSpec
 
 
@@ -29,6 +29,7 @@ def build_plan(spec: ModelSpec, tensor_types: Mapping[str, GgmlType]) -> Plan:
             return b.rms_norm(b.linear(h, weight(matrix)), weight(post_norm), spec.rms_eps, add_to=x)
         return b.linear(h, weight(matrix), add_to=x)
 
+    factors = weight(ROPE_FACTORS) if spec.rope_factors else None
     x = b.embed(weight("token_embd.weight"), spec.embedding_scale)  # [tokens, hidden]
     for index in range(spec.num_layers):
         blk, layer = f"blk.{index}", spec.layer(index)
@@ -39,7 +40,7 @@ def build_plan(spec: ModelSpec, tensor_types: Mapping[str, GgmlType]) -> Plan:
         q, k, v = b.split(h, spec.q_width, spec.kv_width, spec.kv_width)
         if spec.head_norms:
             q, k = rms_norm(q, f"{blk}.attn_q_norm.weight"), rms_norm(k, f"{blk}.attn_k_norm.weight")
-        q, k = (b.rope(part, spec.head_dim, layer.rope_theta, spec.rope_style) for part in (q, k))
+        q, k = (b.rope(part, spec.head_dim, layer.rope_theta, spec.rope_style, factors) for part in (q, k))
         h = b.attention(q, k, v, index, spec.num_heads, spec.attention_scale, layer.window)  # [tokens, q]
         x = add(x, h, f"{blk}.attn_output.weight", f"{blk}.post_attention_norm.weight")
 

@@ -1,8 +1,9 @@
 """A model folder: config.json and its safetensors files, as tensors under the plan's names.
 
 Owns which files of a folder hold weights, which of their tensors is which of the plan's, and what of them must change on the
-way: vectors become float32, and norms of Gemma get the 1 that their folder leaves out. Matrices are views of the files' mappings. A
-folder without weights, as config.json alone describes it, has their shapes. Knows nothing of tokenizers or backends.
+way: vectors become float32, and norms of Gemma get the 1 that their folder leaves out. Matrices are views of the files' mappings.
+Rotary factors are a tensor of the plan that config.json says. A folder without weights, as config.json alone describes it, has their
+shapes. Knows nothing of tokenizers or backends.
 """
 
 import os
@@ -20,7 +21,7 @@ from jilju.formats.json_file import read_object
 from jilju.formats.quants import dequantize
 from jilju.formats.safetensors import SafetensorsFile
 from jilju.model.hf_config import name_in_folder, spec_from_config, weight_type
-from jilju.model.spec import ModelSpec
+from jilju.model.spec import ROPE_FACTORS, ModelSpec
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
@@ -67,6 +68,8 @@ class ModelFolder:
     def tensor_data(self, name: str) -> np.ndarray:
         """The tensor's bytes, uint8 [num_bytes]: of a matrix a read-only view of the mapping."""
         tensor = self.tensors[name]
+        if name == ROPE_FACTORS:
+            return np.array(self.spec.rope_factors, "<f4").view(np.uint8)
         given = name_in_folder(self.spec, name)
         file = self._file_of[given]
         data = file.tensor_data(given)
@@ -95,8 +98,10 @@ class ModelFolder:
 
     def _found_tensors(self) -> dict[str, FolderTensor]:
         """The plan's tensors, every one of them there and none besides."""
-        wanted = {name_in_folder(self.spec, name): (name, shape) for name, shape in self.spec.tensor_shapes().items()}
-        tensors: dict[str, FolderTensor] = {}
+        shapes = self.spec.tensor_shapes()
+        factors = shapes.pop(ROPE_FACTORS, None)  # in no file
+        tensors = {} if factors is None else {ROPE_FACTORS: _shaped(ROPE_FACTORS, factors, GgmlType.F32)}
+        wanted = {name_in_folder(self.spec, name): (name, shape) for name, shape in shapes.items()}
         for given, (name, shape) in wanted.items():
             file = self._file_of.get(given)
             if file is None:

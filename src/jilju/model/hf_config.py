@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import msgspec
+import numpy as np
 
 from jilju.errors import ModelFileError
 from jilju.formats.ggml import GgmlType
@@ -18,6 +19,13 @@ from jilju.model.spec import DEFAULT_ROPE_THETA, FAMILIES, MAX_INT32, FamilyName
 MAX_LAYERS = 1024
 MAX_REAL = 1e30
 FULL, SLIDING = "full_attention", "sliding_attention"
+LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+class RopeConfig(NamedTuple):
+    theta: float
+    local_theta: float  # of layers with a window
+    factors: tuple[float, ...] = ()  # as ModelSpec has them
 
 
 class ModelType(NamedTuple):
@@ -126,6 +134,28 @@ def spec_from_config(config: Mapping[str, Any], *, file: str, name: str) -> Mode
     return _ConfigReader(config, file).read(name)
 
 
+def llama3_factors(
+    head_dim: int, theta: float, factor: float, low: float, high: float, context: float
+) -> tuple[float, ...]:
+    """By what Llama 3.1 and later divide the rotary frequencies, theta^(-2i/head_dim), of each pair i: float32 values.
+
+    A pair that turns r times in `context` positions, which the model was first trained on, has the factor
+        1                              if r > high: short waves stay
+        factor                         if r < low: long waves are stretched
+        1 / ((1 - s) / factor + s)     between, s = (r - low) / (high - low)
+    That is rope type llama3 of `transformers` (modeling_rope_utils.py), whose frequencies these factors give, and what the
+    converter of llama.cpp writes as rope_freqs.weight.
+    """
+    pairs = np.arange(head_dim // 2) / (head_dim // 2)
+    turns = context / (2 * np.pi * theta**pairs)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return tuple((1 / ((1 - smooth) / factor + smooth)).astype(np.float32).tolist())
+
+
+def _rope_type(given: Mapping[str, Any]) -> Any:
+    return given.get("rope_type", given.get("type", "default"))
+
+
 def weight_type(config: Mapping[str, Any], *, file: str) -> GgmlType:
     """The number format that the config names for weights; bfloat16 where it names none. Raises ModelFileError."""
     key = "dtype" if config.get("dtype") is not None else "torch_dtype"
@@ -163,7 +193,7 @@ class _ConfigReader:
         self._check_fixed("attention_bias", family.attention_bias)
         activation = ACTIVATIONS[family.activation]
         self._check_fixed("hidden_activation" if "hidden_activation" in type_.own_keys else "hidden_act", activation)
-        rope_theta, local_rope_theta = self._rope_thetas()
+        rope = self._rope(head_dim)
         scaled_width = self._positive("query_pre_attn_scalar", type_.head_dim) if type_.family == "gemma3" else head_dim
         spec = ModelSpec(
             family=type_.family,
@@ -176,7 +206,8 @@ class _ConfigReader:
             ffn_width=self._int("intermediate_size"),
             vocab_size=self._int("vocab_size"),
             max_context=max_context,
-            rope_theta=rope_theta,
+            rope_theta=rope.theta,
+            rope_factors=rope.factors,
             rope_style="halves",  # rows of q and k are permuted in GGUF files alone
             rms_eps=self._positive("rms_norm_eps", 1e-6),
             tied_head=self._flag("tie_word_embeddings", type_.tied_head),
@@ -187,7 +218,7 @@ class _ConfigReader:
             embedding_scale=math.sqrt(hidden) if family.scaled_embedding else 1.0,
             attention_scale=scaled_width**-0.5,
         )
-        return msgspec.structs.replace(spec, **self._windows(num_layers, local_rope_theta))
+        return msgspec.structs.replace(spec, **self._windows(num_layers, rope.local_theta))
 
     def _refuse_unknown_keys(self) -> None:
         read_keys = READ_KEYS | self._type.own_keys
@@ -210,16 +241,16 @@ class _ConfigReader:
             self._fail("head_dim", head_dim, "an even number, for rotary positions")
         return head_dim
 
-    def _rope_thetas(self) -> tuple[float, float]:
-        """Of layers that see all keys, and of those with a window. Old files say it by keys of their own, newer ones in
-        rope_parameters, for each type of layer where they differ."""
+    def _rope(self, head_dim: int) -> RopeConfig:
+        """Old files say thetas by keys of their own and the scaling in rope_scaling, newer ones all of it in rope_parameters, for
+        each type of layer where they differ."""
         theta = self._positive("rope_theta", self._type.rope_theta)
         is_gemma = self._type.family == "gemma3"
         local = self._positive("rope_local_base_freq", DEFAULT_ROPE_THETA) if is_gemma else theta
         key = "rope_parameters" if self._config.get("rope_parameters") is not None else "rope_scaling"
         given = self._config.get(key)
         if given is None:
-            return theta, local
+            return RopeConfig(theta, local)
         if key == "rope_parameters" and self._config.get("rope_scaling") not in (None, given):
             self._fail("rope_scaling", self._config["rope_scaling"], "absent where rope_parameters is there")
         if not isinstance(given, dict):
@@ -232,21 +263,34 @@ class _ConfigReader:
                 self._rope_theta(f"{key}.{name}", {} if part is None else part, default)
                 for name, (part, default) in parts.items()
             ]
-            return thetas[0], thetas[1]
-        theta = self._rope_theta(key, given, theta)
-        return theta, local if is_gemma else theta
+            return RopeConfig(thetas[0], thetas[1])
+        scaled = ("llama3",) if FAMILIES[self._type.family].scaled_rope else ()
+        theta = self._rope_theta(key, given, theta, scaled)
+        factors = self._llama3_factors(key, given, theta, head_dim) if _rope_type(given) == "llama3" else ()
+        return RopeConfig(theta, local if is_gemma else theta, factors)
 
-    def _rope_theta(self, field: str, given: Any, default: float) -> float:
+    def _rope_theta(self, field: str, given: Any, default: float, scaled: Sequence[str] = ()) -> float:
+        """`scaled`: the types beside default that may stand here."""
         if not isinstance(given, dict):
             self._fail(field, given, "an object")
-        kind = given.get("rope_type", given.get("type", "default"))
-        others = given.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-        if kind != "default" or others or given.get("partial_rotary_factor", 1.0) != 1.0:
-            allowed = (
-                "absent, or of type default: scaled rotary frequencies (Llama 3.1 and later) are not supported yet"
-            )
-            self._fail(field, given, allowed)
+        kind = _rope_type(given)
+        if kind not in ("default", *scaled):
+            allowed = f"{' or '.join(('default', *scaled))}; other scalings of rotary frequencies are not supported"
+            self._fail(f"{field}, type", kind, allowed)
+        known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *(LLAMA3_KEYS if kind in scaled else ())}
+        if given.keys() - known:
+            self._fail(f"{field}, keys", sorted(given.keys() - known), f"of {', '.join(sorted(known))} for type {kind}")
+        if given.get("partial_rotary_factor", 1.0) != 1.0:
+            self._fail(f"{field}.partial_rotary_factor", given["partial_rotary_factor"], "absent or 1.0")
         return self._positive("rope_theta", default, given, f"{field}.rope_theta")
+
+    def _llama3_factors(self, field: str, given: Mapping[str, Any], theta: float, head_dim: int) -> tuple[float, ...]:
+        factor, low, high, context = (self._positive(key, None, given, f"{field}.{key}") for key in LLAMA3_KEYS)
+        if factor < 1:
+            self._fail(f"{field}.factor", factor, "1 or more")
+        if high <= low:
+            self._fail(f"{field}.high_freq_factor", high, f"more than low_freq_factor, which is {low}")
+        return llama3_factors(head_dim, theta, factor, low, high, context)
 
     def _windows(self, num_layers: int, local_rope_theta: float) -> dict[str, Any]:
         """The fields of windows."""
@@ -299,7 +343,7 @@ class _ConfigReader:
         value: Any = (self._config if values is None else values).get(key)
         value = default if value is None else value
         if type(value) not in (int, float) or not 0 < value < MAX_REAL:
-            self._fail(field or key, value, "a positive number")
+            self._fail(field or key, "missing" if value is None else value, "a positive number")
         return float(value)
 
     def _fail(self, field: str, given: object, allowed: str) -> NoReturn:

@@ -2,7 +2,7 @@
 
 Owns the families that jilju knows and the tensors that each must have. A key or tensor that is not understood, is missing or
 contradicts another is refused, not guessed: a model that runs slightly wrong is worse than one that does not run. Knows
-nothing of ops or weights' bytes.
+nothing of ops, and of tensors' bytes only those of the rotary factors, which are hyper-parameters that lie among the weights.
 """
 
 import math
@@ -11,6 +11,7 @@ from typing import Any, Literal, NoReturn
 import msgspec
 
 from jilju.errors import ModelFileError
+from jilju.formats.ggml import GgmlType
 from jilju.formats.gguf import GgufFile
 
 FamilyName = Literal["llama", "qwen2", "qwen3", "gemma3"]
@@ -20,6 +21,7 @@ DEFAULT_ROPE_THETA = (
     10_000.0  # the GGUF specification's value of an absent rope.freq_base, and Gemma's of windowed layers
 )
 DEFAULT_GLOBAL_EVERY = 6  # Gemma 3: five windowed layers, then one that sees all keys
+ROPE_FACTORS = "rope_freqs.weight"  # a tensor that the plan has if a model's rotary frequencies are scaled
 GEMMA3_27B_LAYERS = 62  # the one model of its family whose attention scale is not head_dim^-0.5, which no key says
 MAX_INT32 = 2**31 - 1
 
@@ -33,11 +35,12 @@ class Family(msgspec.Struct, frozen=True):
     post_norms: bool = False  # norms of what attention and gate add to the residual
     activation: Activation = "silu"
     scaled_embedding: bool = False  # rows of the table times the root of their width
+    scaled_rope: bool = False  # may have factors of rotary frequencies
     own_keys: frozenset[str] = frozenset()  # read beside READ_KEYS
 
 
 FAMILIES: dict[FamilyName, Family] = {
-    "llama": Family(rope_style="interleaved"),  # its q and k rows are permuted in the file
+    "llama": Family(rope_style="interleaved", scaled_rope=True),  # its q and k rows are permuted in the file
     "qwen2": Family(rope_style="halves", attention_bias=True),
     "qwen3": Family(rope_style="halves", head_norms=True),
     "gemma3": Family(  # its norms' weights have their + 1 in the file
@@ -84,6 +87,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     window: int = 0  # of all layers but every global_every-th, which sees all keys; 0: of none
     global_every: int = 1
     local_rope_theta: float = DEFAULT_ROPE_THETA  # of the layers with a window; rope_theta is of the others
+    rope_factors: tuple[float, ...] = ()  # float32, by pair of a head: what rotary frequencies are divided by; none: 1
 
     def layer(self, index: int) -> LayerSpec:
         if self.window and (index + 1) % self.global_every:
@@ -107,6 +111,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         }
         if not self.tied_head:
             shapes["output.weight"] = (self.vocab_size, hidden)
+        if self.rope_factors:
+            shapes[ROPE_FACTORS] = (len(self.rope_factors),)
         for layer in range(self.num_layers):
             prefix = f"blk.{layer}"
             shapes[f"{prefix}.attn_norm.weight"] = (hidden,)
@@ -197,6 +203,7 @@ class _SpecReader:
             max_context=max_context,
             rope_theta=self._positive_float("rope.freq_base", default=DEFAULT_ROPE_THETA),
             rope_style=family.rope_style,
+            rope_factors=self._rope_factors(head_dim) if family.scaled_rope else (),
             rms_eps=self._positive_float("attention.layer_norm_rms_epsilon"),
             tied_head="output.weight" not in self._gguf.tensors,
             attention_bias=family.attention_bias,
@@ -243,6 +250,21 @@ class _SpecReader:
                 self._fail_key(key, given, f"absent or the head size {head_dim}")
         return head_dim
 
+    def _rope_factors(self, head_dim: int) -> tuple[float, ...]:
+        """Llama 3.1 and later have them, as a tensor."""
+        tensor = self._gguf.tensors.get(ROPE_FACTORS)
+        if tensor is None:
+            return ()
+        if tensor.shape != (head_dim // 2,):
+            self._fail(f"tensor '{ROPE_FACTORS}', shape", tensor.shape, f"{(head_dim // 2,)}, half the head size")
+        if tensor.type is not GgmlType.F32:
+            self._fail(f"tensor '{ROPE_FACTORS}', type", tensor.type.name, "F32")
+        factors = self._gguf.tensor_data(ROPE_FACTORS).view("<f4").tolist()
+        for index, factor in enumerate(factors):
+            if not (math.isfinite(factor) and factor > 0):
+                self._fail(f"tensor '{ROPE_FACTORS}', element {index}", factor, "a positive number")
+        return tuple(factors)
+
     def _windows(self, max_context: int) -> dict[str, Any]:
         """The fields of windows. Of a family without windowed layers, a window is allowed if it never shuts out a key."""
         if self._family == "gemma3":
@@ -286,12 +308,6 @@ class _SpecReader:
             if tensor.shape != shape:
                 self._fail(f"tensor '{name}', shape", tensor.shape, f"{shape}, by the file's metadata")
         for name in self._gguf.tensors:
-            if name == "rope_freqs.weight":
-                self._fail(
-                    f"tensor '{name}'",
-                    "there",
-                    "none: scaled rotary frequencies (Llama 3.1 and later) are not supported yet",
-                )
             if name not in shapes:
                 self._fail(
                     f"tensor {name!r}",

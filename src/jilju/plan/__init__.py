@@ -7,6 +7,7 @@ from jilju.plan.batch import Batch, StepResult, StepShape
 from jilju.plan.executor import Executor, KvDtype, Limits, WeightDtype, WeightTensor
 from jilju.plan.ops import (
     Activation,
+    Angles,
     Attention,
     Embed,
     Glu,
@@ -22,7 +23,7 @@ from jilju.plan.ops import (
 from jilju.plan.plan import Buffer, KvSpec, Plan, PlanBuilder
 
 __all__ = [
-    "Activation", "Attention", "Batch", "Buffer", "Embed", "Executor", "Glu", "KvDtype", "KvSpec", "Limits", "Linear", "Op", "Plan",
-    "PlanBuilder", "RmsNorm", "Rope", "Sample", "StepResult", "StepShape", "TakeRows", "Value", "WeightDtype", "WeightSpec",
+    "Activation", "Angles", "Attention", "Batch", "Buffer", "Embed", "Executor", "Glu", "KvDtype", "KvSpec", "Limits", "Linear", "Op",
+    "Plan", "PlanBuilder", "RmsNorm", "Rope", "Sample", "StepResult", "StepShape", "TakeRows", "Value", "WeightDtype", "WeightSpec",
     "WeightTensor",
 ]  # fmt: skip

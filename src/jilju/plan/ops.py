@@ -5,7 +5,7 @@ backend defines it. Values are float32 [rows, width]; rows is the step's tokens 
 FLOPs count 2 per multiply-add. Knows nothing of backends.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import msgspec
 
@@ -155,8 +155,16 @@ class Linear(Op, frozen=True, tag="linear"):
         return sum(w.num_bytes for w in self.weights) + _rows(self.x, step) * moved * ACTIVATION_BYTES
 
 
+class Angles(NamedTuple):
+    """What the angles of a position depend on: ropes that agree in it can share a table of them."""
+
+    head_dim: int
+    theta: float
+    factors: WeightSpec | None
+
+
 class Rope(Op, frozen=True, tag="rope"):
-    """Rotate pairs of each head by position / theta^(2i/head_dim), in place on x [tokens, heads * head_dim].
+    """Rotate pairs of each head by position / (theta^(2i/head_dim) * factors[i]), in place on x [tokens, heads * head_dim].
 
     style "halves" pairs (i, i + head_dim/2) (NeoX, Hugging Face); "interleaved" pairs (2i, 2i + 1) (GGUF's llama).
     """
@@ -165,6 +173,11 @@ class Rope(Op, frozen=True, tag="rope"):
     head_dim: int
     theta: float
     style: Literal["halves", "interleaved"]
+    factors: WeightSpec | None = None  # a vector of head_dim / 2 positive numbers; None: all 1
+
+    @property
+    def angles(self) -> Angles:
+        return Angles(self.head_dim, self.theta, self.factors)
 
     @property
     def reads(self) -> tuple[Value, ...]:
@@ -174,11 +187,15 @@ class Rope(Op, frozen=True, tag="rope"):
     def writes(self) -> tuple[Value, ...]:
         return (self.x,)
 
+    @property
+    def weights(self) -> tuple[WeightSpec, ...]:
+        return () if self.factors is None else (self.factors,)
+
     def flops(self, step: StepShape) -> int:
         return 3 * step.num_tokens * self.x.width
 
     def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
-        return 2 * step.num_tokens * self.x.width * ACTIVATION_BYTES
+        return 2 * step.num_tokens * self.x.width * ACTIVATION_BYTES + sum(w.num_bytes for w in self.weights)
 
 
 class Attention(Op, frozen=True, tag="attention"):

@@ -156,6 +156,10 @@ def _check_shapes(where: str, op: Op, plan: Plan) -> None:
             require(
                 op.head_dim % 2 == 0 and op.x.width % op.head_dim == 0, f"heads of {op.head_dim} in width {op.x.width}"
             )
+            require(
+                all((w.num_outputs, w.num_inputs) == (1, op.head_dim // 2) for w in op.weights),
+                f"factors {op.factors} for heads of {op.head_dim}, wanted a vector of {op.head_dim // 2}",
+            )
         case Attention():
             require(op.num_heads % op.num_kv_heads == 0, f"{op.num_heads} query heads over {op.num_kv_heads} KV heads")
             require(
@@ -216,9 +220,9 @@ class PlanBuilder:
         offsets = [sum(widths[:i]) for i in range(len(widths))]
         return tuple(Value(x.buffer, x.offset + o, w, x.rows) for o, w in zip(offsets, widths, strict=True))
 
-    def rope(self, x: Value, head_dim: int, theta: float, style: str) -> Value:
+    def rope(self, x: Value, head_dim: int, theta: float, style: str, factors: WeightSpec | None = None) -> Value:
         assert style in ("halves", "interleaved"), style
-        self._ops.append(Rope(x, head_dim, theta, style))  # type: ignore[arg-type]
+        self._ops.append(Rope(x, head_dim, theta, style, factors))  # type: ignore[arg-type]
         return x
 
     def attention(

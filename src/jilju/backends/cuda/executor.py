@@ -6,7 +6,8 @@ packs. Owns what is on the device. Knows nothing of sequences or requests.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,12 +20,13 @@ from jilju.backends.cuda.kernels.inputs import expand
 from jilju.backends.cuda.kernels.kv import copy_slots
 from jilju.backends.cuda.lowering import Decoder, lower
 from jilju.backends.cuda.memory import BUCKETS, MAX_LOGITS, PARTIAL_TOKENS, bucket_of
-from jilju.backends.cuda.sampling import Download, Sampler
+from jilju.backends.cuda.sampling import Sampler
+from jilju.backends.cuda.sampling_results import Download
 from jilju.backends.cuda.tuning import Mode
 from jilju.backends.cuda.uploads import Uploads
 from jilju.backends.cuda.weights import Progress
 from jilju.errors import StartupError
-from jilju.plan import Batch, KvDtype, Limits, Plan, StepResult, WeightDtype, WeightTensor
+from jilju.plan import Batch, KvDtype, Limits, Plan, Rope, StepResult, WeightDtype, WeightTensor
 from jilju.plan.batch import MAX_TOP
 from jilju.plan.cost import Roofs
 
@@ -37,6 +39,18 @@ PROBE_BYTES, PROBE_WIDTH = 1 << 30, 4096  # read, and width of the square matric
 
 def no_progress(done_bytes: int, total_bytes: int, text: str) -> None:
     """For callers without anyone to tell."""
+
+
+@contextmanager
+def lack_of_memory_told() -> Iterator[None]:
+    """As a StartupError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise StartupError(
+            f"the GPU's memory does not suffice: {error}; give a smaller --kv-memory, --step-tokens or model, "
+            "or free what others hold on it"
+        ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,29 +111,32 @@ class CudaExecutor:
     def load(self, plan: Plan, weights_: Mapping[str, WeightTensor], limits: Limits) -> None:
         """Raises StartupError for a plan that the kernels do not run, or if the device's memory does not suffice."""
         source = weights.FileSource(weights_, self._device, plan.weight_bytes, self._progress)
-        self._load(plan, source, limits)
+        with lack_of_memory_told():
+            self._load(plan, source, limits)
 
-    def load_dummy(self, plan: Plan, limits: Limits, seed: int = 0) -> None:
-        """Random weights, made on the device."""
-        self._load(plan, weights.DummySource(self._device, seed), limits)
+    def load_dummy(
+        self, plan: Plan, limits: Limits, seed: int = 0, given: Mapping[str, WeightTensor] | None = None
+    ) -> None:
+        """Random weights, made on the device, but for those `given`: of factors of rope every one must be."""
+        given = given or {}
+        factors = {op.factors.name for op in plan.ops if isinstance(op, Rope) and op.factors is not None}
+        assert factors <= given.keys(), f"{factors - given.keys()} would be made up"
+        with lack_of_memory_told():
+            self._load(plan, weights.DummySource(self._device, seed, given), limits)
 
     def _load(self, plan: Plan, source: weights.Source, limits: Limits) -> None:
         self._plan, self._limits = plan, limits
         self._decoder: Decoder = lower(plan)
         half = weights.HALF[self._dtype]
-        try:
-            self._weights = weights.load(self._decoder, source, self._dtype, self._device)
-            self._buffers = {
-                name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=self._device)
-                for name, spec in memory.buffers(plan, limits, self._dtype).items()
-            }
-            self._uploads = Uploads(self._device, memory.upload_bytes(limits))
-            self._sampler = Sampler(plan.vocab_size, MAX_LOGITS, self._device)
-        except torch.OutOfMemoryError as error:
-            raise StartupError(
-                f"the GPU's memory does not suffice: {error}; give a smaller --kv-memory, --step-tokens or model, "
-                "or free what others hold on it"
-            ) from error
+        self._weights = weights.load(self._decoder, source, self._dtype, self._device)
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # what loading took is no part of the plan, and others than torch need it
+        self._buffers = {
+            name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=self._device)
+            for name, spec in memory.buffers(plan, limits, self._dtype).items()
+        }
+        self._uploads = Uploads(self._device, memory.upload_bytes(limits))
+        self._sampler = Sampler(plan.vocab_size, MAX_LOGITS, self._device)
         self._buffers["decode_rows"].copy_(torch.arange(len(self._buffers["decode_rows"])))
         self._fill_angles()
         self._forward = Forward(
@@ -130,6 +147,7 @@ class CudaExecutor:
         self._seen: set[tuple[int, int]] = set()  # buckets that ran once, so that their kernels are compiled
         self._graph_pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._sampled_ids = self._buffers["sampled_ids"]  # int32 [rows], of the last step, at their logit rows
+        self._done = torch.cuda.Event() if self._device.type == "cuda" else None  # of the launched step
         if self._device.type == "cuda":
             self._compile()
 
@@ -138,7 +156,9 @@ class CudaExecutor:
         next start, and nobody who waits for an answer waits for a compiler."""
         sizes = [b for b in BUCKETS if b <= len(self._buffers["decode_rows"])]
         prompts = [n for n in COMPILED_TOKENS if n <= self._limits.max_tokens]
-        self._progress(0, 0, "loading kernels; those that are new to this GPU and model are compiled, which takes a minute")
+        self._progress(
+            0, 0, "loading kernels; those that are new to this GPU and model are compiled, which takes a minute"
+        )
         for size in sizes:
             can_split = self._forward.attention_config(size, is_prefill=False).split_keys > 0
             for num_splits in (1, 2) if can_split else (1,):
@@ -153,15 +173,19 @@ class CudaExecutor:
             can_split = self._forward.attention_config(1, is_prefill=True).split_keys > 0 and size <= PARTIAL_TOKENS
             for num_splits in (1, 2) if can_split else (1,):
                 self._forward.run(self._put_inputs(arrays, num_splits))
+        nowhere = torch.full((1,), -1, dtype=torch.int32, device=self._device)
+        copy_slots(self._buffers["kv"], self._buffers.get("kv_scales"), nowhere, nowhere)
         self._sampler.warm_up()
         torch.cuda.synchronize()
 
     def _fill_angles(self) -> None:
-        """Tables of cos and sin, from angles in float64: [max_context, head_dim / 2] for each theta"""
-        half = self._decoder.layers[0].rope.head_dim // 2
+        """Tables of cos and sin, from angles in float64: [max_context, head_dim / 2] for each distinct rotation"""
         positions = torch.arange(self._limits.max_context, dtype=torch.float64)
-        for index, theta in enumerate(self._decoder.thetas):
+        for index, (head_dim, theta, factors) in enumerate(self._decoder.angles):
+            half = head_dim // 2
             angles = positions[:, None] / theta ** (torch.arange(half, dtype=torch.float64) / half)
+            if factors is not None:
+                angles = angles / self._weights.rope_factors[factors.name].cpu().double()
             self._buffers[f"cos {index}"].copy_(angles.cos())
             self._buffers[f"sin {index}"].copy_(angles.sin())
 
@@ -180,6 +204,8 @@ class CudaExecutor:
                 self._run(batch, np.arange(batch.num_logits))
             elif len(rest):
                 self._run(*run_ahead.part_of(batch, rest))
+            if self._done is not None:
+                self._done.record()
             if self._runs_ahead:
                 self._ahead = self._run_ahead(batch)
         except BaseException:
@@ -191,6 +217,8 @@ class CudaExecutor:
         batch, self._batch = self._batch, None
         assert batch is not None, "wait before launch"
         try:
+            if self._done is not None:
+                self._done.synchronize()  # rows without logits have no results to wait for, but take the step's time
             result = _gather(batch, self._passes)
         except BaseException:
             self._ahead = None
@@ -212,9 +240,10 @@ class CudaExecutor:
 
     def roofs(self) -> Roofs:
         """A short probe of each: reading memory, and a product of half matrices."""
-        data = torch.ones(PROBE_BYTES // 4, dtype=torch.float32, device=self._device)
-        square = torch.randn(PROBE_WIDTH, PROBE_WIDTH, dtype=weights.HALF[self._dtype], device=self._device)
-        read_s, product_s = _seconds(lambda: data.sum()), _seconds(lambda: square @ square)
+        with lack_of_memory_told():
+            data = torch.ones(PROBE_BYTES // 4, dtype=torch.float32, device=self._device)
+            square = torch.randn(PROBE_WIDTH, PROBE_WIDTH, dtype=weights.HALF[self._dtype], device=self._device)
+            read_s, product_s = _seconds(lambda: data.sum()), _seconds(lambda: square @ square)
         return Roofs(PROBE_BYTES / read_s, 2 * PROBE_WIDTH**3 / product_s)
 
     def decode_seconds(self, batch: Batch, num_steps: int) -> float:
@@ -254,7 +283,9 @@ class CudaExecutor:
             sources, targets = self._uploads.put([wrote[moved], belongs[moved]])
             self.num_rows_moved += len(sources)
             copy_slots(self._buffers["kv"], self._buffers.get("kv_scales"), sources, targets)
-        if np.array_equal(taken, logits) and taken[-1] + 1 == len(taken):
+        if batch.num_logits > len(self._sampled_ids):
+            pass  # nothing runs ahead of such a step, which would read them
+        elif np.array_equal(taken, logits) and taken[-1] + 1 == len(taken):
             self._sampled_ids[: len(taken)].copy_(ahead.download.token_ids[: len(taken)])
         else:
             sources, targets = self._uploads.put([taken.astype(np.int64), logits.astype(np.int64)])
@@ -315,7 +346,6 @@ class CudaExecutor:
 
     def _sample(self, logits: torch.Tensor, batch: Batch) -> Download:
         inputs = self._sampler.upload(batch)
-        batch.wait_for_masks()
         self._sampler.upload_masks(inputs, batch)
         return self._sampler.begin_download(self._sampler.sample(logits, inputs))
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from jilju.backends.cuda.attention_configs import AttentionConfig, attention_config
-from jilju.backends.cuda.kernels.attention import attention
+from jilju.backends.cuda.kernels.attention import Partials, attention
 from jilju.backends.cuda.kernels.embed import embed
 from jilju.backends.cuda.kernels.glu import glu
 from jilju.backends.cuda.kernels.kv import kv_layer
@@ -70,7 +70,7 @@ class Forward:
         cache, scales = buffers["kv"], buffers.get("kv_scales")
         self._kv = [kv_layer(cache, scales, index) for index in range(len(decoder.layers))]
         self._angles = {
-            theta: (buffers[f"cos {index}"], buffers[f"sin {index}"]) for index, theta in enumerate(decoder.thetas)
+            angles: (buffers[f"cos {index}"], buffers[f"sin {index}"]) for index, angles in enumerate(decoder.angles)
         }
 
     def attention_config(self, num_rows: int, is_prefill: bool) -> AttentionConfig:
@@ -122,7 +122,7 @@ class Forward:
         parts = self._linear(layer.qkv, weight.qkv, hidden)
         query = self._buffers["query"][:num_tokens].view(num_tokens, op.num_heads, op.head_dim)
         attended = self._buffers["attended"][:num_tokens].view(num_tokens, op.num_heads, op.head_dim)
-        cos, sin = self._angles[layer.rope.theta]
+        cos, sin = self._angles[layer.rope.angles]
         eps = layer.head_norms[0].eps if layer.head_norms else 0.0
         rope_and_write(
             parts, weight.qkv.bias, weight.q_norm, weight.k_norm, eps, layer.rope.style, cos, sin,
@@ -130,10 +130,11 @@ class Forward:
         )  # fmt: skip
         partials = None
         if inputs.num_splits > 1:
-            shape = (inputs.num_splits, num_tokens, op.num_heads)
+            shape = (num_tokens, op.num_heads, inputs.num_splits)
             acc, stats = self._buffers["attention_acc"], self._buffers["attention_stats"]
             size = shape[0] * shape[1] * shape[2]
-            partials = (acc[: size * op.head_dim].view(*shape, op.head_dim), stats[: size * 2].view(*shape, 2))
+            acc, stats = acc[: size * op.head_dim].view(*shape, op.head_dim), stats[: size * 2].view(*shape, 2)
+            partials = Partials(acc, stats, self._buffers["attention_counters"])
         attention(
             query, self._kv[index], inputs.tables, inputs.starts, inputs.first_tokens, inputs.counts,
             inputs.tile_rows, inputs.tile_tokens, attended, self.attention_config(len(inputs.starts), inputs.is_prefill),

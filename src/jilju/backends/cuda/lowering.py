@@ -9,7 +9,21 @@ from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 from jilju.errors import StartupError
-from jilju.plan import Activation, Attention, Embed, Glu, Linear, Op, Plan, RmsNorm, Rope, Sample, TakeRows, WeightSpec
+from jilju.plan import (
+    Activation,
+    Angles,
+    Attention,
+    Embed,
+    Glu,
+    Linear,
+    Op,
+    Plan,
+    RmsNorm,
+    Rope,
+    Sample,
+    TakeRows,
+    WeightSpec,
+)
 
 OpType = TypeVar("OpType", bound=Op)
 
@@ -75,9 +89,9 @@ class Decoder:
         return (*(matrix for layer in each for matrix in layer), self.head)
 
     @property
-    def thetas(self) -> tuple[float, ...]:
-        """The distinct ones, as each needs a table of angles."""
-        return tuple(dict.fromkeys(layer.rope.theta for layer in self.layers))
+    def angles(self) -> tuple[Angles, ...]:
+        """The distinct ones, as each needs a table."""
+        return tuple(dict.fromkeys(layer.rope.angles for layer in self.layers))
 
 
 def lower(plan: Plan) -> Decoder:
@@ -115,7 +129,7 @@ class _Lowering:
             q_norm, k_norm = self._take(RmsNorm), self._take(RmsNorm)
             head_norms = Norm(q_norm.weight, q_norm.eps), Norm(k_norm.weight, k_norm.eps)
         q_rope, k_rope = self._take(Rope), self._take(Rope)
-        same = (q_rope.theta, q_rope.style, q_rope.head_dim) == (k_rope.theta, k_rope.style, k_rope.head_dim)
+        same = (q_rope.angles, q_rope.style) == (k_rope.angles, k_rope.style)
         self._require(same, "one rotation of q and k")
         attention = self._take(Attention)
         widths = [attention.q.width, attention.k.width, attention.v.width]

@@ -21,7 +21,7 @@ KV_DTYPES: dict[KvDtype, Dtype] = {"bf16": "bfloat16", "f16": "float16", "fp8": 
 RESERVE_BYTES = 3 << 29
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # rows of captured decode steps
 MAX_LOGITS = 256  # rows whose logits are there at once; a step with more of them takes them in turns
-PARTIAL_TOKENS = 256  # a step of more tokens fills the device without splitting the inputs of its linears
+PARTIAL_TOKENS = 256  # a step of more tokens fills the device without splitting the inputs of its linears, or its keys
 PARTIAL_SPLITS = 8  # of them, at most
 UPLOADS, UPLOAD_ALIGNMENT = 4, 16  # copies of a step's inputs that may be under way; bytes, of each array in one
 ATTENTION_PARTIALS = 4096  # tokens times splits of their keys, at most, whose sums are kept apart
@@ -135,11 +135,11 @@ def buffers(plan: Plan, limits: Limits, weight_dtype: WeightDtype) -> dict[str, 
 
 
 def angle_buffers(plan: Plan, limits: Limits) -> dict[str, BufferSpec]:
-    """Of each distinct theta, in the order of the layers, cosines and sines."""
-    thetas = {op.theta: op.head_dim for op in plan.ops if isinstance(op, Rope)}
+    """Of each distinct rotation, in the order of the layers, cosines and sines."""
+    distinct = dict.fromkeys(op.angles for op in plan.ops if isinstance(op, Rope))
     return {
-        f"{name} {index}": BufferSpec((limits.max_context, head_dim // 2), "float32")
-        for index, head_dim in enumerate(thetas.values())
+        f"{name} {index}": BufferSpec((limits.max_context, angles.head_dim // 2), "float32")
+        for index, angles in enumerate(distinct)
         for name in ("cos", "sin")
     }
 
@@ -160,7 +160,7 @@ def activation_buffers(plan: Plan, limits: Limits, half: Dtype) -> dict[str, Buf
 
 def partial_buffers(plan: Plan, limits: Limits) -> dict[str, BufferSpec]:
     """What is summed by who reads it, flat: parts of linears over their inputs, [splits, tokens, outputs], and of attention
-    over its keys, [splits, tokens, heads, ...]."""
+    over its keys, [tokens, heads, splits, ...], beside a count of what is done for each tile and KV head: zero at first."""
     num_tokens = num_step_tokens(limits)
     num_rows = max(PARTIAL_SPLITS * min(PARTIAL_TOKENS, num_tokens), num_tokens)
     outputs = max(op.out.width for op in plan.ops if isinstance(op, Linear) and op.out.rows == "tokens")
@@ -169,6 +169,7 @@ def partial_buffers(plan: Plan, limits: Limits) -> dict[str, BufferSpec]:
         "parts": BufferSpec((num_rows * outputs,), "float32"),
         "attention_acc": BufferSpec((num_sums * plan.kv.head_dim,), "float32"),
         "attention_stats": BufferSpec((num_sums * 2,), "float32"),
+        "attention_counters": BufferSpec((min(PARTIAL_TOKENS, num_tokens) * plan.kv.num_kv_heads,), "int32"),
     }
 
 

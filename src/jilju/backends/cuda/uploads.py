@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-ALIGNMENT = 16  # bytes; as kernels' vector loads want it
-DEPTH = 4  # copies that may be under way
+from jilju.backends.cuda.memory import UPLOAD_ALIGNMENT, UPLOADS
 
 TORCH_TYPES = {
     np.dtype(np.int32): torch.int32,
@@ -21,18 +20,18 @@ TORCH_TYPES = {
 
 
 class Uploads:
-    """`num_bytes` a copy at most; what was put is on the device until DEPTH further copies."""
+    """`num_bytes` a copy at most; what was put is on the device until UPLOADS further copies."""
 
     def __init__(self, device: torch.device, num_bytes: int):
         self._is_gpu = device.type == "cuda"
-        self._hosts = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_gpu) for _ in range(DEPTH)]
-        self._devices = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(DEPTH)]
-        self._events = [torch.cuda.Event() if self._is_gpu else None for _ in range(DEPTH)]
+        self._hosts = [torch.empty(num_bytes, dtype=torch.uint8, pin_memory=self._is_gpu) for _ in range(UPLOADS)]
+        self._devices = [torch.empty(num_bytes, dtype=torch.uint8, device=device) for _ in range(UPLOADS)]
+        self._events = [torch.cuda.Event() if self._is_gpu else None for _ in range(UPLOADS)]
         self._next = 0
 
     def put(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
         """Each array on the device, in its shape and type; unsigned ones as the signed type of the same bits."""
-        index, self._next = self._next, (self._next + 1) % DEPTH
+        index, self._next = self._next, (self._next + 1) % UPLOADS
         host, device, event = self._hosts[index], self._devices[index], self._events[index]
         if event is not None:
             event.synchronize()
@@ -42,7 +41,7 @@ class Uploads:
             assert offset + array.nbytes <= len(bytes_), f"{array.nbytes} bytes at {offset} of {len(bytes_)}"
             bytes_[offset : offset + array.nbytes] = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
             spans.append((offset, offset + array.nbytes))
-            offset += -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+            offset += -(-array.nbytes // UPLOAD_ALIGNMENT) * UPLOAD_ALIGNMENT
         device[:offset].copy_(host[:offset], non_blocking=True)
         if event is not None:
             event.record()

@@ -20,7 +20,9 @@ from jilju.formats.quants import dequantize
 from jilju.plan import WeightDtype, WeightSpec, WeightTensor
 
 FP8_MAX = 448.0  # the largest finite number of e4m3
-CHUNK_BYTES = 64 << 20  # of the file that is copied or unpacked at once, by each of the threads
+CHUNK_BYTES = (
+    64 << 20
+)  # of a matrix that is on the host at once, by each of the threads, or checked or converted at once
 DUMMY_STD = 0.02  # as models are initialised
 HALF: dict[WeightDtype, torch.dtype] = {"bf16": torch.bfloat16, "f16": torch.float16, "fp8": torch.bfloat16}
 TORCH_TYPES = {GgmlType.F32: torch.float32, GgmlType.F16: torch.float16, GgmlType.BF16: torch.bfloat16}
@@ -54,6 +56,7 @@ class DeviceWeights:
     layers: tuple[DeviceLayer, ...]
     final_norm: torch.Tensor
     head: DeviceMatrix
+    rope_factors: Mapping[str, torch.Tensor]  # float32 [head_dim / 2], by name: what tables of angles are made from
 
     @property
     def num_bytes(self) -> int:
@@ -86,7 +89,7 @@ class FileSource(Source):
         out = out.view(rows, width)
         bytes_per_row = row_bytes(spec.type, width)
         data = tensor.data.reshape(rows, bytes_per_row)
-        step = max(1, CHUNK_BYTES // bytes_per_row)
+        step = max(1, CHUNK_BYTES // (bytes_per_row if spec.type in TORCH_TYPES else 4 * width))
         spans = [(first, min(first + step, rows)) for first in range(0, rows, step)]
 
         def copy(span: tuple[int, int]) -> int:
@@ -100,7 +103,7 @@ class FileSource(Source):
         for num_bytes in self._pool.map(copy, spans):
             self._done_bytes += num_bytes
             self._progress(self._done_bytes, self._num_bytes, "copying weights to the GPU")
-        if not torch.isfinite(out).all():
+        if not all(torch.isfinite(part).all() for part in out.split(rows_at_once(width))):
             raise StartupError(
                 f"weight {spec.name} has a NaN or an infinity as {out.dtype}: its file is damaged, or holds numbers beyond that "
                 "type's range; --weight-dtype bf16 has the widest"
@@ -122,14 +125,18 @@ class FileSource(Source):
 
 
 class DummySource(Source):
-    """Random numbers made on the device: speed does not depend on what they are."""
+    """Random numbers made on the device: speed does not depend on what they are. Weights that are `given` are as they are."""
 
-    def __init__(self, device: torch.device, seed: int):
+    def __init__(self, device: torch.device, seed: int, given: Mapping[str, WeightTensor]):
         self._generator = torch.Generator(device)
         self._generator.manual_seed(seed)
+        self._given = given
 
     def fill(self, spec: WeightSpec, out: torch.Tensor) -> None:
-        if spec.num_outputs > 1:
+        if spec.name in self._given:
+            values = dequantize(self._given[spec.name].data, spec.type, spec.num_inputs)
+            out.copy_(torch.from_numpy(values).view(out.shape))
+        elif spec.num_outputs > 1:
             out.normal_(0.0, DUMMY_STD, generator=self._generator)
         else:
             out.fill_(0.0 if spec.name.endswith(".bias") else 1.0)
@@ -173,28 +180,36 @@ def load(decoder: Decoder, source: Source, dtype: WeightDtype, device: torch.dev
                 )
             )  # fmt: skip
         head = DeviceMatrix(table, None) if decoder.is_tied else matrix(decoder.head)
-        return DeviceWeights(table, tuple(layers), vector(decoder.final_norm.weight), head)
+        factors = {angles.factors.name: vector(angles.factors) for angles in decoder.angles if angles.factors}
+        return DeviceWeights(table, tuple(layers), vector(decoder.final_norm.weight), head, factors)
     finally:
         source.close()
 
 
 def to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[N, K] half -> float8_e4m3fn [N, K] and scale [N] float32: scale = max|row| / 448, to nearest, ties to even"""
-    scale = weight.abs().amax(dim=1).float() / FP8_MAX
-    inverse = torch.where(scale > 0, 1.0 / scale, torch.zeros_like(scale))
+    scale = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
     out = torch.empty_like(weight, dtype=torch.float8_e4m3fn)
-    rows = max(1, CHUNK_BYTES // (4 * weight.shape[1]))  # a float32 copy of some rows at a time
+    rows = rows_at_once(weight.shape[1])
     for first in range(0, len(weight), rows):
         part = slice(first, first + rows)
-        scaled = weight[part].float() * inverse[part, None]
-        out[part] = scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+        values = weight[part].float()
+        scale[part] = values.abs().amax(dim=1) / FP8_MAX
+        inverse = torch.where(scale[part] > 0, 1.0 / scale[part], torch.zeros_like(scale[part]))
+        out[part] = (values * inverse[:, None]).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     return out, scale
+
+
+def rows_at_once(width: int) -> int:
+    """Of a matrix of which a copy is made for a moment, at most one in float32."""
+    return max(1, CHUNK_BYTES // (4 * width))
 
 
 def _tensors(weights: DeviceWeights) -> Iterator[torch.Tensor]:
     matrices = [weights.head]
     yield weights.table
     yield weights.final_norm
+    yield from weights.rope_factors.values()
     for layer in weights.layers:
         matrices += [layer.qkv, layer.output, layer.gate_up, layer.down]
         norms = (layer.input_norm, layer.ffn_norm, layer.q_norm, layer.k_norm, layer.post_attention_norm)

@@ -23,7 +23,7 @@ from jilju.plan import (
     WeightSpec,
 )
 
-VERSION = 2
+VERSION = 3
 
 ACTIVATIONS: dict[Activation, int] = {"silu": 0, "gelu_tanh": 1}
 
@@ -64,7 +64,8 @@ def encode_plan(plan: Plan) -> EncodedPlan:
                 ints += [2, *value(op.x), *value(op.out), op.add_to is not None, len(op.parts), len(op.biases)]
                 ints += [*id_of(op.parts), *id_of(op.biases)]
             case Rope():
-                ints += [3, *value(op.x), op.head_dim, op.style == "halves"]
+                factors = -1 if op.factors is None else ids[op.factors.name]
+                ints += [3, *value(op.x), op.head_dim, op.style == "halves", factors]
                 reals += [op.theta]
             case Attention():
                 ints += [4, *value(op.q), *value(op.k), *value(op.v), *value(op.out), op.layer, op.num_heads]

@@ -1,14 +1,16 @@
 """Attention over the paged cache: rows of any start and count, decode and prefill in one kernel, and the merge of splits.
 
 A program holds one tile of a row's queries, block_m of (token, head) for one KV head, and walks the row's keys in tiles of
-block_n. Keys fall into splits at fixed absolute positions. Each split has a softmax of its own, merged in ascending order:
-inside the program, or by a second kernel when every split has its own program. Both run `merged`, so the bits are equal,
-and a token's bits depend on its keys and the config alone: not on the other tokens of its tile, nor on the number of splits.
+block_n. Keys fall into splits at fixed absolute positions. Each split has a softmax of its own, merged in ascending order: by
+the program that walks them all, or where every split has a program, by the last of them to end. Both run `merged`, so the bits
+are equal, and a token's bits depend on its keys and the config alone: not on the other tokens of its tile, nor on the number of
+splits.
 So that the compiler cannot make a difference either, products and sums are fused where `tl.fma` stands, nowhere else.
 Knows nothing of how the cache was filled.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,7 +24,8 @@ from jilju.backends.cuda.kernels.kv import KvLayer
 # from 1.8 million on.
 LIFT_FLOAT16 = tl.constexpr(256.0)
 LIFT_BFLOAT16 = tl.constexpr(16.0)
-MERGED_AT_ONCE = 8  # splits of which the merge kernel has loads in flight
+MERGED_AT_ONCE = 8  # splits whose loads a merge has in flight, at most,
+MERGED_VALUES = 64  # and their values that a thread holds
 
 
 @triton.jit
@@ -55,6 +58,52 @@ def quotient(softmax, out, FP8: tl.constexpr):
     if FP8:
         total = total * (LIFT_FLOAT16 if out.dtype.element_ty == tl.float16 else LIFT_BFLOAT16)
     return (acc / total[:, None]).to(out.dtype.element_ty)
+
+
+@triton.jit
+def merge_splits(
+    part_acc,
+    part_stats,
+    out,
+    first_token,  # of the tile, in q
+    tile_count,
+    num_active,
+    num_splits,
+    kv_head,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    FP8: tl.constexpr,
+):
+    """Writes a tile's rows, ROWS at a time, from what its splits left. Other SMs wrote it: loads pass by the L1."""
+    column = tl.arange(0, DIM_PAD)[None, :]
+    for begin in tl.range(0, tile_count * GROUP, ROWS):
+        # where fewer are left, the last once more
+        in_tile = tl.minimum(begin + tl.arange(0, ROWS), tile_count * GROUP - 1)
+        q_row = (first_token + in_tile // GROUP).to(tl.int64) * NUM_HEADS + kv_head * GROUP + in_tile % GROUP
+        softmax = nothing(ROWS, DIM_PAD)
+        for some in tl.range(0, num_active, AT_ONCE):
+            part = q_row * num_splits + some
+            stats, of_row = part_stats + part * 2, part_acc + part[:, None] * DIM + column
+            parts = ()
+            for down in tl.static_range(AT_ONCE):
+                i = AT_ONCE - 1 - down
+                if i == 0:
+                    # The merges need the first split, and its loads stay behind this: so all of them are under way at once.
+                    # Else the compiler merges between the loads, and waits again and again.
+                    tl.debug_barrier()
+                here = some + i < num_active
+                mask = here if DIM == DIM_PAD else here & (column < DIM)
+                acc = tl.load(of_row + i * DIM, mask=mask, other=0, cache_modifier=".cg")
+                m = tl.load(stats + i * 2, mask=here, other=float("-inf"), cache_modifier=".cg")
+                total = tl.load(stats + i * 2 + 1, mask=here, other=0, cache_modifier=".cg")
+                parts = ((m, total, acc),) + parts  # type: ignore[assignment]  # noqa: RUF005  # Triton unpacks no stars
+            for i in tl.static_range(AT_ONCE):
+                softmax = merged(softmax, parts[i])
+        tl.store(out + q_row[:, None] * DIM + column, quotient(softmax, out, FP8), mask=column < DIM)
 
 
 @triton.jit
@@ -173,8 +222,16 @@ def walk_all(
 
 
 @triton.jit(
-    do_not_specialize=["table_width", "num_tokens", "window"],
-    do_not_specialize_on_alignment=["tables", "starts", "first_tokens", "counts", "tile_rows", "tile_tokens"],
+    do_not_specialize=["table_width", "window"],
+    do_not_specialize_on_alignment=[
+        "tables",
+        "starts",
+        "first_tokens",
+        "counts",
+        "tile_rows",
+        "tile_tokens",
+        "counters",
+    ],
 )
 def attention_kernel(
     q,
@@ -191,9 +248,9 @@ def attention_kernel(
     out,
     part_acc,
     part_stats,
+    counters,
     scale,  # times log2(e)
     table_width,
-    num_tokens,
     window,
     NUM_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -204,6 +261,8 @@ def attention_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT_KEYS: tl.constexpr,  # 0: one split
     INLINE: tl.constexpr,
+    MERGE_ROWS: tl.constexpr,
+    MERGE_AT_ONCE: tl.constexpr,
     DECODE: tl.constexpr,  # one token a row: one loop over a tile's keys, all with a mask
     WINDOWED: tl.constexpr,
     FP8: tl.constexpr,
@@ -272,68 +331,38 @@ def attention_kernel(
         )  # fmt: skip
 
     # from the number of the first token anew: addresses held over the loops would cost them registers
-    q_row = (tl.load(first_tokens + row, volatile=True) + first + token).to(tl.int64) * NUM_HEADS + head
+    first_token = tl.load(first_tokens + row, volatile=True) + first
+    q_row = (first_token + token).to(tl.int64) * NUM_HEADS + head
     q_at = q_row[:, None] * DIM + column[None, :]
     if INLINE:
         tl.store(out + q_at, quotient(softmax, out, FP8), mask=mask)
     else:
-        m, total, acc = softmax
-        part = tl.program_id(2).to(tl.int64) * num_tokens * NUM_HEADS
-        tl.store(part_acc + part * DIM + q_at, acc, mask=mask)
-        tl.store(part_stats + (part + q_row) * 2, m, mask=real)
-        tl.store(part_stats + (part + q_row) * 2 + 1, total, mask=real)
+        num_active, num_splits = end_split - first_split, tl.num_programs(2)
+        if num_active == 1:
+            tl.store(out + q_at, quotient(merged(nothing(BLOCK_M, DIM_PAD), softmax), out, FP8), mask=mask)
+        else:
+            m, total, acc = softmax
+            part = q_row * num_splits + tl.program_id(2)
+            tl.store(part_acc + part[:, None] * DIM + column[None, :], acc, mask=mask)
+            tl.store(part_stats + part * 2, m, mask=real)
+            tl.store(part_stats + part * 2 + 1, total, mask=real)
+            # One thread counts for all: what they wrote comes before, what they read of the other programs after
+            tl.debug_barrier()
+            counter = counters + tile * KV_HEADS + kv_head
+            if tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == num_active - 1:
+                merge_splits(
+                    part_acc, part_stats, out, first_token, tile_count, num_active, num_splits, kv_head,
+                    NUM_HEADS, GROUP, DIM, DIM_PAD, MERGE_ROWS, MERGE_AT_ONCE, FP8,
+                )  # fmt: skip
+                tl.store(counter, 0)  # for the next launch
 
 
-@triton.jit(
-    do_not_specialize=["num_tokens", "window"],
-    do_not_specialize_on_alignment=["starts", "first_tokens", "counts", "tile_rows", "tile_tokens"],
-)
-def merge_kernel(
-    part_acc,
-    part_stats,
-    out,
-    starts,
-    first_tokens,
-    counts,
-    tile_rows,
-    tile_tokens,
-    num_tokens,
-    window,
-    NUM_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    DIM_PAD: tl.constexpr,
-    TOKENS: tl.constexpr,
-    SPLIT_KEYS: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    WINDOWED: tl.constexpr,
-    FP8: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
-    head = tl.program_id(1)
-    row, first, tile_count, _, low, end = tile_of(
-        tl.program_id(0), starts, counts, tile_rows, tile_tokens, window, TOKENS, WINDOWED
-    )
-    if tile_count <= 0:
-        return
-    num_splits = tl.cdiv(end, SPLIT_KEYS) - low // SPLIT_KEYS
-    column = tl.arange(0, DIM_PAD)[None, :]
-    one = tl.arange(0, 1)
-    for token in tl.range(0, tile_count):
-        at = (tl.load(first_tokens + row) + first + token).to(tl.int64) * NUM_HEADS + head
-        softmax = nothing(1, DIM_PAD)
-        for some in tl.range(0, num_splits, AT_ONCE):
-            for i in tl.static_range(AT_ONCE):
-                split = some + i
-                part = split.to(tl.int64) * num_tokens * NUM_HEADS + at + one
-                is_one = split + one < num_splits
-                m = tl.load(part_stats + part * 2, mask=is_one, other=float("-inf"))
-                total = tl.load(part_stats + part * 2 + 1, mask=is_one, other=0)
-                acc = tl.load(part_acc + part[:, None] * DIM + column, mask=is_one[:, None] & (column < DIM), other=0)
-                softmax = merged(softmax, (m, total, acc))
-        tl.store(out + (at + one)[:, None] * DIM + column, quotient(softmax, out, FP8), mask=column < DIM)
+class Partials(NamedTuple):
+    """What the programs of a tile's splits leave each other. Counters are zero before a launch, and zero again after it."""
+
+    acc: torch.Tensor  # float32 [T, H, num_splits, d]
+    stats: torch.Tensor  # float32 [T, H, num_splits, 2]
+    counters: torch.Tensor  # int32, at least one for each tile and KV head: how many of the splits are done
 
 
 def attention(
@@ -351,7 +380,7 @@ def attention(
     scale: float,
     window: int,
     num_splits: int,
-    partials: tuple[torch.Tensor, torch.Tensor] | None = None,
+    partials: Partials | None = None,
     pdl: bool = False,
 ) -> None:
     """out = softmax(scale * q K^T) V, causal by position, of every tile's tokens; K and V of the step are in the cache already.
@@ -360,25 +389,19 @@ def attention(
     [starts, starts + counts), its first token is q[first_tokens]. Tile i holds the row's tokens from tile_tokens[i] on,
     config.tokens_per_tile(group) of them, of row tile_rows[i]; -1: nothing. window > 0: keys (position - window, position].
     num_splits 1: each program walks all keys. Else program s does the s-th split of the tile's keys, and num_splits is at
-    least config.num_splits() of every tile; partials are float32 [num_splits, T, H, d] and [num_splits, T, H, 2].
+    least config.num_splits() of every tile.
     """
     num_tokens, num_heads, dim = q.shape
     _, num_kv_heads, block_size, _ = layer.keys.shape
     fp8 = layer.key_scales is not None
     inline = num_splits == 1
     assert inline or (partials is not None and config.split_keys), "splits need a size and a place for their parts"
-    acc, stats = partials if partials is not None else (out, out)
-    common = {
-        "NUM_HEADS": num_heads,
-        "DIM": dim,
-        "DIM_PAD": max(16, triton.next_power_of_2(dim)),
-        "SPLIT_KEYS": config.split_keys,
-        "WINDOWED": window > 0,
-        "FP8": fp8,
-        "PDL": pdl,
-        "launch_pdl": pdl,
-        "enable_fp_fusion": False,
-    }
+    acc, stats, counters = partials if partials is not None else (out, out, tile_rows)
+    assert inline or len(counters) >= len(tile_rows) * num_kv_heads, "splits of each tile and KV head are counted apart"
+    dim_pad = max(16, triton.next_power_of_2(dim))
+    decode = num_tokens == len(starts)
+    merge_rows = triton.next_power_of_2(num_heads // num_kv_heads) if decode else min(16, config.block_m)
+    merge_values = max(1, merge_rows * dim_pad // (32 * config.num_warps))
     attention_kernel[(len(tile_rows), num_kv_heads, num_splits)](
         q,
         layer.keys,
@@ -394,36 +417,28 @@ def attention(
         out,
         acc,
         stats,
+        counters,
         scale * math.log2(math.e),
         block_tables.shape[1],
-        num_tokens,
         window,
+        NUM_HEADS=num_heads,
         KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,
+        DIM=dim,
+        DIM_PAD=dim_pad,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
+        SPLIT_KEYS=config.split_keys,
         INLINE=inline,
-        DECODE=num_tokens == len(starts),
+        MERGE_ROWS=merge_rows,
+        MERGE_AT_ONCE=max(1, min(MERGED_AT_ONCE, MERGED_VALUES // merge_values)),
+        DECODE=decode,
+        WINDOWED=window > 0,
+        FP8=fp8,
         LARGE=layer.keys.numel() >= 2**31,
+        PDL=pdl,
+        launch_pdl=pdl,
+        enable_fp_fusion=False,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **common,
-    )
-    if inline:
-        return
-    merge_kernel[(len(tile_rows), num_heads)](
-        acc,
-        stats,
-        out,
-        starts,
-        first_tokens,
-        counts,
-        tile_rows,
-        tile_tokens,
-        num_tokens,
-        window,
-        TOKENS=config.tokens_per_tile(num_heads // num_kv_heads),
-        AT_ONCE=MERGED_AT_ONCE,
-        num_warps=1 if dim <= 128 else 2,
-        **common,
     )

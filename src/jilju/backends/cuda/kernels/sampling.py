@@ -30,6 +30,9 @@ from jilju.backends.cuda.kernels.sampling_keys import (
     SUM_ONE,
     TARGET,
     TEMPERATURE,
+    TOP_K,
+    TOP_P,
+    VOCAB_REACH,
     WANTED,
     id_of,
     key_of,
@@ -88,37 +91,39 @@ def change_kernel(inputs, work, vocab, BLOCK: tl.constexpr):
     x = work + row * vocab
     lanes = tl.arange(0, BLOCK)
     first_bias, end_bias = tl.load(record + BIASES), tl.load(record + BIASES + 1)
+    to_bias = tl.load(record + BIASES + 2)
     begin = first_bias
     while begin < end_bias:
-        at = begin + 2 * lanes
+        at = begin + lanes
         mask = at < end_bias
         ids = tl.load(inputs + at, mask=mask, other=0)
-        bias = tl.load(inputs + at + 1, mask=mask, other=0).to(tl.float32, bitcast=True)
+        bias = tl.load(inputs + at + to_bias, mask=mask, other=0).to(tl.float32, bitcast=True)
         tl.store(x + ids, tl.load(x + ids, mask=mask) + bias, mask=mask)
-        begin += 2 * BLOCK
+        begin += BLOCK
     tl.debug_barrier()
     repetition = number(record, REPETITION)
     frequency, presence = number(record, FREQUENCY), number(record, PRESENCE)
     first, end = tl.load(record + PENALTIES), tl.load(record + PENALTIES + 1)
+    to_count = tl.load(record + PENALTIES + 2)
     begin = first
     while begin < end:
-        at = begin + 2 * lanes
+        at = begin + lanes
         mask = at < end
         ids = tl.load(inputs + at, mask=mask, other=0)
-        count = tl.load(inputs + at + 1, mask=mask, other=0)
+        count = tl.load(inputs + at + to_count, mask=mask, other=0)
         value = tl.load(x + ids, mask=mask, other=0.0)
         value = tl.where(value > 0, tl.div_rn(value, repetition), value * repetition)
         value = value - frequency * count.to(tl.float32) - tl.where(count > 0, presence, 0.0)
         tl.store(x + ids, within_range(value), mask=mask)
-        begin += 2 * BLOCK
+        begin += BLOCK
     tl.debug_barrier()
     begin = first_bias
     while begin < end_bias:
-        at = begin + 2 * lanes
+        at = begin + lanes
         mask = at < end_bias
         ids = tl.load(inputs + at, mask=mask, other=0)
         tl.store(x + ids, within_range(tl.load(x + ids, mask=mask, other=0.0)), mask=mask)
-        begin += 2 * BLOCK
+        begin += BLOCK
     tl.debug_barrier()
     first, end = tl.load(record + BANNED), tl.load(record + BANNED + 1)
     begin = first
@@ -173,9 +178,6 @@ def settle_kernel(
     changed_keys,  # int64 [num_rows, num_chunks]
     lows,  # float32 [num_rows, num_chunks]
     stats,  # float64 [num_rows, STATS]
-    bin_counts,  # int32 [num_rows, NUM_BINS]
-    bin_masses,  # int64 [num_rows, NUM_BINS]
-    list_counts,  # int32 [num_rows]
     thresholds,  # int64 [num_rows]
     token_ids,  # int32 [num_rows]
     logprobs,  # float32 [num_rows]
@@ -228,10 +230,10 @@ def settle_kernel(
     if is_filtered:
         reach = number(record, TEMPERATURE) * REACH
         low = tl.min(tl.load(lows + row * num_chunks + chunks, mask=mask, other=float("inf")), axis=0)
-        span = tl.maximum(tl.minimum(peak - low, reach), 1e-30)
+        span, top_p = tl.minimum(peak - low, reach), number(record, TOP_P)
+        if (tl.load(record + TOP_K) == 0) & (top_p < 1.0):
+            # further down all ids together have less than what top-p leaves out: the last bin may hold them all
+            span = tl.minimum(span, number(record, TEMPERATURE) * (VOCAB_REACH - tl.log(tl.maximum(1.0 - top_p, 1e-7))))
+        span = tl.maximum(span, 1e-30)
         tl.store(row_stats + BIN_SCALE, (1.0 / span * NUM_BINS).to(tl.float64))
         tl.store(row_stats + BIN_REACH, reach.to(tl.float64))
-        bins = tl.arange(0, NUM_BINS)
-        tl.store(bin_counts + row * NUM_BINS + bins, tl.zeros([NUM_BINS], tl.int32))
-        tl.store(bin_masses + row * NUM_BINS + bins, tl.zeros([NUM_BINS], tl.int64))
-        tl.store(list_counts + row, 0)

@@ -9,6 +9,7 @@ import triton.language as tl
 from jilju.backends.cuda.kernels.sampling import log_prob
 from jilju.backends.cuda.kernels.sampling_keys import (
     DRAWN,
+    HIGHEST,
     KIND,
     LARGEST,
     LOG_SUM,
@@ -22,6 +23,12 @@ from jilju.backends.cuda.kernels.sampling_keys import (
     number,
     share_of,
 )
+
+
+@triton.jit
+def is_over(record, finite, threshold):
+    """Whether a row needs no drawing, or no more"""
+    return (tl.load(record + KIND) < DRAWN) | (tl.load(finite) == 0) | (tl.load(threshold) == HIGHEST)
 
 
 @triton.jit
@@ -39,7 +46,7 @@ def weigh_kernel(
     source,  # float32 [num_rows, vocab]  changed logits
     stride,
     stats,
-    thresholds,  # int64 [num_rows]  the last key that is kept
+    thresholds,  # int64 [num_rows]  the last key that is kept; HIGHEST: the id was drawn
     finite,  # int32 [num_rows]
     chunk_masses,  # int64 [num_rows, num_chunks]
     vocab,
@@ -48,7 +55,7 @@ def weigh_kernel(
 ):
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     record, row_stats = inputs + row * RECORD, stats + row * STATS
-    if (tl.load(record + KIND) < DRAWN) | (tl.load(finite + row) == 0):
+    if is_over(record, finite + row, thresholds + row):
         return
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     masses = kept_masses(record, source + row * stride, row_stats, tl.load(thresholds + row), ids, ids < vocab)
@@ -64,6 +71,21 @@ def noise(record):
     zero = c0 ^ c0
     w0, w1, _, _ = tl.philox_impl(c0, c1, zero, zero, k0, k1)
     return (w0.to(tl.uint64) << 32) | (w1.to(tl.uint64) & 0xFFFFF800)
+
+
+@triton.jit
+def place_of(record, masses):
+    """The first place at which the cumulative mass exceeds u * total"""
+    # of integers: exceeds floor(u * total)
+    target = tl.umulhi(noise(record), tl.sum(masses, axis=0).to(tl.uint64)).to(tl.int64)
+    return tl.sum((tl.cumsum(masses, axis=0) <= target).to(tl.int32), axis=0)
+
+
+@triton.jit
+def report(row_logits, row_stats, id_, token_id, logprob):
+    largest, log_sum = tl.load(row_stats + LARGEST), tl.load(row_stats + LOG_SUM)
+    tl.store(token_id, id_)
+    tl.store(logprob, log_prob(tl.load(row_logits + id_), largest, log_sum))
 
 
 @triton.jit
@@ -86,7 +108,7 @@ def pick_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     record, row_stats = inputs + row * RECORD, stats + row * STATS
-    if (tl.load(record + KIND) < DRAWN) | (tl.load(finite + row) == 0):
+    if is_over(record, finite + row, thresholds + row):
         return
     chunks = tl.arange(0, CHUNKS)
     parts = tl.load(chunk_masses + row * num_chunks + chunks, mask=chunks < num_chunks, other=0)
@@ -100,7 +122,4 @@ def pick_kernel(
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     masses = kept_masses(record, source + row * stride, row_stats, tl.load(thresholds + row), ids, ids < vocab)
     id_ = chunk * CHUNK + tl.sum((tl.cumsum(masses, axis=0) <= target).to(tl.int32), axis=0)
-    x = tl.load(logits + row * logits_stride + id_)
-    tl.store(token_ids + row, id_)
-    largest, log_sum = tl.load(row_stats + LARGEST), tl.load(row_stats + LOG_SUM)
-    tl.store(logprobs + row, log_prob(x, largest, log_sum))
+    report(logits + row * logits_stride, row_stats, id_, token_ids + row, logprobs + row)

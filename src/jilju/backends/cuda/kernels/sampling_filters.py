@@ -1,7 +1,7 @@
-"""Filters: the last key that top-k and top-p keep of a row, without sorting it.
+"""Filters: the ids of a row among which top-k and top-p end, in a short list, without sorting the row and without atomics.
 
-A histogram of counts and masses over bins of logits says in which bin it lies; the ids of that bin are listed, and one
-program a row bisects over their keys. Where too many are in a bin (ties), it goes over the whole row instead. Ids whose
+Each chunk counts its ids in bins of logits; the counts say in which bins the filters end, and where each chunk's part of the
+list begins. Most often everything that is kept fits into the list, and all else is done there (sampling_select.py). Ids whose
 mass is 0 are never drawn, so they are left out from the start: whether they are kept changes nothing.
 """
 
@@ -10,10 +10,10 @@ import triton.language as tl
 
 from jilju.backends.cuda import sampling_memory
 from jilju.backends.cuda.kernels.sampling_keys import (
+    BIN_SCALE,
     FILTERED,
-    HIGHEST,
+    INVERSE,
     KIND,
-    LOWEST,
     RECORD,
     STATS,
     TOP_K,
@@ -27,16 +27,12 @@ from jilju.backends.cuda.kernels.sampling_keys import (
 
 # Where the filters of a row end, int32
 SPOT = tl.constexpr(sampling_memory.SPOT_WORDS)
-K_BIN = tl.constexpr(0)  # the bin in which top-k ends, or -2
-P_FIRST = tl.constexpr(1)  # the bins in one of which top-p ends
-P_LAST = tl.constexpr(2)
-
-
-@triton.jit
-def least_mass(top_p, total):
-    """What a prefix must reach: top_p * total, rounded up; the mass of the first id at least"""
-    share = top_p.to(tl.float64) * total.to(tl.float64)
-    return tl.minimum(tl.maximum(tl.ceil(share).to(tl.int64), 1), total)
+FIRST = tl.constexpr(0)  # bins that are listed; from 0 on: all that is kept is in the list
+LAST = tl.constexpr(1)
+K_BIN = tl.constexpr(2)  # the bin in which top-k ends, listed too; the number of bins if it leaves out nothing
+K_WANT = tl.constexpr(3)  # how many of those that are listed it keeps
+NUM_LISTED = tl.constexpr(4)  # -1: too many for a list
+NEEDS_MASS = tl.constexpr(5)  # 1: top-p goes by masses that are not all in the list
 
 
 @triton.jit
@@ -46,26 +42,20 @@ def count_kernel(
     stride,
     stats,
     finite,
-    bin_counts,  # int32 [num_rows, NUM_BINS]  zeros
-    bin_masses,  # int64 [num_rows, NUM_BINS]  zeros
+    bin_counts,  # int32 [num_rows, num_chunks, NUM_BINS]
     vocab,
+    num_chunks,
     NUM_BINS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Fill the bins: counts of rows with top-k, masses of rows with top-p."""
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    record, row_stats = inputs + row * RECORD, stats + row * STATS
-    if (tl.load(record + KIND) != FILTERED) | (tl.load(finite + row) == 0):
+    if (tl.load(inputs + row * RECORD + KIND) != FILTERED) | (tl.load(finite + row) == 0):
         return
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(source + row * stride + ids, mask=ids < vocab, other=float("-inf"))
-    bins = bin_of(x, row_stats, NUM_BINS)
-    if tl.load(record + TOP_K) > 0:
-        tl.atomic_add(bin_counts + row * NUM_BINS + bins, 1, mask=bins >= 0, sem="relaxed")
-    if number(record, TOP_P) < 1.0:
-        tl.atomic_add(
-            bin_masses + row * NUM_BINS + bins, mass_of(share_of(x, row_stats)), mask=bins >= 0, sem="relaxed"
-        )
+    bins = bin_of(x, stats + row * STATS, NUM_BINS)
+    counts = tl.histogram(bins, NUM_BINS, mask=bins >= 0)
+    tl.store(bin_counts + (row * num_chunks + chunk) * NUM_BINS + tl.arange(0, NUM_BINS), counts)
 
 
 @triton.jit
@@ -76,37 +66,99 @@ def bin_before(cumulative, want):
 
 
 @triton.jit
+def bins_of_top_p(counts, kept, bins, top_p, width, capacity, NUM_BINS: tl.constexpr):
+    """First and last bin to list for top-p of `kept` ids a bin, each `width` temperatures wide; last < first: none will do.
+
+    All bins up to one that is surely the end or beyond, by the bounds of each bin's mass; if those are too many ids, as many
+    as there is room for around the likely end. Whether it is among them is checked later, by exact masses.
+    """
+    largest = (bins == 0).to(tl.float32)  # an id whose mass is known: 1
+    rest = tl.maximum(kept.to(tl.float32) - largest, 0.0)
+    most = largest + rest * tl.exp(-width * bins.to(tl.float32))
+    least = largest + rest * tl.exp(-width * (bins.to(tl.float32) + 1.0))
+    beyond = tl.sum(most, axis=0) - tl.cumsum(most, axis=0)
+    is_short = (1.0 - top_p) * tl.cumsum(least, axis=0) < top_p * beyond
+    last = tl.minimum(tl.sum(is_short.to(tl.int32), axis=0), NUM_BINS - 1)
+    first = last * 0
+    if tl.sum(tl.where(bins <= last, counts, 0), axis=0) > capacity:
+        likely = largest + rest * tl.exp(-width * (bins.to(tl.float32) + 0.5))
+        likely = tl.where(bins < NUM_BINS - 1, likely, 0.0)  # the last one's ids may lie far below it
+        want = top_p * tl.sum(likely, axis=0)
+        end, before = bin_before(tl.cumsum(likely, axis=0), want)
+        is_end = bins == end
+        part = (want - before) / tl.maximum(tl.sum(tl.where(is_end, likely, 0.0), axis=0), 1e-30)
+        in_end = tl.sum(tl.where(is_end, counts, 0), axis=0).to(tl.float32)
+        place = tl.sum(tl.where(bins < end, counts, 0), axis=0) + (part * in_end).to(tl.int32)
+        reached = tl.cumsum(counts, axis=0)
+        has_room = (reached - counts >= place - capacity // 2) & (reached <= place + capacity // 2)
+        first = tl.min(tl.where(has_room, bins, NUM_BINS), axis=0)
+        last = tl.max(tl.where(has_room, bins, -1), axis=0)
+        if (end < first) | (end > last):
+            first = end
+            last = tl.where(in_end <= capacity, end, end - 1)
+    return first, last
+
+
+@triton.jit
 def locate_kernel(
     inputs,
+    stats,
     finite,
-    bin_counts,
-    bin_masses,
+    bin_counts,  # int32 [num_rows, num_chunks, NUM_BINS]
     spots,  # int32 [num_rows, SPOT]
+    places,  # int32 [num_rows, num_chunks + 1]  where in the list each chunk's ids begin
+    num_chunks,
+    CHUNKS: tl.constexpr,
     NUM_BINS: tl.constexpr,
+    CAPACITY: tl.constexpr,
 ):
-    """Bins that hold the last id of top-k and of top-p. How much top-k keeps is known up to the mass of its last bin."""
+    """Which bins to list."""
     row = tl.program_id(0).to(tl.int64)
-    record = inputs + row * RECORD
+    record, row_stats = inputs + row * RECORD, stats + row * STATS
     if (tl.load(record + KIND) != FILTERED) | (tl.load(finite + row) == 0):
         return
-    bins = tl.arange(0, NUM_BINS)
-    masses = tl.load(bin_masses + row * NUM_BINS + bins)
-    mass_before = tl.cumsum(masses, axis=0)
-    least = tl.sum(masses, axis=0)
-    most = least
-    k_bin, top_k = -2, tl.load(record + TOP_K)
-    counts = tl.load(bin_counts + row * NUM_BINS + bins)
+    bins, chunks = tl.arange(0, NUM_BINS), tl.arange(0, CHUNKS)
+    table = tl.load(
+        bin_counts + (row * num_chunks + chunks[:, None]) * NUM_BINS + bins[None, :],
+        mask=(chunks < num_chunks)[:, None],
+        other=0,
+    )
+    counts = tl.sum(table, axis=0)
+    top_k, top_p = tl.load(record + TOP_K), number(record, TOP_P)
+    k_bin, k_want, num_to_k, num_at_k = NUM_BINS, 0, CAPACITY + 1, 0
     if (top_k > 0) & (top_k <= tl.sum(counts, axis=0)):
-        k_bin, _ = bin_before(tl.cumsum(counts, axis=0), top_k)
-        most = tl.sum(tl.where(bins <= k_bin, masses, 0), axis=0)
-        least = tl.sum(tl.where(bins < k_bin, masses, 0), axis=0)
-    p_first, p_last, top_p = NUM_BINS, -2, number(record, TOP_P)
-    if top_p < 1.0:
-        p_first, _ = bin_before(mass_before, least_mass(top_p, tl.maximum(least, 1)))
-        p_last, _ = bin_before(mass_before, least_mass(top_p, most))
-    tl.store(spots + row * SPOT + K_BIN, k_bin)
-    tl.store(spots + row * SPOT + P_FIRST, p_first)
-    tl.store(spots + row * SPOT + P_LAST, p_last)
+        k_bin, before = bin_before(tl.cumsum(counts, axis=0), top_k)
+        k_want = top_k - before
+        num_at_k = tl.sum(tl.where(bins == k_bin, counts, 0), axis=0)
+        num_to_k = before + num_at_k
+    first, last, needs_mass = 0, -1, 0
+    if num_to_k <= CAPACITY:
+        last = k_bin
+    else:
+        if top_p < 1.0:
+            needs_mass = 1
+            kept = tl.where(bins < k_bin, counts, tl.where(bins == k_bin, k_want, 0))
+            width = (tl.load(row_stats + INVERSE) / tl.load(row_stats + BIN_SCALE)).to(tl.float32)
+            first, last = bins_of_top_p(counts, kept, bins, top_p, width, CAPACITY - num_at_k, NUM_BINS)
+        else:
+            first, last = k_bin, k_bin
+            if k_bin == NUM_BINS:
+                last = -1
+    is_listed = ((bins >= first) & (bins <= last)) | (bins == k_bin)
+    num_of_chunk = tl.sum(tl.where(is_listed[None, :], table, 0), axis=1)
+    ends = tl.cumsum(num_of_chunk, axis=0)
+    num_listed = tl.sum(num_of_chunk, axis=0)
+    if (num_listed > CAPACITY) | ((last < first) & (needs_mass == 1)):
+        num_listed = -1
+    tl.store(places + row * (num_chunks + 1), 0)
+    tl.store(places + row * (num_chunks + 1) + 1 + chunks, ends, mask=chunks < num_chunks)
+    spot = spots + row * SPOT
+    tl.store(spot + FIRST, first)
+    tl.store(spot + LAST, last)
+    tl.store(spot + K_BIN, k_bin)
+    tl.store(spot + K_WANT, k_want + tl.sum(tl.where(is_listed & (bins < k_bin), counts, 0), axis=0))
+    tl.store(spot + NUM_LISTED, num_listed)
+    tl.store(spot + NEEDS_MASS, needs_mass)
 
 
 @triton.jit
@@ -117,123 +169,34 @@ def list_kernel(
     stats,
     finite,
     spots,
-    lists,  # int32 [num_rows, CAPACITY]
-    list_counts,  # int32 [num_rows]  zeros; may come to exceed CAPACITY
+    places,
+    lists,  # int64 [num_rows, CAPACITY]  keys, in ascending order of ids
+    above,  # int64 [num_rows, num_chunks, 2]  mass of bins before K_BIN, and before FIRST
     vocab,
+    num_chunks,
     CAPACITY: tl.constexpr,
     NUM_BINS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """List the ids of the bins that were located, in any order."""
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    record, row_stats = inputs + row * RECORD, stats + row * STATS
-    if (tl.load(record + KIND) != FILTERED) | (tl.load(finite + row) == 0):
+    if (tl.load(inputs + row * RECORD + KIND) != FILTERED) | (tl.load(finite + row) == 0):
+        return
+    spot = spots + row * SPOT
+    begin = tl.load(places + row * (num_chunks + 1) + chunk)
+    end = tl.load(places + row * (num_chunks + 1) + chunk + 1)
+    needs_mass = tl.load(spot + NEEDS_MASS)
+    if (tl.load(spot + NUM_LISTED) < 0) | ((begin == end) & (needs_mass == 0)):
         return
     ids = chunk * CHUNK + tl.arange(0, CHUNK)
     x = tl.load(source + row * stride + ids, mask=ids < vocab, other=float("-inf"))
-    bins, spot = bin_of(x, row_stats, NUM_BINS), spots + row * SPOT
-    in_range = (bins >= tl.load(spot + P_FIRST)) & (bins <= tl.load(spot + P_LAST))
-    hit = in_range | (bins == tl.load(spot + K_BIN))
-    num_hits = tl.sum(hit.to(tl.int32), axis=0)
-    if num_hits > 0:
-        place = tl.atomic_add(list_counts + row, num_hits, sem="relaxed") + tl.cumsum(hit.to(tl.int32), axis=0) - 1
-        tl.store(lists + row * CAPACITY + place, ids, mask=hit & (place < CAPACITY))
-
-
-@triton.jit
-def members(source, row_stats, ids_list, begin, num, in_list, bin_, NUM_BINS: tl.constexpr, BLOCK: tl.constexpr):
-    """A block of a row's list, or of the row itself: the logits, their keys, and which of them are in the bin"""
-    at = begin + tl.arange(0, BLOCK)
-    inside = at < num
-    ids = tl.load(ids_list + at, mask=inside & in_list, other=0)
-    ids = tl.where(in_list, ids, at)
-    x = tl.load(source + ids, mask=inside, other=float("-inf"))
-    return x, key_of(x, ids), bin_of(x, row_stats, NUM_BINS) == bin_
-
-
-@triton.jit
-def last_key(
-    source,
-    row_stats,
-    ids_list,
-    num,
-    in_list,
-    bin_,
-    want,
-    BY_MASS: tl.constexpr,
-    NUM_BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The largest key of the bin such that it and those above it come to `want`, by count or by mass. The bounds
-    of the bisection become keys of the bin, so that it ends where one is left."""
-    low, high = tl.full([], LOWEST, tl.int64), tl.full([], HIGHEST, tl.int64)
-    while low < high:
-        middle = low + ((high - low + 1) >> 1)
-        total = tl.full([], 0, tl.int64)
-        above, below = tl.full([], HIGHEST, tl.int64), tl.full([], LOWEST, tl.int64)
-        begin = 0
-        while begin < num:
-            x, keys, hit = members(source, row_stats, ids_list, begin, num, in_list, bin_, NUM_BINS, BLOCK)
-            is_above = hit & (keys >= middle)
-            measure = mass_of(share_of(x, row_stats)) if BY_MASS else tl.full([BLOCK], 1, tl.int64)
-            total += tl.sum(tl.where(is_above, measure, 0), axis=0)
-            above = tl.minimum(above, tl.min(tl.where(is_above, keys, HIGHEST), axis=0))
-            below = tl.maximum(below, tl.max(tl.where(hit & (keys < middle), keys, LOWEST), axis=0))
-            begin += BLOCK
-        if total >= want:
-            low = above
-        else:
-            high = below
-    return low
-
-
-@triton.jit
-def select_kernel(
-    inputs,
-    source,
-    stride,
-    stats,
-    finite,
-    bin_counts,
-    bin_masses,
-    spots,
-    lists,
-    list_counts,
-    thresholds,  # int64 [num_rows]
-    vocab,
-    CAPACITY: tl.constexpr,
-    NUM_BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """The last key that is kept: of top-k, and of top-p among those."""
-    row = tl.program_id(0).to(tl.int64)
-    record, row_stats = inputs + row * RECORD, stats + row * STATS
-    if (tl.load(record + KIND) != FILTERED) | (tl.load(finite + row) == 0):
-        return
-    x, ids_list = source + row * stride, lists + row * CAPACITY
-    num = tl.load(list_counts + row)
-    in_list = num <= CAPACITY
-    num = tl.where(in_list, num, vocab)
-    bins = tl.arange(0, NUM_BINS)
-    masses = tl.load(bin_masses + row * NUM_BINS + bins)
-    threshold = tl.full([], LOWEST, tl.int64)
-    total = tl.sum(masses, axis=0)
-    k_bin, top_p = tl.load(spots + row * SPOT + K_BIN), number(record, TOP_P)
-    if k_bin >= 0:
-        counts = tl.load(bin_counts + row * NUM_BINS + bins)
-        want = (tl.load(record + TOP_K) - tl.sum(tl.where(bins < k_bin, counts, 0), axis=0)).to(tl.int64)
-        threshold = last_key(x, row_stats, ids_list, num, in_list, k_bin, want, False, NUM_BINS, BLOCK)
-        if top_p < 1.0:
-            total = tl.sum(tl.where(bins < k_bin, masses, 0), axis=0)
-            begin = 0
-            while begin < num:
-                value, keys, hit = members(x, row_stats, ids_list, begin, num, in_list, k_bin, NUM_BINS, BLOCK)
-                mass = mass_of(share_of(value, row_stats))
-                total += tl.sum(tl.where(hit & (keys >= threshold), mass, 0), axis=0)
-                begin += BLOCK
-    if top_p < 1.0:
-        want = least_mass(top_p, total)
-        p_bin, before = bin_before(tl.cumsum(masses, axis=0), want)
-        key = last_key(x, row_stats, ids_list, num, in_list, p_bin, want - before, True, NUM_BINS, BLOCK)
-        threshold = tl.maximum(threshold, key)
-    tl.store(thresholds + row, threshold)
+    row_stats = stats + row * STATS
+    bins, first, k_bin = bin_of(x, row_stats, NUM_BINS), tl.load(spot + FIRST), tl.load(spot + K_BIN)
+    if begin < end:
+        hit = ((bins >= first) & (bins <= tl.load(spot + LAST))) | (bins == k_bin)
+        place = begin + tl.cumsum(hit.to(tl.int32), axis=0) - 1
+        tl.store(lists + row * CAPACITY + place, key_of(x, ids), mask=hit)
+    if needs_mass == 1:
+        masses = mass_of(share_of(x, row_stats))
+        here = above + (row * num_chunks + chunk) * 2
+        tl.store(here, tl.sum(tl.where((bins >= 0) & (bins < k_bin), masses, 0), axis=0))
+        tl.store(here + 1, tl.sum(tl.where((bins >= 0) & (bins < first), masses, 0), axis=0))

@@ -17,9 +17,12 @@ HIGHEST = tl.constexpr((1 << 60) - 1)
 MASS_ONE = tl.constexpr(float(1 << 44))  # the mass of the largest logit; 2^18 of them are 2^62
 SUM_ONE = tl.constexpr(float(1 << 40))  # of sums of float32 exponentials, which say 24 bits each
 REACH = tl.constexpr(31.5)  # a logit that is so many temperatures below the largest has mass 0: e^-31.2 = 2^-45
+VOCAB_REACH = tl.constexpr(
+    12.5
+)  # so many below, the largest vocabulary has less mass than the largest logit: e^12.5 > 2^18
 
 # A row's record: 32-bit words in the batch's upload. The words of lists are places in the upload.
-RECORD_WORDS = 24
+RECORD_WORDS = 28
 RECORD = tl.constexpr(RECORD_WORDS)
 KIND = tl.constexpr(0)  # how the row gets its id
 TARGET = tl.constexpr(1)
@@ -34,10 +37,10 @@ REPETITION = tl.constexpr(11)
 PRESENCE = tl.constexpr(12)
 FREQUENCY = tl.constexpr(13)
 MASK_ROW = tl.constexpr(14)
-PENALTIES = tl.constexpr(15)  # begin and end of pairs (id, count)
-BIASES = tl.constexpr(17)  # begin and end of pairs (id, bias)
-BANNED = tl.constexpr(19)  # begin and end of ids
-WANTED = tl.constexpr(21)  # begin and end of ids, and the place of the first result
+PENALTIES = tl.constexpr(15)  # begin and end of ids, and how far behind each id its count is
+BIASES = tl.constexpr(18)  # begin and end of ids, and how far behind each id its bias is
+BANNED = tl.constexpr(21)  # begin and end of ids
+WANTED = tl.constexpr(23)  # begin and end of ids, and the place of the first result
 SCORED, GREEDY = tl.constexpr(0), tl.constexpr(1)  # the target; the largest logit
 DRAWN, FILTERED = tl.constexpr(2), tl.constexpr(3)  # by chance; from those that top-k or top-p keep
 
@@ -47,7 +50,9 @@ LARGEST = tl.constexpr(0)  # of the raw logits
 LOG_SUM = tl.constexpr(1)  # log of the sum of exp(l - LARGEST)
 PEAK = tl.constexpr(2)  # the largest of the changed logits
 INVERSE = tl.constexpr(3)  # 1 / temperature
-BIN_SCALE = tl.constexpr(4)  # bins a unit of logits; this and the next are float32 numbers
+BIN_SCALE = tl.constexpr(
+    4
+)  # bins a unit of logits, but for the last bin, which takes the rest; this and the next are float32 numbers
 BIN_REACH = tl.constexpr(5)  # below PEAK; what is further down has no mass
 
 
