@@ -195,6 +195,10 @@ class InternalError(JiljuError):
     status, code = 500, "internal"
 
 
+class DeviceLost(InternalError):
+    """The device computes no more for this process: whatever ran there is gone, and another process must go on."""
+
+
 class NanLogits(InternalError):
     code = "nan_logits"
 

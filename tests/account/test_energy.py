@@ -60,3 +60,45 @@ def test_no_counters(tmp_path):
     assert find_meter(None, tmp_path / "none") is None
     declared = find_meter(12.0, tmp_path)
     assert declared == DeclaredPower(12.0) and declared is not None and declared.read_uj() is None
+
+
+class Gpu:
+    """A counter that somebody else reads."""
+
+    def __init__(self, energy_uj: int | None):
+        self.energy_uj = energy_uj
+
+    def __call__(self) -> int | None:
+        return self.energy_uj
+
+
+def test_a_gpu_counts_beside_the_packages(tmp_path):
+    zone, gpu = make_zone(tmp_path, "intel-rapl:0", "package-0", 100), Gpu(7_000_000)
+    meter = find_meter(50.0, tmp_path, gpu)
+    assert meter is not None and meter.source == "RAPL package counter, NVML GPU counter" and meter.watts is None
+    assert meter.read_uj() == 0
+    (zone / "energy_uj").write_text("130")
+    gpu.energy_uj = 7_000_500
+    assert meter.read_uj() == 530
+    gpu.energy_uj = 20  # the driver was loaded anew: what was used in between is not known
+    assert meter.read_uj() == 530
+    gpu.energy_uj = 25
+    assert meter.read_uj() == 535
+    gpu.energy_uj = None
+    assert meter.read_uj() is None
+
+
+def test_a_gpu_alone(tmp_path):
+    gpu = Gpu(1 << 62)
+    meter = find_meter(50.0, tmp_path, gpu)
+    assert meter is not None and meter.source == "NVML GPU counter" and meter.watts is None
+    gpu.energy_uj = (1 << 62) + 3
+    assert meter.read_uj() == 3
+
+
+def test_a_gpu_without_a_counter(tmp_path):
+    assert find_meter(None, tmp_path, Gpu(None)) is None
+    assert find_meter(50.0, tmp_path, Gpu(None)) == DeclaredPower(50.0)
+    make_zone(tmp_path, "intel-rapl:0", "package-0", 100)
+    meter = find_meter(None, tmp_path, Gpu(None))
+    assert meter is not None and meter.source == "RAPL package counter" and meter.read_uj() == 0

@@ -10,6 +10,7 @@ import pytest
 from jilju.backends.cuda.device import (
     FP8_CAPABILITY,
     Gpu,
+    Readings,
     check_fp8,
     check_libraries,
     find_gpu,
@@ -32,6 +33,7 @@ class FakeNvml:
     ):
         self.gpus, self.parts, self.failing = gpus, dict(parts), dict(failing)
         self.num_open = 0
+        self.used_bytes, self.energy_mj = GIB, 0
 
     def __getattr__(self, name: str) -> Any:
         if not name.startswith("nvml"):
@@ -60,9 +62,14 @@ class FakeNvml:
         handle._obj.value = index + 1  # a null pointer is no GPU
 
     def _DeviceGetHandleByUUID(self, uuid, handle):
+        uuids = [gpu[0] for gpu in self.gpus]
+        if uuid.decode() in uuids:
+            handle._obj.value = 1 + uuids.index(uuid.decode())
+            return 0
         if uuid.decode() not in self.parts:
             return 6
         handle._obj.value = 1000 + list(self.parts).index(uuid.decode())
+        return 0
 
     def _DeviceGetDeviceHandleFromMigDeviceHandle(self, part, handle):
         handle._obj.value = 1 + self.parts[list(self.parts)[part.value - 1000]]
@@ -87,8 +94,14 @@ class FakeNvml:
 
     def _DeviceGetMemoryInfo(self, handle, memory):
         gib = 16 if handle.value >= 1000 else self.gpus[handle.value - 1][3]
-        memory._obj.total, memory._obj.used = gib * GIB, GIB
-        memory._obj.free = (gib - 1) * GIB
+        memory._obj.total, memory._obj.used = gib * GIB, self.used_bytes
+        memory._obj.free = gib * GIB - self.used_bytes
+
+    def _DeviceGetTotalEnergyConsumption(self, handle, energy):
+        if handle.value >= 1000:
+            return 3  # of the whole GPU only
+        energy._obj.value = self.energy_mj
+        return 0
 
 
 H200 = ("GPU-aaaa-1", "NVIDIA H200", (9, 0), 141)
@@ -163,10 +176,35 @@ def test_refusals_say_what_is_needed(nvml, environ, words):
     assert all(word in caught.value.message for word in words), caught.value.message
 
 
+def test_readings_are_of_the_moment():
+    nvml = FakeNvml(A100, H200)
+    readings = Readings("GPU-aaaa-1", nvml)
+    assert (readings.used_bytes(), readings.energy_uj()) == (GIB, 0)
+    nvml.used_bytes, nvml.energy_mj = 120 * GIB, 1 << 62
+    assert (readings.used_bytes(), readings.energy_uj()) == (120 * GIB, 1000 << 62)
+    assert nvml.num_open == 1, "it stays open"
+    nvml.failing = {"nvmlDeviceGetMemoryInfo": 15, "nvmlDeviceGetTotalEnergyConsumption": 15}
+    assert readings.used_bytes() is None and readings.energy_uj() is None
+
+
+def test_a_part_of_a_divided_gpu_has_memory_and_no_counter_of_energy():
+    readings = Readings("MIG-1", FakeNvml(H200, parts={"MIG-1": 0}))
+    assert readings.used_bytes() == GIB and readings.energy_uj() is None
+
+
+@pytest.mark.parametrize(
+    "nvml", [FakeNvml(H200, failing={"nvmlInit_v2": 9}), FakeNvml(A100)], ids=["no driver", "no such GPU"]
+)
+def test_readings_that_cannot_be_had(nvml):
+    readings = Readings("GPU-aaaa-1", nvml)
+    assert readings.used_bytes() is None and readings.energy_uj() is None
+
+
 def test_no_driver(monkeypatch):
     monkeypatch.setattr("jilju.backends.cuda.device.LIBRARY", "libno-such-library.so.1")
     with pytest.raises(PlatformError, match=r"libno-such-library.so.1 is not there.*--gpus all.*--device cpu"):
         list_gpus({})
+    assert Readings("GPU-aaaa-1").used_bytes() is None
 
 
 def test_the_structure_of_memory_is_that_of_the_library():

@@ -20,6 +20,7 @@ from jilju.backends.cuda.memory import (
     CudaNeeds,
     bucket_of,
     buffers,
+    held_plan,
     kv_bytes_per_token,
     own_dtype,
     upload_bytes,
@@ -30,7 +31,7 @@ from jilju.backends.cuda.memory import (
 from jilju.formats.ggml import GgmlType
 from jilju.model.decoder import build_plan
 from jilju.model.spec import ModelSpec
-from jilju.plan import Limits, Plan
+from jilju.plan import Limits, Linear, Plan, StepShape
 from tests.model.tiny import GEMMA3, QWEN2, QWEN3, SCALED, SPEC
 
 LLAMA_8B = ModelSpec(
@@ -162,3 +163,21 @@ def test_the_own_type_is_that_of_most_bytes():
     shapes = LLAMA_8B.tensor_shapes()
     types = {name: GgmlType.Q8_0 if len(shape) == 2 else GgmlType.F32 for name, shape in shapes.items()}
     assert own_dtype(build_plan(LLAMA_8B, types | {"token_embd.weight": GgmlType.F16})) == "bf16"
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "f16", "fp8"])
+@pytest.mark.parametrize("spec", [SPEC, GEMMA3])
+def test_a_plan_is_counted_by_what_is_held(spec, dtype):
+    plan = plan_of(spec, GgmlType.Q8_0)
+    held = held_plan(plan, dtype)
+    held.verify()
+    assert held.weight_bytes == weight_bytes(plan, dtype)
+    step = StepShape((5, 0), (1, 7), 2)
+    assert held.flops(step) == plan.flops(step)
+    table, head = held.ops[0].table, held.ops[-2].parts[0]
+    assert table.row_bytes == 2 * spec.hidden_width
+    body = sum(op.bytes(step, 2) - sum(w.num_bytes for w in op.weights) for op in plan.ops if isinstance(op, Linear))
+    of_linears = sum(w.num_bytes for op in held.ops if isinstance(op, Linear) for w in op.weights)
+    assert sum(op.bytes(step, 2) for op in held.ops if isinstance(op, Linear)) == body + of_linears
+    own_head = dtype == "fp8" and head.name != table.name
+    assert head.row_bytes == (spec.hidden_width + 4 if own_head else 2 * spec.hidden_width)

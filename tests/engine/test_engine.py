@@ -28,7 +28,7 @@ from jilju.engine.request import (
 from jilju.engine.scheduler import MAX_BYPASSES, MIN_CHUNK
 from jilju.engine.sequence import MAX_PREEMPTIONS
 from jilju.engine.step_times import StepTimes
-from jilju.errors import ContextLengthExceeded, EmptyPrompt, KvCapacityExceeded, Overloaded
+from jilju.errors import ContextLengthExceeded, DeviceLost, EmptyPrompt, KvCapacityExceeded, Overloaded
 from jilju.plan import Limits
 
 from .fakes import (
@@ -685,3 +685,20 @@ def test_the_largest_and_smallest_parameters_fit_a_batch(name, low, high):
     engine.submit(request("neighbour", [1], 2))
     while engine.has_work():
         assert not [e for e in engine.step() if isinstance(e, RequestFailed)]
+
+
+def test_a_lost_device_ends_the_engine_and_no_request() -> None:
+    """No half of the step is tried again, and nothing of it is committed: another process goes on with all of them."""
+    limits = make_limits()
+
+    def lose() -> None:
+        raise DeviceLost("the GPU computes no more for this process")
+
+    executor = FakeExecutor(limits, before_step=lose)
+    engine = Engine(PLAN, executor, limits, VirtualClock(1))
+    for name in "ab":
+        engine.submit(request(name, [1, 2, 3]))
+    with pytest.raises(DeviceLost):
+        engine.step()
+    assert engine.num_step_faults == 0 and executor.num_steps == 0
+    assert [s.num_output for s in engine.scheduler.running] == [0, 0]

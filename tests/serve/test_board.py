@@ -11,6 +11,7 @@ import pytest
 
 from jilju.account.energy import DeclaredPower
 from jilju.clock import VirtualClock
+from jilju.serve.context import GpuMemory
 
 from .conftest import Connect
 from .stub import StubClient, step_record
@@ -33,7 +34,8 @@ async def told(connect: Connect, **changes: Any) -> str:
     """After traffic, on a server of which everything is known."""
     stub = StubClient()
     stub.process_id = os.getppid()  # type: ignore[attr-defined]
-    changes = {"price_per_hour": 1.0, "meter": DeclaredPower(65.0)} | changes
+    gpu = GpuMemory(total_bytes=1 << 30, used_bytes=lambda: 1 << 29)
+    changes = {"price_per_hour": 1.0, "meter": DeclaredPower(65.0), "gpu": gpu} | changes
     async with connect(stub, clock=VirtualClock(100 * S), **changes) as (http, server):
         assert stub.info is not None
         stub.info = msgspec.structs.replace(stub.info, read_bytes_per_s=1e9, flops_per_s=1e9)

@@ -18,6 +18,7 @@ from jilju.engine.client import EngineStatus
 from jilju.engine.events import Closed, EventLog, pack_row
 from jilju.engine.request import RequestTimes
 from jilju.errors import ShedReason
+from jilju.serve.context import GpuMemory
 from jilju.serve.ledger import Call, SequenceLife
 from jilju.serve.loop_lag import LoopLag
 from jilju.serve.metrics.folds import (
@@ -46,19 +47,20 @@ from .test_told import Samples, samples_of, value
 pytestmark = pytest.mark.anyio
 
 S = 10**9
+GIB = 1 << 30
 # Every label of ours besides `model`, and the values that it may have; None: as the server's own tables say.
 LABELS: dict[str, set[str] | None] = {
     "line": {"requests", "idle", "load", "failed", "recompute", "host"},
     "le": None,
     "version": None, "block_size": None, "num_blocks": None, "kv_dtype": None, "kernel_set": None,
     "route": {CHAT, COMPLETIONS, "/v1/responses", "/v1/messages"},
-    "state": {"completed", "client_cancelled", "deadline", "shed", "failed", "free", "cached", "held"},
+    "state": {"completed", "client_cancelled", "deadline", "shed", "failed", "free", "cached", "held", "used"},
     "code": None,
     "phase": set(CANCEL_PHASES),
     "kind": {"prefill", "decode", "mixed", *ROW_FAULTS.values()},
     "stage": set(FRONTEND_STAGES),
     "source": {"computed", "cached"},
-    "process": {"server", "engine"},
+    "process": {"server", "engine", "gpu"},
     "owner": {"start", "run store", "calls", "log", "history", "grammars", "weights", "kv", "workspace", "unattributed", "not_resident"},
     "reason": {*WAITING_REASONS, *get_args(ShedReason), "disconnect", "recompute"},
 }  # fmt: skip
@@ -310,6 +312,39 @@ async def test_memory_of_both_processes_is_told(connect: Connect, monkeypatch: p
         monkeypatch.setattr(StubClient, "process_id", 2**30, raising=False)
         assert 'process="engine"' not in (await http.get("/metrics")).text, "there is no such process"
     assert resident_bytes("self") and resident_bytes(str(2**30)) is None
+
+
+async def test_what_is_set_aside_on_a_gpu_is_its_and_not_the_process_s(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub, used = StubClient(), [120 * GIB]
+    monkeypatch.setattr(StubClient, "process_id", os.getppid(), raising=False)
+    gpu = GpuMemory(total_bytes=140 * GIB, used_bytes=lambda: used[0] if used else None)
+    async with connect(stub, gpu=gpu, metrics_compat="vllm") as (http, _):
+        stub.info = msgspec.structs.replace(
+            stub.info, weight_bytes=15 * GIB, kv_bytes=100 * GIB, workspace_bytes=2 * GIB
+        )
+        text = (await http.get("/metrics")).text
+        samples = samples_of(text)
+
+        def lines(process: str) -> dict[str, float]:
+            of_process = {
+                dict(labels)["owner"]: held
+                for (name, labels), held in samples.items()
+                if name == "jilju_memory_bytes" and ("process", process) in labels
+            }
+            return {owner: held for owner, held in of_process.items() if held}
+
+        held = {"weights": 15 * GIB, "kv": 100 * GIB, "workspace": 2 * GIB, "unattributed": 3 * GIB}
+        assert lines("gpu") == held
+        assert lines("engine").keys() == {"start"} and lines("engine")["start"] > 1 << 20
+        assert value(samples, "jilju_gpu_memory_bytes", state="used") == 120 * GIB
+        assert value(samples, "jilju_gpu_memory_bytes", state="free") == 20 * GIB
+        assert 'gpu_memory_utilization="0.84"' in text
+        used.clear()
+        samples = samples_of((await http.get("/metrics")).text)
+        assert not lines("gpu") and lines("engine"), "the driver does not answer"
+        assert not [name for name, _ in samples if name == "jilju_gpu_memory_bytes"]
 
 
 async def test_a_loop_that_is_kept_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

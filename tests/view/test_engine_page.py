@@ -12,6 +12,8 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
+from jilju.account.frame import Owned
+
 from .axe import check_axe
 from .engine_stub import EngineStub
 from .frame_data import FIRST_MS, World, empty_frame
@@ -574,6 +576,17 @@ def test_memory_is_a_sum_by_process_and_what_nobody_owns_is_marked_when_it_is_mu
     expect(tables.last.locator("tfoot")).to_have_text(re.compile("resident65 MB"))
     expect(tables.first.locator(".fault-text")).to_have_count(0)
     expect(tables.last.locator(".fault-text")).to_contain_text("unattributed")
+
+
+def test_memory_of_a_gpu_is_in_use(engine, stub):
+    memory = [
+        Owned(process="gpu", owner="kv", bytes=100 << 30),
+        Owned(process="gpu", owner="unattributed", bytes=1 << 30),
+    ]
+    stub.changes = {"memory": memory}
+    page = engine()
+    expect(page.locator("#memory caption")).to_have_text("GPU")
+    expect(page.locator("#memory tfoot")).to_have_text(re.compile(r"in use108"))
 
 
 def test_money_is_a_sum_with_idle_as_its_own_line(engine, stub):

@@ -125,7 +125,7 @@ class Waterfall(msgspec.Struct, frozen=True, kw_only=True):
 class Owned(msgspec.Struct, frozen=True, kw_only=True):
     """Memory of one owner."""
 
-    process: str  # "engine" or "server"
+    process: str  # "engine" or "server"; "gpu": what the engine holds there
     owner: str  # "weights", "kv", "workspace", "log", "run store", "prefix index", "unattributed", ...
     bytes: int
     is_file: bool = False  # pages of a mapped file, which the system can take back
@@ -166,7 +166,7 @@ class Cost(msgspec.Struct, frozen=True, kw_only=True):
 class Energy(msgspec.Struct, frozen=True, kw_only=True):
     """Since the server's start. `source` says whether it was measured."""
 
-    source: str  # "RAPL package counter", "declared watts"
+    source: str  # "RAPL package counter", "RAPL package counter, NVML GPU counter", "declared watts"
     joules: float
     requests_joules: float
     idle_joules: float

@@ -16,7 +16,7 @@ from jilju.assemble.fit import BLOCK_SIZE, Held, MemoryPlan, fit, show_bytes
 from jilju.assemble.gpu import find_device, gpu_config
 from jilju.assemble.packed import packed_folder
 from jilju.backends.cuda.device import Gpu, kernel_set
-from jilju.backends.cuda.memory import CudaNeeds
+from jilju.backends.cuda.memory import CudaNeeds, held_plan
 from jilju.backends.native import NativeExecutor, NativeProbes, PackedCache
 from jilju.backends.reference import ReferenceExecutor
 from jilju.clock import Clock, WallClock
@@ -212,9 +212,14 @@ def build_engine(
     # the prefix cache's hash is keyed by a secret of this process, so that nobody can make two prompts collide
     return Engine(
         plan, executor, limits, clock or WallClock(), hash_key=os.urandom(16), load_ms=load_ms, times=times,
-        gap_ms=options.token_gap_ms, roofs=roofs,
+        gap_ms=options.token_gap_ms, roofs=roofs, held_plan=held_plan_of(plan, options),
         grammars=Grammars(_matchers_of(checkpoint, plan, options), makes_beside=makes_grammars_beside, fills_beside=True),
     )  # fmt: skip
+
+
+def held_plan_of(plan: Plan, options: EngineOptions) -> Plan:
+    """The plan with its weights as the backend holds them."""
+    return held_plan(plan, options.weight_dtype) if options.backend == "cuda" else plan
 
 
 def _weights(

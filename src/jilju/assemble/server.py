@@ -12,12 +12,13 @@ from functools import partial
 
 from jilju import __version__
 from jilju.account.energy import find_meter
-from jilju.assemble.engine import EngineOptions, ModelFile, kernel_set_of
+from jilju.assemble.engine import EngineOptions, ModelFile, held_plan_of, kernel_set_of
 from jilju.assemble.launch import Launched
 from jilju.assemble.text import ModelText, load_text
 from jilju.assemble.worker_process import WorkerOptions, worker_command
+from jilju.backends.cuda.device import Readings
 from jilju.config import OFF, ServeConfig
-from jilju.serve.context import SamplingDefaults, ServerContext
+from jilju.serve.context import GpuMemory, SamplingDefaults, ServerContext
 from jilju.serve.door.key_file import keys_of
 from jilju.serve.otel.providers import make_providers
 from jilju.serve.request_log import CountingHandler, make_formatter
@@ -52,17 +53,21 @@ def make_context(launched: Launched, text: ModelText, handler: CountingHandler) 
             source=d.source,
         )
     usage_log = None if config.usage_log is None else UsageLog(config.usage_log)
+    gpu = options.device
+    readings = None if gpu is None else Readings(gpu.uuid)
     return ServerContext(
         model_name=config.served_model_name or model.name, tokenizer=text.tokenizer, template=text.template, client=launched.client,
         max_context=options.max_context, fingerprint=fingerprint(model, options), version=__version__, defaults=defaults,
         quantization=quantization(model), keys=keys_of(config), allowed_hosts=frozenset((config.host, *config.allow_host)),
         read_keys=None if config.api_key_file is None else partial(keys_of, config), allowed_origins=frozenset(config.allow_origin),
-        plan=model.plan, run_store_bytes=config.run_store, event_log=config.event_log, event_log_bytes=config.event_log_max, lenient=config.lenient, shared_prefix_cache=config.shared_prefix_cache, allow_request_template=config.allow_request_template,
+        plan=held_plan_of(model.plan, options), run_store_bytes=config.run_store, event_log=config.event_log, event_log_bytes=config.event_log_max, lenient=config.lenient, shared_prefix_cache=config.shared_prefix_cache, allow_request_template=config.allow_request_template,
         workers=Workers(worker_command(worker_options(model))),
         view_dir=VIEW_DIRECTORY, history=History() if config.keep_generated_ids == "on" else None,
         kv_dtype=config.kv_dtype, metrics_compat=config.metrics_compat, trace_content=config.trace_content,
         telemetry=None if config.otel == OFF else make_providers(config.otel, __version__), num_dropped_log_lines=lambda: handler.num_dropped + (0 if usage_log is None else usage_log.num_dropped),
-        price_per_hour=config.price, meter=find_meter(config.watts), usage_log=usage_log,
+        price_per_hour=config.price, usage_log=usage_log,
+        meter=find_meter(config.watts, ask_gpu_uj=None if readings is None else readings.energy_uj),
+        gpu=None if gpu is None or readings is None else GpuMemory(total_bytes=gpu.total_bytes, used_bytes=readings.used_bytes),
     )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from jilju.engine.pack import pack
 from jilju.engine.request import EngineEvent, Request, RequestAborted, is_terminal
 from jilju.engine.scheduler import Row, Scheduler, Step, check_fits
 from jilju.engine.step_times import StepTimes
-from jilju.errors import InternalError, Overloaded
+from jilju.errors import DeviceLost, InternalError, Overloaded
 from jilju.plan import Executor, Limits, Plan
 from jilju.plan.cost import Roofs
 
@@ -32,7 +32,8 @@ class StepRaised(Exception):
 class Engine:
     """`executor` has loaded `plan` within `limits`. `hash_key` keys the prefix cache's hash; a secret one where salts matter.
 
-    `times` is the model of step times to begin with, `gap_ms` what a step beside a
+    `held_plan` is the plan with its weights as the backend holds them, if that is another form than the file's: it is what steps
+    are counted by. `times` is the model of step times to begin with, `gap_ms` what a step beside a
     stream is to take at most; 0: no bound.
     """
 
@@ -51,18 +52,22 @@ class Engine:
         gap_ms: float = 0.0,
         grammars: Grammars | None = None,
         roofs: Roofs | None = None,
+        held_plan: Plan | None = None,
     ):
         self.limits = limits
         self.log = log if log is not None else EventLog()
         self.imbalance = 0
         self.num_step_faults = 0
         self.step_times = times if times is not None else StepTimes()
-        self._cost = StepCost(plan, executor.kv_bytes_per_token(plan, limits.kv_dtype) // plan.kv.elements_per_token)
+        held_plan = held_plan if held_plan is not None else plan
+        self._cost = StepCost(
+            held_plan, executor.kv_bytes_per_token(plan, limits.kv_dtype) // plan.kv.elements_per_token
+        )
         self.scheduler = Scheduler(
             limits, hash_key, vocab_size=plan.vocab_size, times=self.step_times, gap_ns=int(gap_ms * 1e6) or None,
             score_work=self._cost.score_work,
         )  # fmt: skip
-        self.info = _info(plan, executor, limits, load_ms, gap_ms, self._cost.score_work, roofs)
+        self.info = _info(held_plan, executor, limits, load_ms, gap_ms, self._cost.score_work, roofs)
         self._num_idle_turns = 0  # in a row, with work
         self.executor = executor
         self.grammars = grammars
@@ -193,6 +198,8 @@ class Engine:
                 self.grammars.begin(step, batch)
             self.executor.launch(batch)
             result = self.executor.wait()
+        except DeviceLost:
+            raise  # no part of the step could be run again, so this engine has come to its end
         except Exception as error:
             raise StepRaised from error
         finally:

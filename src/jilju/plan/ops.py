@@ -33,10 +33,15 @@ class WeightSpec(msgspec.Struct, frozen=True):
     type: GgmlType
     num_outputs: int
     num_inputs: int
+    held_row_bytes: int | None = None  # of a row in the form that a backend makes of it; None: that of the file
+
+    @property
+    def row_bytes(self) -> int:
+        return row_bytes(self.type, self.num_inputs) if self.held_row_bytes is None else self.held_row_bytes
 
     @property
     def num_bytes(self) -> int:
-        return self.num_outputs * row_bytes(self.type, self.num_inputs)
+        return self.num_outputs * self.row_bytes
 
 
 class Op(msgspec.Struct, frozen=True, tag_field="op"):
@@ -88,7 +93,7 @@ class Embed(Op, frozen=True, tag="embed"):
         return 0
 
     def bytes(self, step: StepShape, kv_element_bytes: int) -> int:
-        return step.num_tokens * (row_bytes(self.table.type, self.table.num_inputs) + self.out.width * ACTIVATION_BYTES)
+        return step.num_tokens * (self.table.row_bytes + self.out.width * ACTIVATION_BYTES)
 
 
 class RmsNorm(Op, frozen=True, tag="rms_norm"):

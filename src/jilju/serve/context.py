@@ -56,6 +56,14 @@ class ServeLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuMemory:
+    """Of the GPU that the engine computes on."""
+
+    total_bytes: int
+    used_bytes: Callable[[], int | None]  # by anybody, as its driver says now; None: it does not say
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerContext:
     model_name: str
     tokenizer: Tokenizer
@@ -77,6 +85,7 @@ class ServerContext:
     allow_request_template: bool = False  # calls may bring a chat template of their own
     view_dir: Traversable | None = None  # static files of the pages, read once
     kv_dtype: str = "f16"  # of cached keys and values
+    gpu: GpuMemory | None = None  # None: the engine computes on the CPU
     metrics_compat: Literal["off", "vllm"] = "off"  # a second set of metrics under another server's names
     telemetry: Providers | None = None  # None: nothing is told to OpenTelemetry
     trace_content: bool = False  # what it is told holds prompts and answers

@@ -103,19 +103,42 @@ def check_libraries(
 
 def list_gpus(environ: Mapping[str, str] = os.environ, nvml: Any = None) -> list[Gpu]:
     """Those that CUDA_VISIBLE_DEVICES leaves, in its order. `nvml` is the library. Raises PlatformError without a driver."""
-    if nvml is None:
-        try:
-            nvml = ctypes.CDLL(LIBRARY)
-        except OSError:
-            raise PlatformError(
-                f"--device cuda needs NVIDIA's driver: {LIBRARY} is not there; install the driver (in a container: start it "
-                "with --gpus all), or use --device cpu"
-            ) from None
-    driver = _Driver(nvml)
+    driver = _Driver(_library() if nvml is None else nvml)
     try:
         return [driver.gpu(handle) for handle in _visible(driver, environ.get("CUDA_VISIBLE_DEVICES"))]
     finally:
         driver.close()
+
+
+class Readings:
+    """What a GPU says while it computes, of everybody who uses it; None: it does not say.
+
+    Keeps NVML open, whose start takes longer than all its answers; for one process that lives as long.
+    """
+
+    def __init__(self, uuid: str, nvml: Any = None):
+        try:
+            self._driver = _Driver(_library() if nvml is None else nvml)
+            self._handle = self._driver.by_uuid(uuid)
+        except PlatformError:
+            self._handle = None
+
+    def used_bytes(self) -> int | None:
+        return None if self._handle is None else self._driver.used_bytes(self._handle)
+
+    def energy_uj(self) -> int | None:
+        """Since the driver was loaded. GPUs older than Volta and parts of divided ones have no such counter."""
+        return None if self._handle is None else self._driver.energy_uj(self._handle)
+
+
+def _library() -> Any:
+    try:
+        return ctypes.CDLL(LIBRARY)
+    except OSError:
+        raise PlatformError(
+            f"--device cuda needs NVIDIA's driver: {LIBRARY} is not there; install the driver (in a container: start it "
+            "with --gpus all), or use --device cpu"
+        ) from None
 
 
 def _visible(driver: "_Driver", named: str | None) -> list[ctypes.c_void_p]:
@@ -186,6 +209,16 @@ class _Driver:
         return Gpu(
             index.value, uuid, name, (major.value, minor.value), int(memory.total), int(memory.free), self._version
         )
+
+    def used_bytes(self, handle: ctypes.c_void_p) -> int | None:
+        memory = _Memory()
+        status = self._nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
+        return int(memory.total - memory.free) if status == 0 else None
+
+    def energy_uj(self, handle: ctypes.c_void_p) -> int | None:
+        energy_mj = ctypes.c_ulonglong()
+        status = self._nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(energy_mj))
+        return energy_mj.value * 1000 if status == 0 else None
 
     def text(self, function: str, handle: ctypes.c_void_p) -> str:
         buffer = ctypes.create_string_buffer(NAME_BYTES)

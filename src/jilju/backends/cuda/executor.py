@@ -5,6 +5,7 @@ step the expected next one is queued at once (see run_ahead), so that the device
 packs. Owns what is on the device. Knows nothing of sequences or requests.
 """
 
+import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from jilju.backends.cuda.sampling_results import Download
 from jilju.backends.cuda.tuning import Mode
 from jilju.backends.cuda.uploads import Uploads
 from jilju.backends.cuda.weights import Progress
-from jilju.errors import StartupError
+from jilju.errors import DeviceLost, StartupError
 from jilju.plan import Batch, KvDtype, Limits, Plan, Rope, StepResult, WeightDtype, WeightTensor
 from jilju.plan.batch import MAX_TOP
 from jilju.plan.cost import Roofs
@@ -33,7 +34,7 @@ from jilju.plan.cost import Roofs
 logger = logging.getLogger(__name__)
 
 COMPILED_TOKENS = (16, 32, 64, 128, 256, 512, 2048)  # of prompts: kernels differ by size up to the largest
-PDL_TOKENS = 2  # of steps in which kernels overlap
+PDL_TOKENS = 64  # of steps in which kernels overlap
 PROBE_BYTES, PROBE_WIDTH = 1 << 30, 4096  # read, and width of the square matrices multiplied, by the probes of roofs()
 
 
@@ -91,8 +92,8 @@ class CudaExecutor:
         self._progress = progress
         self._device = torch.device(device)
         self._runs_ahead = runs_ahead
-        self._gpu_name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
-        self.kernel_set = kernel_set(torch.cuda.get_device_capability() if device == "cuda" else (0, 0), fast)
+        self._gpu_name, capability = _device_of_torch() if device == "cuda" else ("cpu", (0, 0))
+        self.kernel_set = kernel_set(capability, fast)
         self.num_rows_ahead = 0  # that had run when their step came
         self.num_rows_moved = 0  # of them, those that had been written to a spare block
         self._batch: Batch | None = None
@@ -143,7 +144,7 @@ class CudaExecutor:
             self._decoder, self._weights, self._buffers, limits, self._mode, self._gpu_name, half,
             pdl_tokens=PDL_TOKENS if self._device.type == "cuda" else 0,
         )  # fmt: skip
-        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}  # None: it cannot be captured
         self._seen: set[tuple[int, int]] = set()  # buckets that ran once, so that their kernels are compiled
         self._graph_pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
         self._sampled_ids = self._buffers["sampled_ids"]  # int32 [rows], of the last step, at their logit rows
@@ -208,8 +209,9 @@ class CudaExecutor:
                 self._done.record()
             if self._runs_ahead:
                 self._ahead = self._run_ahead(batch)
-        except BaseException:
+        except BaseException as error:
             self._batch = None
+            self._check_device(error)
             raise
 
     def wait(self) -> StepResult:
@@ -220,12 +222,24 @@ class CudaExecutor:
             if self._done is not None:
                 self._done.synchronize()  # rows without logits have no results to wait for, but take the step's time
             result = _gather(batch, self._passes)
-        except BaseException:
+        except BaseException as error:
             self._ahead = None
+            self._check_device(error)
             raise
         if self._ahead is not None:
             self._ahead.token_ids = result.token_ids[self._ahead.sources]
         return result
+
+    def _check_device(self, error: BaseException) -> None:
+        """Raises DeviceLost if what went wrong was not one step but the device: no call of this process succeeds from then on."""
+        try:
+            self._synchronize()
+        except Exception as lost:
+            raise DeviceLost(f"the GPU computes no more for this process: {lost}") from error
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
 
     def free(self) -> None:
         self._batch = self._ahead = None
@@ -235,8 +249,9 @@ class CudaExecutor:
             if hasattr(self, name):
                 delattr(self, name)
         if self._device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.empty_cache()
+            with contextlib.suppress(Exception):  # a device that is lost has nothing to give back
+                torch.cuda.synchronize()
+                torch.cuda.empty_cache()
 
     def roofs(self) -> Roofs:
         """A short probe of each: reading memory, and a product of half matrices."""
@@ -353,25 +368,31 @@ class CudaExecutor:
 
     def _replay(self, bucket: int, inputs: StepInputs) -> torch.Tensor:
         """Logits of a decode step, float32 [bucket, vocab]. A bucket's first step runs kernel by kernel, which compiles them;
-        its second is captured."""
+        its second is captured. One that cannot be captured goes on kernel by kernel."""
         key = (bucket, inputs.num_splits)
         rows = self._buffers["decode_rows"][:bucket]
+        if self._device.type == "cuda" and key in self._seen and key not in self._graphs:
+            self._graphs[key] = self._capture(key, inputs, rows)
+        self._seen.add(key)
         graph = self._graphs.get(key)
-        if graph is not None:
-            graph.replay()
-            return self._buffers["logits"][:bucket]
-        if self._device.type == "cuda" and key in self._seen:
-            graph = torch.cuda.CUDAGraph()
+        if graph is None:
+            self._forward.run(inputs)
+            return self._forward.logits(rows)
+        graph.replay()
+        return self._buffers["logits"][:bucket]
+
+    def _capture(self, key: tuple[int, int], inputs: StepInputs, rows: torch.Tensor) -> torch.cuda.CUDAGraph | None:
+        graph = torch.cuda.CUDAGraph()
+        try:
             with torch.cuda.graph(graph, pool=self._graph_pool):
                 self._forward.run(inputs)
                 self._forward.logits(rows)
-            self._graphs[key] = graph
-            logger.debug("captured a step of %d rows and %d splits", *key)
-            graph.replay()
-            return self._buffers["logits"][:bucket]
-        self._seen.add(key)
-        self._forward.run(inputs)
-        return self._forward.logits(rows)
+        except RuntimeError as error:
+            self._check_device(error)
+            logger.warning("a step of %d rows and %d splits was not captured, and so is slower: %s", *key, error)
+            return None
+        logger.debug("captured a step of %d rows and %d splits", *key)
+        return graph
 
     def _decode_inputs(self, bucket: int, num_splits: int) -> StepInputs:
         """The arrays that graphs read, of which expand() fills all but two."""
@@ -424,6 +445,16 @@ class CudaExecutor:
         return StepInputs(
             token_ids, positions, slots, starts, counts, first_tokens, tables, tile_rows, tile_tokens, num_splits, True
         )
+
+
+def _device_of_torch() -> tuple[str, tuple[int, int]]:
+    """Name and compute capability of the device that torch computes on. Raises StartupError where it can use none."""
+    try:
+        return torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+    except (RuntimeError, AssertionError) as error:
+        raise StartupError(
+            f"torch {torch.__version__} cannot use the GPU: {error}; update the driver, or install a torch built for an older CUDA"
+        ) from error
 
 
 def _check(batch: Batch, limits: Limits) -> None:

@@ -66,7 +66,7 @@ class Forward:
         self.pdl_tokens = pdl_tokens
         self._pdl = False
         self._tuning = load_tuning(gpu_name)
-        self._configs: dict[tuple[int, int, bool, int], LinearConfig] = {}
+        self._configs: dict[tuple[Mode, int, int, bool, int], LinearConfig] = {}
         cache, scales = buffers["kv"], buffers.get("kv_scales")
         self._kv = [kv_layer(cache, scales, index) for index in range(len(decoder.layers))]
         self._angles = {
@@ -112,8 +112,9 @@ class Forward:
         norm, eps = self._weights.final_norm, self._decoder.final_norm.eps
         rms_norm(self._buffers["residual"], norm, eps, hidden, rows=rows, pdl=self._pdl)
         head = self._weights.head
-        # in float32, which no library product of half matrices gives: so always by the kernel of the invariant mode
-        config = self._config(self._decoder.head, head, False, num_logits, "invariant")
+        config = self._config(self._decoder.head, head, False, num_logits, self._mode)
+        if config.kind == "matmul":  # logits are wanted in float32, which no library product of half matrices gives
+            config = self._config(self._decoder.head, head, False, num_logits, "invariant")
         linear(hidden, head.weight, head.scale, logits.view(1, *logits.shape), config, pdl=self._pdl)
         return logits
 
@@ -204,7 +205,7 @@ class Forward:
         return Quantized(values, room[first : first + 4 * num_tokens].view(torch.float32))
 
     def _config(self, matrix: Matrix, weight: DeviceMatrix, is_glu: bool, num_tokens: int, mode: Mode) -> LinearConfig:
-        key = (matrix.num_outputs, matrix.num_inputs, is_glu, num_tokens)
+        key = (mode, matrix.num_outputs, matrix.num_inputs, is_glu, num_tokens)
         config = self._configs.get(key)
         if config is None:
             dtype = "fp8" if weight.scale is not None else "bf16" if self._half == torch.bfloat16 else "f16"

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+import msgspec
+
 from jilju.backends.cuda import sampling_memory
 from jilju.formats.ggml import GgmlType
 from jilju.plan import Attention, Embed, Glu, KvDtype, KvSpec, Limits, Linear, Plan, Rope, WeightDtype, WeightSpec
@@ -83,6 +85,27 @@ def workspace_bytes(plan: Plan, limits: Limits, weight_dtype: WeightDtype) -> in
     return (
         everything - kv + UPLOADS * upload_bytes(limits) + sampling_memory.workspace_bytes(plan.vocab_size, MAX_LOGITS)
     )
+
+
+def held_plan(plan: Plan, dtype: WeightDtype) -> Plan:
+    """The plan with its weights in the form in which they are held and read here, which is what steps are counted by."""
+    specs = plan.weights
+    by_name: dict[str, int] = {}
+    for name, buffer in weight_buffers(plan, dtype).items():
+        name = name.removesuffix(".scale") if name not in specs else name
+        by_name[name] = by_name.get(name, 0) + buffer.num_bytes
+    held = {
+        name: msgspec.structs.replace(spec, held_row_bytes=by_name[name] // spec.num_outputs)
+        for name, spec in specs.items()
+    }
+
+    def moved(value: object) -> object:
+        if isinstance(value, WeightSpec):
+            return held[value.name]
+        return tuple(moved(part) for part in value) if isinstance(value, tuple) else value
+
+    ops = [msgspec.structs.replace(op, **{f: moved(getattr(op, f)) for f in op.__struct_fields__}) for op in plan.ops]
+    return msgspec.structs.replace(plan, ops=tuple(ops))
 
 
 def weight_buffers(plan: Plan, dtype: WeightDtype) -> dict[str, BufferSpec]:

@@ -73,7 +73,12 @@ def show_machine(
     for line in memory:
         held[line.process, line.owner] += line.bytes
     owned = [({"process": process, "owner": owner}, count) for (process, owner), count in held.items()]
-    out.family("gauge", "memory_bytes", "Resident memory of a process, by owner", owned)
+    out.family("gauge", "memory_bytes", "Resident memory of a process, and used memory of the GPU, by owner", owned)
+    used = sum(line.bytes for line in memory if line.process == "gpu")
+    states: tuple[tuple[str, float], ...] = ()
+    if context.gpu is not None and used:
+        states = (("used", used), ("free", context.gpu.total_bytes - used))
+    out.family("gauge", "gpu_memory_bytes", "Memory of the GPU, whoever uses it", by("state", states))
     kept = 0 if context.workers is None else context.workers.compile_cache_bytes
     out.one("gauge", "compile_cache_bytes", "Compiled grammars that are kept", kept)
     out.one("gauge", "event_loop_lag_seconds", "By how much the server came late, at worst in the last minute", lag_s)

@@ -71,11 +71,12 @@ def show_vllm(
 def _cache_config(context: ServerContext, info: EngineInfo | None) -> list[Sample]:
     if info is None:
         return []
+    gpu, held = context.gpu, info.weight_bytes + info.kv_bytes + info.workspace_bytes
     labels = {
         "block_size": str(info.block_size),
         "cache_dtype": context.kv_dtype,
         "enable_prefix_caching": "True",
-        "gpu_memory_utilization": "0.0",  # there is no GPU
+        "gpu_memory_utilization": "0.0" if gpu is None else f"{held / gpu.total_bytes:.2f}",
         "num_gpu_blocks": str(info.num_blocks),
     }
     return [(labels, 1)]

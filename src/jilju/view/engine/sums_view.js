@@ -9,7 +9,7 @@ import { setText } from "./rows.js";
 
 const LAST_OWNERS = ["unattributed", "not_resident"];
 const OWNERS = ["weights", "kv", "workspace", "log", "start", "run store", "calls", "history", "grammars", "prefix index", ...LAST_OWNERS];
-const PROCESSES = ["engine", "server"];
+const PROCESSES = ["engine", "server", "gpu"];
 const UNATTRIBUTED_MAX = 0.05; // of a process; above it the line warns
 const COST_LINES = ["requests", "idle", "load", "failed", "recompute", "host"];
 const COST_LOOKS = { requests: "accent", idle: "wait", load: "others", failed: "fault", recompute: "cached", host: "host" };
@@ -53,7 +53,7 @@ export function createMemoryView({ root, words }) {
       h("caption", {}, PROCESSES.includes(process) ? t(`process_${process}`) : process),
       h("thead", { class: "visually-hidden" }, h("tr", {}, ...heads, h("td", {}))),
       h("tbody", {}, ...sorted.map((each) => line(each, resident, held))),
-      h("tfoot", {}, h("tr", {}, h("th", { scope: "row" }, t("memory_sum")), h("td", {}, bytes(resident)), h("td", {}), h("td", {}))),
+      h("tfoot", {}, h("tr", {}, h("th", { scope: "row" }, t(process === "gpu" ? "memory_used" : "memory_sum")), h("td", {}, bytes(resident)), h("td", {}), h("td", {}))),
     );
   }
 
