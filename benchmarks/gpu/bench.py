@@ -33,6 +33,7 @@ STEP_TOKENS = 8192
 ROWS = (1, 8, 32, 64, 128, 256)
 PROMPTS = (2048, 8192)
 SHEET_BYTES_PER_S, SHEET_FLOPS_PER_S = 4.8e12, 989e12  # of an H200, dense bf16
+KV_DTYPE = "bf16"  # the default, with weights in fp8 too
 MODES = (("bf16", "fast"), ("bf16", "invariant"), ("fp8", "fast"), ("fp8", "invariant"))
 
 
@@ -101,7 +102,7 @@ def product() -> dict[str, Any]:
 def load(weight_dtype: str, mode: str, max_rows: int = MAX_ROWS) -> tuple[CudaExecutor, Any, Any, float]:
     torch.cuda.empty_cache()
     plan = plan_of()
-    limits = limits_of(max_rows, CONTEXT + 192, "fp8" if weight_dtype == "fp8" else "bf16", STEP_TOKENS)
+    limits = limits_of(max_rows, CONTEXT + 192, KV_DTYPE, STEP_TOKENS)
     limits = limits if limits.max_context >= STEP_TOKENS else _longer(limits)
     executor = CudaExecutor(weight_dtype, fast=mode == "fast")  # type: ignore[arg-type]
     begin = time.perf_counter()
@@ -193,8 +194,7 @@ def engine(executor: CudaExecutor, plan: Any, limits: Any, num_rows: int, bare_m
 
 def measure_mode(run: Run, weight_dtype: str, mode: str, read: float, quick: bool) -> None:
     name = f"{weight_dtype} {mode}"
-    kv_dtype = "fp8" if weight_dtype == "fp8" else "bf16"
-    roof = Roof.of(SPEC, weight_dtype, kv_dtype)
+    roof = Roof.of(SPEC, weight_dtype, KV_DTYPE)
     made: dict[str, Any] = {}
 
     def loaded() -> dict[str, Any]:

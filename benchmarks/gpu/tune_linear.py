@@ -358,6 +358,20 @@ def of_invariant_mode(timings: list[Timed]) -> dict[int, Timed]:
     return of_fast_mode(by_reduction[min(by_reduction, key=loss)]) if by_reduction else {}
 
 
+def unbeaten(best: tuple[Measured, ...]) -> tuple[Measured, ...]:
+    """Without those that one of more tokens beats: it holds fewer tokens too."""
+    found: list[Measured] = []
+    for measured in reversed(best):
+        if not found or measured.us <= min(later.us for later in found):
+            found.append(measured)
+    return tuple(reversed(found))
+
+
+def pruned(tuning: Tuning) -> Tuning:
+    linears = (msgspec.structs.replace(linear, best=unbeaten(linear.best)) for linear in tuning.linears)
+    return msgspec.structs.replace(tuning, linears=tuple(linears))
+
+
 def table(gpu_name: str, timings: list[Timed], read: float) -> Tuning:
     by_matrix: dict[tuple[Dtype, Matrix], list[Timed]] = defaultdict(list)
     for timed in timings:
@@ -368,7 +382,7 @@ def table(gpu_name: str, timings: list[Timed], read: float) -> Tuning:
             best = tuple(Measured(t, round(v.us, 2), v.config) for t, v in sorted(choose(some).items()))
             if best:
                 linears.append(TunedLinear(mode, dtype, matrix.num_rows, matrix.num_columns, matrix.glu, best))
-    return Tuning(gpu_name, tuple(linears), round(read, 1))
+    return pruned(Tuning(gpu_name, tuple(linears), round(read, 1)))
 
 
 def merged(shipped: Tuning, timings: list[Timed]) -> Tuning:
@@ -546,7 +560,7 @@ def tune_fp8_few(run: Run, pool: ProcessPoolExecutor, gpu_name: Callable[[], str
             print(f"budget spent before {case.dtype} {case.matrix.name} t={case.num_tokens}")
             break
         run.measure(timer, case, configs)
-    run.write(merged(shipped, run.timings))
+    run.write(pruned(merged(shipped, run.timings)))
 
 
 def tune(run: Run, pool: ProcessPoolExecutor, gpu_name: Callable[[], str]) -> None:

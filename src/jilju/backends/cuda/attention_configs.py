@@ -55,8 +55,9 @@ def attention_config(
     block_m = 16 if group <= 16 else rows
     if num_rows <= 4:
         return AttentionConfig(block_m, block_n, 128, 4, 3)
-    if num_rows <= 16:
+    if num_rows < 32:
         return AttentionConfig(block_m, 2 * block_n if is_fp8 and group <= 16 else block_n, 256, 4, 3)
-    if is_fp8 or num_rows <= 32 or wide or group > 16:
-        return AttentionConfig(block_m, block_n, 1024, 4, 4 if is_fp8 and not wide else 3)
-    return AttentionConfig(block_m, 32, 1024, 2, 4)
+    # enough rows to fill the device: one program walks all keys of a row
+    if is_fp8 or num_rows < 64 or wide or group > 16:
+        return AttentionConfig(block_m, block_n, 0, 4, 3)
+    return AttentionConfig(block_m, 32, 0, 2, 4)
