@@ -141,15 +141,15 @@ test-neon: .venv-native/installed
 # The GPU's kernels run here too, in Triton's interpreter on CPU torch.
 oracle: .venv-oracle/installed
 	@PYTHONPATH=src .venv-oracle/bin/python -m pytest --override-ini addopts= -q tests/oracle $(ARGS)
-	@PYTHONPATH=src:. .venv-oracle/bin/python -m pytest --override-ini addopts= --import-mode=importlib -q -rs tests/cuda $(ARGS)
+	@PYTHONPATH=src:. .venv-oracle/bin/python -m pytest --override-ini addopts= --import-mode=importlib -q -rs -n 2 --dist worksteal tests/cuda $(ARGS)
 
 # On a machine with an NVIDIA GPU, each under ten minutes: what `make oracle` runs in the interpreter, and speed beside roofs and peers.
 .venv-cuda/installed: $(NATIVE)
-	$(call environment,.venv-cuda,installed,building jilju with CUDA torch: gigabytes,-e '.[cuda$(comma)dev]' transformers)
+	$(call environment,.venv-cuda,installed,building jilju with CUDA torch: gigabytes,-e '.[cuda$(comma)dev]' transformers pytest-xdist)
 
 test-gpu: .venv-cuda/installed
 	@.venv-cuda/bin/jilju pull smollm2-135m
-	@PYTHONPATH=. .venv-cuda/bin/python -m pytest -s tests/cuda $(ARGS)
+	@PYTHONPATH=. .venv-cuda/bin/python -m pytest -n 8 --dist worksteal tests/cuda $(ARGS)
 
 bench-gpu: .venv-cuda/installed
 	@mkdir -p $(RESULTS) && PYTHONPATH=. .venv-cuda/bin/python -m benchmarks.gpu.bench --json $(RESULTS)/gpu.json $(ARGS)
