@@ -7,7 +7,7 @@ packs. Owns what is on the device. Knows nothing of sequences or requests.
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,13 +16,14 @@ import torch
 
 from jilju.backends.cuda import memory, run_ahead, weights
 from jilju.backends.cuda.device import kernel_set
-from jilju.backends.cuda.forward import SPLIT_TILES, Forward, StepInputs
+from jilju.backends.cuda.forward import Forward
 from jilju.backends.cuda.kernels.inputs import expand
 from jilju.backends.cuda.kernels.kv import copy_slots
 from jilju.backends.cuda.lowering import Decoder, lower
-from jilju.backends.cuda.memory import BUCKETS, MAX_LOGITS, PARTIAL_TOKENS, bucket_of
+from jilju.backends.cuda.memory import BUCKETS, MAX_LOGITS, bucket_of
 from jilju.backends.cuda.sampling import Sampler
 from jilju.backends.cuda.sampling_results import Download
+from jilju.backends.cuda.step_inputs import InputMaker, StepInputs
 from jilju.backends.cuda.tuning import Mode
 from jilju.backends.cuda.uploads import Uploads
 from jilju.backends.cuda.weights import Progress
@@ -144,6 +145,7 @@ class CudaExecutor:
             self._decoder, self._weights, self._buffers, limits, self._mode, self._gpu_name, half,
             pdl_tokens=PDL_TOKENS if self._device.type == "cuda" else 0,
         )  # fmt: skip
+        self._inputs = InputMaker(self._decoder, self._buffers, self._uploads, limits, self._forward.attention_config)
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}  # None: it cannot be captured
         self._seen: set[tuple[int, int]] = set()  # buckets that ran once, so that their kernels are compiled
         self._graph_pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
@@ -161,23 +163,19 @@ class CudaExecutor:
             0, 0, "loading kernels; those that are new to this GPU and model are compiled, which takes a minute"
         )
         for size in sizes:
-            can_split = self._forward.attention_config(size, is_prefill=False).split_keys > 0
-            for num_splits in (1, 2) if can_split else (1,):
-                inputs = self._decode_inputs(size, num_splits)
+            for num_splits in (1, 2) if self._inputs.can_split(size, is_prefill=False) else (1,):
+                inputs = self._inputs.decode(size, num_splits)
                 inputs.slots.fill_(-1)
                 inputs.tile_rows.fill_(-1)
                 self._forward.run(inputs)
             self._forward.logits(self._buffers["decode_rows"][:size])
         for size in prompts:
-            zeros, nothing = np.zeros(size, np.int32), np.full(size, -1, np.int32)
-            arrays = (zeros, zeros, nothing, zeros[:1], zeros[:1], zeros[:1], zeros[:1, None], nothing[:1], zeros[:1])
-            can_split = self._forward.attention_config(1, is_prefill=True).split_keys > 0 and size <= PARTIAL_TOKENS
-            for num_splits in (1, 2) if can_split else (1,):
-                self._forward.run(self._put_inputs(arrays, num_splits))
+            for num_splits in (1, 2) if self._inputs.can_split(size, is_prefill=True) else (1,):
+                self._forward.run(self._inputs.nothing(size, num_splits))
         nowhere = torch.full((1,), -1, dtype=torch.int32, device=self._device)
         copy_slots(self._buffers["kv"], self._buffers.get("kv_scales"), nowhere, nowhere)
         self._sampler.warm_up()
-        torch.cuda.synchronize()
+        self._synchronize()
 
     def _fill_angles(self) -> None:
         """Tables of cos and sin, from angles in float64: [max_context, head_dim / 2] for each distinct rotation"""
@@ -245,7 +243,7 @@ class CudaExecutor:
         self._batch = self._ahead = None
         self._passes = []
         self._graphs.clear()
-        for name in ("_forward", "_buffers", "_weights", "_sampler", "_uploads", "_sampled_ids"):
+        for name in ("_forward", "_inputs", "_buffers", "_weights", "_sampler", "_uploads", "_sampled_ids"):
             if hasattr(self, name):
                 delattr(self, name)
         if self._device.type == "cuda":
@@ -316,7 +314,7 @@ class CudaExecutor:
             self._keep_ids(download, logits)
             self._passes.append(Pass(download, np.arange(batch.num_rows), logits))
             return
-        self._forward.run(self._mixed_inputs(batch, firsts))
+        self._forward.run(self._inputs.mixed(batch))
         for first in range(0, batch.num_logits, MAX_LOGITS):
             some = np.arange(first, min(first + MAX_LOGITS, batch.num_logits))
             part = batch if len(some) == batch.num_logits else run_ahead.logits_between(batch, first, first + len(some))
@@ -351,7 +349,7 @@ class CudaExecutor:
         heads = np.concatenate([sources, batch.token_ids, batch.starts])
         width = -(-(int(batch.starts.max()) + 1) // self._limits.block_size)
         given = self._uploads.put([heads, np.ascontiguousarray(batch.block_tables[:, :width])])
-        inputs = self._decode_inputs(bucket, self._num_splits(bucket, batch))
+        inputs = self._inputs.decode(bucket, self._inputs.num_splits(bucket, batch))
         expand(
             given[0], given[1], self._sampled_ids, inputs.token_ids, inputs.positions, inputs.slots, inputs.counts,
             inputs.tile_rows, inputs.tables, self._limits.block_size, self._plan.vocab_size,
@@ -393,58 +391,6 @@ class CudaExecutor:
             return None
         logger.debug("captured a step of %d rows and %d splits", *key)
         return graph
-
-    def _decode_inputs(self, bucket: int, num_splits: int) -> StepInputs:
-        """The arrays that graphs read, of which expand() fills all but two."""
-        b = self._buffers
-        return StepInputs(
-            token_ids=b["token_ids"][:bucket], positions=b["positions"][:bucket], slots=b["slots"][:bucket],
-            starts=b["positions"][:bucket], counts=b["counts"][:bucket], first_tokens=b["decode_rows"][:bucket],
-            tables=b["tables"][:bucket], tile_rows=b["tile_rows"][:bucket], tile_tokens=b["tile_tokens"][:bucket],
-            num_splits=num_splits, is_prefill=False,
-        )  # fmt: skip
-
-    def _num_splits(self, num_tiles: int, batch: Batch, is_prefill: bool = False) -> int:
-        """Programs over which the keys of a row are split: a power of two, 1 where the tiles alone fill the device."""
-        config = self._forward.attention_config(num_tiles, is_prefill)
-        op = self._decoder.layers[0].attention
-        if num_tiles * op.num_kv_heads >= SPLIT_TILES or batch.num_tokens > PARTIAL_TOKENS:
-            return 1
-        longest = int((batch.starts + batch.counts).max())
-        wanted = 1 << (config.num_splits(longest) - 1).bit_length()
-        stats = len(self._buffers["attention_stats"]) // (2 * num_tiles * op.num_heads)
-        return wanted if wanted <= stats else 1
-
-    # Inputs of steps that are not all decode.
-
-    def _mixed_inputs(self, batch: Batch, firsts: np.ndarray) -> StepInputs:
-        op, block_size = self._decoder.layers[0].attention, self._limits.block_size
-        config = self._forward.attention_config(batch.num_rows, is_prefill=True)
-        per_tile = config.tokens_per_tile(op.num_heads // op.num_kv_heads)
-        rows = np.repeat(np.arange(batch.num_rows), batch.counts)
-        positions = np.arange(batch.num_tokens) - firsts[rows] + batch.starts[rows]
-        slots = batch.block_tables[rows, positions // block_size] * block_size + positions % block_size
-        num_tiles = -(-batch.counts // per_tile)
-        tile_rows = np.repeat(np.arange(batch.num_rows), num_tiles)
-        tile_tokens = (np.arange(len(tile_rows)) - (np.cumsum(num_tiles) - num_tiles)[tile_rows]) * per_tile
-        arrays = (
-            batch.token_ids, positions, slots, batch.starts, batch.counts, firsts, batch.block_tables, tile_rows, tile_tokens,
-        )  # fmt: skip
-        num_splits = 1
-        if batch.num_tokens <= PARTIAL_TOKENS:
-            num_splits = self._num_splits(len(tile_rows), batch, is_prefill=True)
-            if num_splits * batch.num_tokens * op.num_heads * 2 > len(self._buffers["attention_stats"]):
-                num_splits = 1
-        return self._put_inputs([a.astype(np.int32) for a in arrays], num_splits)
-
-    def _put_inputs(self, arrays: Sequence[np.ndarray], num_splits: int) -> StepInputs:
-        """In the order of StepInputs' fields."""
-        token_ids, positions, slots, starts, counts, first_tokens, tables, tile_rows, tile_tokens = self._uploads.put(
-            arrays
-        )
-        return StepInputs(
-            token_ids, positions, slots, starts, counts, first_tokens, tables, tile_rows, tile_tokens, num_splits, True
-        )
 
 
 def _device_of_torch() -> tuple[str, tuple[int, int]]:

@@ -5,7 +5,6 @@ allocated beforehand, so that a pass can be captured as a graph. Knows nothing o
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 
@@ -18,32 +17,10 @@ from jilju.backends.cuda.kernels.linear import Quantized, linear, linear_glu
 from jilju.backends.cuda.kernels.norm import add_norm, rms_norm
 from jilju.backends.cuda.kernels.rope import rope_and_write
 from jilju.backends.cuda.lowering import Decoder, Layer, Matrix
+from jilju.backends.cuda.step_inputs import StepInputs
 from jilju.backends.cuda.tuning import LinearConfig, Mode, load_tuning, num_parts
 from jilju.backends.cuda.weights import DeviceLayer, DeviceMatrix, DeviceWeights
 from jilju.plan import Limits
-
-SPLIT_TILES = 256  # attention is split over more programs where a step has fewer tiles than fill the device
-
-
-@dataclass(frozen=True, slots=True)
-class StepInputs:
-    """Arrays of one pass, on the device. All int32."""
-
-    token_ids: torch.Tensor  # [T]
-    positions: torch.Tensor  # [T]
-    slots: torch.Tensor  # [T], -1: written nowhere
-    starts: torch.Tensor  # [R]
-    counts: torch.Tensor  # [R]
-    first_tokens: torch.Tensor  # [R]
-    tables: torch.Tensor  # [R, blocks]
-    tile_rows: torch.Tensor  # [tiles], -1: nothing
-    tile_tokens: torch.Tensor  # [tiles], first token of the tile in its row
-    num_splits: int  # of attention's keys over programs; 1: one walks all of them
-    is_prefill: bool
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.token_ids)
 
 
 class Forward:
