@@ -8,7 +8,6 @@ beyond its bytes.
 
 import mmap
 import os
-import stat
 import struct
 from collections.abc import Iterator, Mapping
 from enum import IntEnum
@@ -21,6 +20,7 @@ import numpy as np
 
 from jilju.errors import ModelFileError
 from jilju.formats.ggml import BLOCK_LAYOUTS, GgmlType, row_bytes
+from jilju.formats.mapped import map_file
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -173,20 +173,7 @@ class GgufFile:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
         shown = os.fspath(path)
-        try:
-            if not stat.S_ISREG(Path(path).stat().st_mode):
-                raise ModelFileError(shown, "path", "not a regular file", "a readable GGUF file")
-            with Path(path).open("rb") as file:
-                status = os.fstat(file.fileno())
-                file_bytes = status.st_size
-                if file_bytes < 24:
-                    raise ModelFileError(
-                        shown, "file size", f"{file_bytes} bytes", "at least the 24 bytes of a GGUF header"
-                    )
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise ModelFileError(shown, "path", reason, "a readable GGUF file") from None
+        data, status = map_file(shown, "GGUF", 24, "at least the 24 bytes of a GGUF header")
         reader = _HeaderReader(shown, data)
         extents, tensors = reader.read()
         return cls(shown, status, data, Metadata(shown, data, extents), tensors)

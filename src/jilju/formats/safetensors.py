@@ -11,8 +11,6 @@ the format demands. Knows no model, and of number formats nothing but their size
 import math
 import mmap
 import os
-import stat
-from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import msgspec
@@ -20,6 +18,7 @@ import numpy as np
 
 from jilju.errors import ModelFileError
 from jilju.formats.json_file import parse_object
+from jilju.formats.mapped import map_file
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own bound
 MAX_TENSORS = 64 * 1024
@@ -56,17 +55,7 @@ class SafetensorsFile:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
         shown = os.fspath(path)
-        try:
-            if not stat.S_ISREG(Path(path).stat().st_mode):
-                raise ModelFileError(shown, "path", "not a regular file", "a readable safetensors file")
-            with Path(path).open("rb") as file:
-                num_bytes = os.fstat(file.fileno()).st_size
-                if num_bytes < 10:
-                    raise ModelFileError(shown, "file size", f"{num_bytes} bytes", "a header's length and a header")
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-            raise ModelFileError(shown, "path", reason, "a readable safetensors file") from None
+        data, _ = map_file(shown, "safetensors", 10, "a header's length and a header")
         header_bytes = int.from_bytes(data[:8], "little")
         allowed = min(MAX_HEADER_BYTES, len(data) - 8)
         if not 2 <= header_bytes <= allowed:

@@ -289,8 +289,7 @@ class CudaExecutor:
         self._passes.append(Pass(ahead.download, taken, logits))
         # what was written to a spare block goes where it belongs, before anything reads it
         wrote = run_ahead.written_slots(ahead.expected, block_size)[taken]
-        part, _ = run_ahead.part_of(batch, rows)
-        belongs = run_ahead.written_slots(part, block_size)
+        belongs = run_ahead.written_slots(batch, block_size)[rows]
         moved = wrote != belongs
         if moved.any():
             sources, targets = self._uploads.put([wrote[moved], belongs[moved]])

@@ -139,15 +139,8 @@ class Forward:
         config = self._config(layer.gate_up, matrix, True, len(hidden), self._mode)
         if config.kind == "matmul":
             parts = self._parts(1, len(hidden), layer.gate_up.num_outputs, self._half)
-            linear(
-                hidden,
-                matrix.weight,
-                matrix.scale,
-                parts,
-                config,
-                pdl=self._pdl,
-                quantized=self._quantized(hidden, matrix),
-            )
+            quantized = self._quantized(hidden, matrix)
+            linear(hidden, matrix.weight, matrix.scale, parts, config, pdl=self._pdl, quantized=quantized)
             glu(parts, gated, layer.activation, pdl=self._pdl)
         else:
             linear_glu(hidden, matrix.weight, matrix.scale, gated, config, layer.activation, pdl=self._pdl)

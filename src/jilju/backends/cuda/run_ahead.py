@@ -130,7 +130,7 @@ def expect(batch: Batch, block_size: int, max_context: int, spare_block: int) ->
 
 
 def written_slots(batch: Batch, block_size: int) -> np.ndarray:
-    """Of rows of one token, the slot that it is written to: int32 [num_rows]"""
+    """Of each row the slot that its first token is written to: int32 [num_rows]"""
     blocks = batch.block_tables[np.arange(batch.num_rows), batch.starts // block_size]
     return blocks * np.int32(block_size) + batch.starts % np.int32(block_size)
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -65,17 +66,17 @@ class DeviceWeights:
         return sum(seen.values())
 
 
-class Source:
+class Source(Protocol):
     """Fills tensors of the device with what a weight's name says."""
 
     def fill(self, spec: WeightSpec, out: torch.Tensor) -> None:
         """out [num_outputs, num_inputs] half, or [num_inputs] float32 of a vector"""
-        raise NotImplementedError
+        ...
 
     def close(self) -> None: ...
 
 
-class FileSource(Source):
+class FileSource:
     """From a file's tensors, in chunks of rows, by threads: the copy to the device runs beside the next chunk's reading."""
 
     def __init__(self, weights: Mapping[str, WeightTensor], device: torch.device, num_bytes: int, progress: Progress):
@@ -124,7 +125,7 @@ class FileSource(Source):
         self._pool.shutdown()
 
 
-class DummySource(Source):
+class DummySource:
     """Random numbers made on the device: speed does not depend on what they are. Weights that are `given` are as they are."""
 
     def __init__(self, device: torch.device, seed: int, given: Mapping[str, WeightTensor]):
@@ -140,6 +141,9 @@ class DummySource(Source):
             out.normal_(0.0, DUMMY_STD, generator=self._generator)
         else:
             out.fill_(0.0 if spec.name.endswith(".bias") else 1.0)
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def load(decoder: Decoder, source: Source, dtype: WeightDtype, device: torch.device) -> DeviceWeights:
